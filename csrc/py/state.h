@@ -1,0 +1,24 @@
+/* The state of one opguard._C module: everything that holds a PyObject. */
+#ifndef OPGUARD_PY_STATE_H
+#define OPGUARD_PY_STATE_H
+
+#include "py/detach.h"
+#include "py/guards.h"
+#include "py/ops.h"
+#include "py/sanitize.h"
+
+typedef struct og_state {
+    og_ops_state ops;
+    og_sanitize_state sanitize;
+    og_detach_state detach;
+    og_guards_state guards;
+} og_state;
+
+/* Borrowed; module is an opguard._C. Never NULL after exec. */
+static inline og_state *
+og_state_get(PyObject *module)
+{
+    return (og_state *)PyModule_GetState(module);
+}
+
+#endif

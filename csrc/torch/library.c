@@ -1,0 +1,115 @@
+/* Registers opguard's torch ops when the library is loaded, by Python or by
+ * any C or C++ program, and keeps the table that opguard._C fetches. */
+#include "torch/opguard_ops.h"
+
+#include "core/cpu.h"
+#include "cuda/opguard_cuda.h"
+#include "torch/ops.h"
+#include "torch/shim.h"
+
+static const char *const schemas[] = {
+    "pack(Tensor[] leaves) -> Tensor",
+    "unpack(Tensor packed, Tensor[] like) -> Tensor[]",
+};
+
+static const struct {
+    const char *key;
+    const char *name;
+    void (*kernel)(StableIValue *, uint64_t, uint64_t);
+} kernels[] = {
+    {"CPU", "pack", og_op_pack_cpu},
+    {"CUDA", "pack", og_op_pack_cuda},
+    /* packed is in host memory while like may be on a device. */
+    {"CompositeExplicitAutograd", "unpack", og_op_unpack},
+};
+
+/* Written once by the constructor, before anybody can read it. */
+static og_error registration;
+
+/* The library handles live as long as the process, as torch's own do: ops
+ * cannot be taken back while somebody may hold them. */
+static og_status
+register_all(og_error *err)
+{
+    TorchLibraryHandle library = NULL;
+    og_status status = og_shim_check(
+        aoti_torch_library_init_def("opguard", __FILE__, __LINE__, &library),
+        "registering the namespace opguard", err);
+    for (size_t i = 0; status == OG_OK && i < sizeof schemas / sizeof *schemas;
+         i++) {
+        status = og_shim_check(aoti_torch_library_def(library, schemas[i]),
+                               schemas[i], err);
+    }
+    for (size_t i = 0; status == OG_OK && i < sizeof kernels / sizeof *kernels;
+         i++) {
+        status = og_shim_check(
+            aoti_torch_library_init_impl("opguard", kernels[i].key, __FILE__,
+                                         __LINE__, &library),
+            kernels[i].key, err);
+        if (status == OG_OK) {
+            status = og_shim_check(
+                torch_library_impl(library, kernels[i].name,
+                                   kernels[i].kernel, OG_TORCH_FLOOR),
+                kernels[i].name, err);
+        }
+    }
+    return status;
+}
+
+__attribute__((constructor)) static void
+on_load(void)
+{
+    registration.status = OG_OK;
+    (void)register_all(&registration);
+}
+
+og_status
+og_ops_registered(og_error *err)
+{
+    if (registration.status != OG_OK && err != NULL) {
+        *err = registration;
+    }
+    return registration.status;
+}
+
+static og_status
+tensor_extent(void *impl, int64_t *storage_bytes, int64_t *element_bytes,
+              int32_t *device_type)
+{
+    /* An at::Tensor is one pointer, and a handle the address of one. */
+    AtenTensorHandle handle = (AtenTensorHandle)(void *)&impl;
+    int64_t storage = 0, numel = 0;
+    int32_t dtype = 0, device = 0;
+    if (aoti_torch_get_storage_size(handle, &storage) != 0 ||
+        aoti_torch_get_numel(handle, &numel) != 0 ||
+        aoti_torch_get_dtype(handle, &dtype) != 0 ||
+        aoti_torch_get_device_type(handle, &device) != 0) {
+        return OG_TORCH_FAILED;
+    }
+    *storage_bytes = storage;
+    *element_bytes = numel * (int64_t)aoti_torch_dtype_element_size(dtype);
+    *device_type = device;
+    return OG_OK;
+}
+
+static og_status
+tensor_data(void *impl, void **data)
+{
+    AtenTensorHandle handle = (AtenTensorHandle)(void *)&impl;
+    return aoti_torch_get_data_ptr(handle, data) == 0 ? OG_OK
+                                                      : OG_TORCH_FAILED;
+}
+
+const og_ops *
+og_ops_table(void)
+{
+    static const og_ops table = {
+        .size = sizeof(og_ops),
+        .tensor_extent = tensor_extent,
+        .tensor_data = tensor_data,
+        .device_type_cpu = 0,
+        .cpu_isa = og_cpu_isa,
+        .cuda_ready = og_cuda_ready,
+    };
+    return &table;
+}

@@ -1,0 +1,1 @@
+"""opguard's pytest plugin."""

@@ -1,0 +1,10 @@
+"""Smoke."""
+
+import pytest
+
+
+@pytest.mark.smoke
+def test_import():
+    import opguard
+
+    assert opguard.__version__
