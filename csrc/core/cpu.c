@@ -13,18 +13,18 @@ have_tier(size_t tier)
 {
     switch (tier) {
 #if defined(__x86_64__)
-    case 2:
-        return __builtin_cpu_supports("avx2");
-    case 3:
-        return __builtin_cpu_supports("avx512f") &&
-               __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl");
+        case 2:
+            return __builtin_cpu_supports("avx2");
+        case 3:
+            return __builtin_cpu_supports("avx512f") &&
+                   __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl");
 #elif defined(__aarch64__)
-    case 1:
-        return true;
+        case 1:
+            return true;
 #endif
-    default:
-        return tier == 0;
+        default:
+            return tier == 0;
     }
 }
 

@@ -10,7 +10,8 @@
  * every dtype aligned. */
 #define OG_PACK_ALIGN 64
 
-/* Bytes rounded up to the next leaf's beginning; -1 on overflow or bytes < 0. */
+/* Bytes rounded up to the next leaf's beginning; -1 on overflow or bytes < 0.
+ */
 int64_t
 og_pack_stride(int64_t bytes);
 

@@ -22,16 +22,18 @@ library_path(char *path, size_t size, og_error *err)
 {
     Dl_info info;
     if (dladdr((void *)&published, &info) == 0 || info.dli_fname == NULL) {
-        return og_fail(err, OG_NOT_FOUND, "dladdr cannot tell where "
-                                          "libopguard_ops.so lies");
+        return og_fail(err, OG_NOT_FOUND,
+                       "dladdr cannot tell where "
+                       "libopguard_ops.so lies");
     }
     const char *slash = strrchr(info.dli_fname, '/');
     int folder = slash == NULL ? 0 : (int)(slash - info.dli_fname) + 1;
-    int length = snprintf(path, size, "%.*slibopguard_cuda.so", folder,
-                          info.dli_fname);
+    int length =
+        snprintf(path, size, "%.*slibopguard_cuda.so", folder, info.dli_fname);
     if (length < 0 || (size_t)length >= size) {
-        return og_fail(err, OG_NOT_FOUND, "the path of libopguard_cuda.so "
-                                          "is too long");
+        return og_fail(err, OG_NOT_FOUND,
+                       "the path of libopguard_cuda.so "
+                       "is too long");
     }
     return OG_OK;
 }
@@ -60,9 +62,9 @@ load(og_error *err)
     *(void **)&table->error_text = dlsym(library, "og_cuda_error_text");
     const cuda_table *expected = NULL;
     if (table->launch_pack == NULL || table->error_text == NULL) {
-        status = og_fail(err, OG_NOT_FOUND,
-                         "%.160s is not of this opguard; install it again",
-                         path);
+        status =
+            og_fail(err, OG_NOT_FOUND,
+                    "%.160s is not of this opguard; install it again", path);
     }
     else if (atomic_compare_exchange_strong(&published, &expected, table)) {
         return OG_OK;

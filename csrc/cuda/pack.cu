@@ -63,8 +63,8 @@ launch_all(char *packed, const og_cuda_span *spans, size_t count,
     for (size_t done = 0; done < count; done += kSpansPerLaunch) {
         Batch batch = {};
         const size_t left = count - done;
-        const int now = left < kSpansPerLaunch ? static_cast<int>(left)
-                                               : kSpansPerLaunch;
+        const int now =
+            left < kSpansPerLaunch ? static_cast<int>(left) : kSpansPerLaunch;
         for (int i = 0; i < now; i++) {
             batch.spans[i] = spans[done + i];
         }

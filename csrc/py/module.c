@@ -74,14 +74,10 @@ PyDoc_STRVAR(module_doc,
              "The C core of opguard; use it through the package opguard.");
 
 static struct PyModuleDef module_def = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "opguard._C",
-    .m_doc = module_doc,
-    .m_size = sizeof(og_state),
-    .m_slots = module_slots,
-    .m_traverse = module_traverse,
-    .m_clear = module_clear,
-    .m_free = module_free,
+    PyModuleDef_HEAD_INIT,   .m_name = "opguard._C",
+    .m_doc = module_doc,     .m_size = sizeof(og_state),
+    .m_slots = module_slots, .m_traverse = module_traverse,
+    .m_clear = module_clear, .m_free = module_free,
 };
 
 PyMODINIT_FUNC

@@ -48,8 +48,8 @@ register_all(og_error *err)
             kernels[i].key, err);
         if (status == OG_OK) {
             status = og_shim_check(
-                torch_library_impl(library, kernels[i].name,
-                                   kernels[i].kernel, OG_TORCH_FLOOR),
+                torch_library_impl(library, kernels[i].name, kernels[i].kernel,
+                                   OG_TORCH_FLOOR),
                 kernels[i].name, err);
         }
     }

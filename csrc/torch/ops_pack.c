@@ -14,7 +14,7 @@
 /* One leaf: the block of bytes its elements fill. */
 typedef struct leaf {
     AtenTensorHandle tensor; /* owned */
-    void *data;
+    const void *data;        /* const: reading must not end a copy-on-write */
     int64_t bytes;
     int64_t offset; /* in the packed buffer */
     int64_t ndim;
@@ -54,7 +54,7 @@ leaf_describe(leaf *one, size_t index, og_error *err)
         aoti_torch_get_dtype(t, &one->dtype) != 0 ||
         aoti_torch_get_device_type(t, &one->device_type) != 0 ||
         aoti_torch_get_device_index(t, &one->device_index) != 0 ||
-        aoti_torch_get_data_ptr(t, &one->data) != 0) {
+        torch_get_const_data_ptr(t, &one->data) != 0) {
         return og_fail(err, OG_TORCH_FAILED,
                        "expected a strided tensor at leaves[%zu]; bring "
                        "sparse and other layouts to the host one by one",
@@ -73,6 +73,22 @@ leaf_describe(leaf *one, size_t index, og_error *err)
     return OG_OK;
 }
 
+/* Deletes a list together with the tensors in it. */
+static void
+list_delete(StableListHandle list)
+{
+    size_t count = 0;
+    (void)torch_list_size(list, &count);
+    for (size_t i = 0; i < count; i++) {
+        StableIValue element = 0;
+        if (torch_list_get_item(list, i, &element) == 0) {
+            (void)aoti_torch_delete_tensor_object(
+                (AtenTensorHandle)(uintptr_t)element);
+        }
+    }
+    (void)torch_delete_list(list);
+}
+
 /* Takes the list and the references in it; all is to be freed either way. */
 static og_status
 leaves_take(StableIValue value, leaves *all, og_error *err)
@@ -83,8 +99,8 @@ leaves_take(StableIValue value, leaves *all, og_error *err)
         og_shim_check(torch_list_size(list, &count), "leaves", err);
     all->items = calloc(count + 1, sizeof *all->items);
     if (status == OG_OK && all->items == NULL) {
-        /* The references leak, which is better than to touch them here. */
-        status = og_fail(err, OG_NO_MEMORY, "no memory for %zu leaves", count);
+        list_delete(list);
+        return og_fail(err, OG_NO_MEMORY, "no memory for %zu leaves", count);
     }
     for (size_t i = 0; status == OG_OK && i < count; i++) {
         StableIValue element = 0;
@@ -100,8 +116,7 @@ leaves_take(StableIValue value, leaves *all, og_error *err)
         leaf *one = &all->items[i];
         status = leaf_describe(one, i, err);
         one->offset = all->total;
-        int64_t stride =
-            status == OG_OK ? og_pack_stride(one->bytes) : 0;
+        int64_t stride = status == OG_OK ? og_pack_stride(one->bytes) : 0;
         if (stride < 0 ||
             __builtin_add_overflow(all->total, stride, &all->total)) {
             status = og_fail(err, OG_BAD_ARGUMENT,
@@ -271,11 +286,11 @@ unpack_one(const leaf *one, const char *data, StableListHandle list,
 {
     AtenTensorHandle fresh = NULL;
     void *target = NULL;
-    og_status status = og_shim_check(
-        aoti_torch_empty_strided(one->ndim, one->sizes, one->strides,
-                                 one->dtype, aoti_torch_device_type_cpu(), 0,
-                                 &fresh),
-        "allocating a leaf", err);
+    og_status status =
+        og_shim_check(aoti_torch_empty_strided(
+                          one->ndim, one->sizes, one->strides, one->dtype,
+                          aoti_torch_device_type_cpu(), 0, &fresh),
+                      "allocating a leaf", err);
     if (status != OG_OK) {
         return status;
     }
@@ -293,22 +308,6 @@ unpack_one(const leaf *one, const char *data, StableListHandle list,
         (void)aoti_torch_delete_tensor_object(fresh);
     }
     return status;
-}
-
-/* Deletes a list together with the tensors in it. */
-static void
-list_delete(StableListHandle list)
-{
-    size_t count = 0;
-    (void)torch_list_size(list, &count);
-    for (size_t i = 0; i < count; i++) {
-        StableIValue element = 0;
-        if (torch_list_get_item(list, i, &element) == 0) {
-            (void)aoti_torch_delete_tensor_object(
-                (AtenTensorHandle)(uintptr_t)element);
-        }
-    }
-    (void)torch_delete_list(list);
 }
 
 void

@@ -28,6 +28,7 @@ X(OgShimCode, aoti_torch_library_init_impl, (const char *ns, const char *key, co
 X(OgShimCode, aoti_torch_library_def, (TorchLibraryHandle self, const char *schema))
 X(void, aoti_torch_check, (bool cond, const char *func, const char *file, uint32_t line, const char *msg))
 X(OgShimCode, torch_library_impl, (TorchLibraryHandle self, const char *name, void (*fn)(StableIValue *, uint64_t, uint64_t), uint64_t build_version))
+X(OgShimCode, torch_get_const_data_ptr, (AtenTensorHandle tensor, const void **ret))
 X(OgShimCode, torch_new_list_reserve_size, (size_t size, StableListHandle *ret))
 X(OgShimCode, torch_list_size, (StableListHandle list, size_t *ret))
 X(OgShimCode, torch_list_get_item, (StableListHandle list, size_t index, StableIValue *ret))
