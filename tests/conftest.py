@@ -1,0 +1,77 @@
+"""What every test starts from: one torch thread, known seeds, modes and settings left as found.
+
+Nothing here puts ``python/`` on sys.path: the tests run against the opguard that is installed.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# No test may reach the network by accident, and no progress bar or advice may turn into a failure.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread: the machine may have few cores, and timings and sums then repeat."""
+    del config
+    try:
+        import torch
+    except ImportError:  # the torch-free tests run where there is none
+        return
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The same random numbers in every test, in any order; a mode left on is the test's failure."""
+    random.seed(0)
+    torch_free = "torchfree" in request.path.parts
+    if torch_free:
+        yield
+        return
+    import torch
+
+    torch.manual_seed(0)
+    yield
+    left_on = [
+        name
+        for name, on in (
+            ("no_grad", not torch.is_grad_enabled()),
+            ("inference_mode", torch.is_inference_mode_enabled()),
+            ("autocast", torch.is_autocast_enabled("cpu")),
+            ("deterministic", torch.are_deterministic_algorithms_enabled()),
+        )
+        if on
+    ]
+    if left_on:
+        torch._C._set_grad_enabled(True)
+        torch.set_autocast_enabled("cpu", False)
+        torch.use_deterministic_algorithms(False)
+        pytest.fail(f"expected the test to leave torch's modes as found, left on: {left_on}")
+
+
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """The cyclic collector is off: what must be free is free without it."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The folder with csrc, python and tests in it."""
+    return ROOT
