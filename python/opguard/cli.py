@@ -1,0 +1,70 @@
+"""The ``opguard`` command: demo, info, selftest.
+
+Only argparse is imported here; each command imports what it needs, so that ``--help`` is light.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from opguard import demo
+
+    return demo.main(device=arguments.device)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from opguard import info
+
+    print(info.as_json() if arguments.json else info.as_text())
+    return 0
+
+
+def _selftest(arguments: argparse.Namespace) -> int:
+    from opguard import tests
+
+    return tests.main(arguments.pytest_arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="opguard", description="Run PyTorch models under guard: nothing leaks."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo", help="run a real sentence-embedding model under guard, offline"
+    )
+    demo.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
+    demo.set_defaults(run=_demo)
+
+    info = commands.add_parser("info", help="print versions, devices, instruction set and floors")
+    info.add_argument("--json", action="store_true", help="print a JSON object")
+    info.set_defaults(run=_info)
+
+    selftest = commands.add_parser("selftest", help="run the smoke tests of this installation")
+    selftest.add_argument(
+        "pytest_arguments", nargs="*", metavar="ARG", help="arguments for pytest, after --"
+    )
+    selftest.set_defaults(run=_selftest)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0 done, 1 failed, 2 wrong usage.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of the process.
+    """
+    arguments = _parser().parse_args(argv)
+    result: int = arguments.run(arguments)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
