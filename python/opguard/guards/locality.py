@@ -1,0 +1,354 @@
+"""Keeps a block off the network: strict for the context that asked, invisible to every other one.
+
+How far the guard reaches is a context variable, so threads and asyncio tasks are independent. Three
+layers ask it, and all of them are taken down when the last guard of the process is left:
+
+1. `huggingface_hub.constants.HF_HUB_OFFLINE`, which huggingface_hub, transformers and diffusers
+   ask before each request and each cache decision, becomes an object whose truth is the user's own
+   value or, inside a guard, True. No environment variable is touched.
+2. `socket.getaddrinfo` and `socket.socket.connect` refuse to leave this machine inside a guard, for
+   what does not ask layer 1.
+3. A failure that means "not on this machine" leaves the guard as one sentence.
+
+A thread started inside a guard has a context of its own: run it in `contextvars.copy_context()`, or
+enter a guard in it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from opguard.guards._base import Guard
+
+__all__ = ["LocalFileMissing", "LocalityError", "hub_cache_dir", "is_local", "local_guard"]
+
+_depth: ContextVar[int] = ContextVar("opguard_local_depth", default=0)
+
+
+class LocalityError(ConnectionError):
+    """Something inside a `local_guard` tried to reach another machine."""
+
+
+class LocalFileMissing(FileNotFoundError):
+    """A file that a `local_guard` allowed to be read only here is not here.
+
+    The failure of the library that looked for it is the `__cause__`.
+    """
+
+
+def is_local() -> bool:
+    """Returns whether the current context is inside a strict `local_guard`."""
+    return _depth.get() > 0
+
+
+def hub_cache_dir() -> Path:
+    """Returns the folder of the Hugging Face hub cache, whether or not it exists."""
+    direct = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if direct:
+        return Path(direct).expanduser()
+    home = os.environ.get("HF_HOME")
+    if home:
+        return Path(home).expanduser() / "hub"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface/hub"
+
+
+def cache_in_use() -> str:
+    """Returns the cache folder that huggingface_hub uses, as a program may have changed it."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return str(hub_cache_dir())
+    return str(constants.HF_HUB_CACHE)
+
+
+def is_offline() -> bool:
+    """Returns whether the hub may not be asked here: by a guard, by the user, or for want of it."""
+    if is_local():
+        return True
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return True
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+class _Offline:
+    """The offline constant while a guard is active anywhere: true where the guard is."""
+
+    __slots__ = ("own",)
+
+    def __init__(self, own: object) -> None:
+        self.own = own
+
+    def __bool__(self) -> bool:
+        return _depth.get() > 0 or bool(self.own)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    def __hash__(self) -> int:
+        return hash(bool(self))
+
+    def __repr__(self) -> str:
+        return repr(bool(self))
+
+
+def _leaves_machine(address: object) -> bool:
+    """Returns whether a socket address, or a host, is on another machine."""
+    host = address[0] if isinstance(address, tuple) and address else address
+    if isinstance(host, bytes | bytearray):
+        host = bytes(host).decode("ascii", "replace")
+    if not isinstance(host, str):
+        return False
+    # A name without an address is a unix socket's path or the empty host, which is this machine.
+    return not (
+        host in ("", "localhost", "::1") or host.startswith(("127.", "/", "\0", "::ffff:127."))
+    )
+
+
+def _refuse(what: object) -> None:
+    raise LocalityError(
+        f"local_guard: expected no connection to another machine, got one to {what!r:.120}; "
+        "load from a local folder or a filled cache, or leave the guard for this step"
+    )
+
+
+class _Patches:
+    """The two process-wide layers: in place while any guard is active, counted."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._active = 0
+        self._undo: list[Callable[[], None]] = []
+
+    def acquire(self) -> None:
+        with self._lock:
+            if self._active == 0:
+                self._install()
+            self._active += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._active -= 1
+            if self._active == 0:
+                while self._undo:
+                    self._undo.pop()()
+
+    def _replace(self, owner: Any, name: str, new: object) -> None:
+        had = name in vars(owner)
+        old = getattr(owner, name)
+        setattr(owner, name, new)
+
+        def undo() -> None:
+            # Somebody else's later patch is theirs to take back.
+            if vars(owner).get(name) is new:
+                if had:
+                    setattr(owner, name, old)
+                else:
+                    delattr(owner, name)
+
+        self._undo.append(undo)
+
+    def _install(self) -> None:
+        try:
+            # Two milliseconds, and transformers or diffusers imported later inside the guard
+            # find the constant as it must be.
+            from huggingface_hub import constants
+        except ImportError:
+            pass
+        else:
+            own = getattr(constants, "HF_HUB_OFFLINE", False)
+            self._replace(constants, "HF_HUB_OFFLINE", _Offline(own))
+        self._replace(socket, "getaddrinfo", _guarded_lookup(socket.getaddrinfo))
+        for name in ("connect", "connect_ex"):
+            self._replace(socket.socket, name, _guarded_connect(getattr(socket.socket, name)))
+
+
+def _guarded_lookup(real: Callable[..., Any]) -> Callable[..., Any]:
+    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if _depth.get() > 0 and host is not None and _leaves_machine(host):
+            _refuse(host)
+        return real(host, *args, **kwargs)
+
+    return getaddrinfo
+
+
+def _guarded_connect(real: Callable[..., Any]) -> Callable[..., Any]:
+    def connect(self: socket.socket, address: Any) -> Any:
+        inet = self.family != getattr(socket, "AF_UNIX", None)
+        if _depth.get() > 0 and inet and _leaves_machine(address):
+            _refuse(address)
+        return real(self, address)
+
+    return connect
+
+
+_patches: Final = _Patches()
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield found
+        waiting += [found.__context__, found.__cause__]
+
+
+_LIBRARIES = ("huggingface_hub", "transformers", "diffusers")
+_REPO_NAMES = ("repo_id", "path_or_repo_id", "pretrained_model_name_or_path")
+_FILE_NAMES = ("filename", "weights_name")
+
+
+def _library_locals(error: BaseException) -> Iterator[dict[str, Any]]:
+    """Yields the locals of the hub libraries' frames that `error` passed, outermost first."""
+    trace: TracebackType | None = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] in _LIBRARIES:
+            yield frame.f_locals
+        trace = trace.tb_next
+
+
+def _wanted(error: BaseException) -> dict[str, str]:
+    """Returns what was looked for: repo, and file, revision and kind where they are known."""
+    wanted: dict[str, str] = {}
+    for found in _chain(error):
+        for names in _library_locals(found):
+            for name in _REPO_NAMES:
+                if isinstance(names.get(name), str | os.PathLike):
+                    wanted["repo"] = os.fspath(names[name])
+            for name in _FILE_NAMES:
+                if isinstance(names.get(name), str):
+                    wanted["file"] = names[name]
+            for name in ("revision", "repo_type", "subfolder"):
+                if isinstance(names.get(name), str) and names[name]:
+                    wanted[name] = str(names[name])
+        named = re.search(r"no file named ([\w.-]+\w)", str(found))
+        if named:
+            wanted.setdefault("file", named[1])
+    return wanted
+
+
+_ABSENT = ("no file named", "not appear to have", "couldn't find", "not fully cached")
+
+
+def _means_missing(error: BaseException, wanted: dict[str, str]) -> bool:
+    """Returns whether `error` comes from a file or repo that is not on this machine."""
+    for found in _chain(error):
+        if isinstance(found, LocalityError):
+            return True
+        if type(found).__name__ in (
+            "LocalEntryNotFoundError",
+            "OfflineModeIsEnabled",
+            "HFValidationError",
+        ):
+            return True
+    folder = Path(wanted["repo"])
+    if isinstance(error, OSError):
+        return any(words in str(error) for words in _ABSENT)
+    if isinstance(error, ValueError) and folder.is_dir():
+        # transformers says "unrecognized model" of a folder without a configuration.
+        wanted.setdefault("file", "config.json")
+        return not any((folder / name).exists() for name in ("config.json", "model_index.json"))
+    return False
+
+
+def _sentence(wanted: dict[str, str]) -> str:
+    repo, file = wanted["repo"], wanted.get("file")
+    if wanted.get("subfolder") and file and not file.startswith(wanted["subfolder"]):
+        file = f"{wanted['subfolder']}/{file}"
+    what = f"{file} of {repo!r}" if file else repo
+    if os.path.isdir(repo):
+        return (
+            f"local_guard: expected {file or 'a model'} in the folder {repo!r}, found none; "
+            f"fetch it first with: hf download REPO {file or ''}".rstrip()
+            + f" --local-dir {repo}"
+        )
+    if repo.startswith(("/", ".", "~")) or repo.count("/") > 1:
+        return (
+            f"local_guard: expected {what} on this machine, there is no folder {repo!r}; "
+            f"fetch it first with: hf download REPO --local-dir {repo}"
+        )
+    words = ["hf download", repo]
+    if file:
+        words.append(file)
+    if wanted.get("repo_type", "model") != "model":
+        words.append(f"--repo-type {wanted['repo_type']}")
+    if wanted.get("revision", "main") != "main":
+        words.append(f"--revision {wanted['revision']}")
+    return (
+        f"local_guard: expected {what if file else repr(repo)} on this machine, found no copy in "
+        f"{cache_in_use()}; fetch it first with: {' '.join(words)}"
+    )
+
+
+def missing_file(error: BaseException) -> LocalFileMissing | None:
+    """Returns the one sentence that `error` means, None where it means something else."""
+    if isinstance(error, LocalFileMissing) or not isinstance(error, Exception):
+        return None
+    wanted = _wanted(error)
+    if "repo" not in wanted or not _means_missing(error, wanted):
+        return None
+    return LocalFileMissing(_sentence(wanted))
+
+
+class local_guard(Guard):
+    """Opens no connection to another machine inside the block, in this context only.
+
+    huggingface_hub, transformers and diffusers read what is on this machine as if they were told
+    to be offline; whatever else tries to connect gets a `LocalityError`. A file that is not here is
+    a `LocalFileMissing` that names it and the command that fetches it.
+
+    `local_files_only=False` changes nothing: it neither lifts the user's own HF_HUB_OFFLINE nor an
+    outer `local_guard`. Yields the guard.
+    """
+
+    def __init__(self, *, local_files_only: bool = True) -> None:
+        self.local_files_only = bool(local_files_only)
+
+    def _enter(self) -> local_guard:
+        if self.local_files_only:
+            enter_local()
+        return self
+
+    def _exit(self, error: BaseException | None) -> None:
+        if self.local_files_only:
+            leave_local()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Before the frames that know the name are sanitized.
+        missing = missing_file(error) if self.local_files_only and error is not None else None
+        super().__exit__(kind, error, trace)
+        if missing is not None:
+            # This frame is part of the new traceback and must not keep the old one.
+            del trace
+            raise missing from error
+
+
+def enter_local() -> None:
+    """Takes this context off the network, once more."""
+    _patches.acquire()
+    _depth.set(_depth.get() + 1)
+
+
+def leave_local() -> None:
+    """Undoes one `enter_local` of this context."""
+    _depth.set(max(0, _depth.get() - 1))
+    _patches.release()
