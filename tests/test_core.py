@@ -1,0 +1,103 @@
+"""csrc/core by C programs of its own, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from checkout import CSRC, TESTS
+from compiling import SANITIZERS, compile_c, need, sanitizer_environment
+
+PROGRAMS = sorted((TESTS / "core").glob("test_*.c"))
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_core_under_sanitizers(program, tmp_path):
+    sources = [program, *sorted((CSRC / "core").glob("*.c"))]
+    built = compile_c(tmp_path / program.stem, sources, *SANITIZERS)
+    run = subprocess.run(
+        [str(built)], env=sanitizer_environment(), capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+def test_every_core_file_has_a_program():
+    tested = {path.stem.removeprefix("test_") for path in PROGRAMS}
+    assert {path.stem for path in (CSRC / "core").glob("*.c")} <= tested
+
+
+def test_the_sanitizers_are_on(tmp_path):
+    """A program that reads freed memory fails, so the others' silence means something."""
+    bad = tmp_path / "bad.c"
+    bad.write_text(
+        "#include <stdlib.h>\nint main(void) { char *p = malloc(4); free(p); return *p; }\n"
+    )
+    built = compile_c(tmp_path / "bad", [bad], *SANITIZERS, "-Wno-use-after-free")
+    run = subprocess.run(
+        [str(built)], env=sanitizer_environment(), capture_output=True, check=False
+    )
+    assert run.returncode == 99
+    assert b"heap-use-after-free" in run.stderr
+
+
+# --- the ops library in a program without Python --------------------------------------------------
+
+
+def torch_lib() -> Path:
+    torch = pytest.importorskip("torch")
+    return Path(torch.__file__).parent / "lib"
+
+
+def build_program(folder: Path, *options: str) -> Path:
+    lib = torch_lib()
+    return compile_c(
+        folder / "ops_program",
+        [TESTS / "core" / "ops_program.c"],
+        *options,
+        flags=(f"-L{lib}", "-l:libtorch_cpu.so", "-l:libc10.so", f"-Wl,-rpath,{lib}", "-ldl"),
+    )
+
+
+def test_ops_load_without_python(tmp_path):
+    """The library the package ships: registered and right from C; 20,000 calls leak nothing."""
+    opguard = pytest.importorskip("opguard")
+    need("gcc")
+    library = Path(opguard.__file__).with_name("libopguard_ops.so")
+    run = subprocess.run(
+        [str(build_program(tmp_path)), str(library), "20000"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    before, after = map(int, run.stdout.split())
+    assert after - before < 64, f"{after - before} pages more after 20000 rounds"
+
+
+def test_ops_under_sanitizers(tmp_path):
+    """The same rounds with every file of the ops library instrumented."""
+    sources = [*sorted((CSRC / "core").glob("*.c")), *sorted((CSRC / "torch").glob("*.c"))]
+    library = compile_c(
+        tmp_path / "libopguard_ops.so",
+        [*sources, CSRC / "cuda" / "load.c"],
+        *SANITIZERS,
+        "-fPIC",
+        "-shared",
+        "-fexceptions",
+        flags=(f"-L{torch_lib()}", "-l:libtorch_cpu.so", "-ldl"),
+    )
+    program = build_program(tmp_path, *SANITIZERS)
+    # libtorch's own start-up keeps what it allocates: a leak of ours shows above, by growth.
+    environment = sanitizer_environment(
+        ASAN_OPTIONS="exitcode=99:detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0"
+    )
+    run = subprocess.run(
+        [str(program), str(library), "200"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
