@@ -1,0 +1,152 @@
+"""The torch-free tests again: under ASan and UBSan, under valgrind, on every other Python found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from checkout import TESTS, copy_clean
+from compiling import need
+from torchfree import bare_interpreter, other_pythons, run_torchfree
+
+SUPPRESSIONS = TESTS / "valgrind.supp"
+# What is not found of these is audited by abi3audit (test_build.py) and not run; the skip says so.
+KNOWN_MINORS = (11, 12, 13, 14, 15)
+
+
+def installed_extension() -> Path:
+    import opguard._C
+
+    return Path(opguard._C.__file__)
+
+
+def assert_passed(run: subprocess.CompletedProcess[str]) -> None:
+    assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
+    assert " passed" in run.stdout
+
+
+# --- ASan and UBSan -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``_C`` built the documented way: OPGUARD_SANITIZE=1."""
+    need("gcc")
+    pytest.importorskip("setuptools")
+    source = copy_clean(tmp_path_factory.mktemp("sanitized") / "source")
+    code = "from setuptools import setup; setup()"
+    built = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, "-q", "build_ext", "--inplace"],
+        cwd=source,
+        env={**os.environ, "OPGUARD_SANITIZE": "1", "OPGUARD_CUDA": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr[-4000:]
+    (extension,) = (source / "python" / "opguard").glob("_C*.so")
+    symbols = subprocess.run(
+        ["nm", "-D", str(extension)], capture_output=True, text=True, check=True
+    )
+    assert "__asan_" in symbols.stdout
+    assert "__ubsan_" in symbols.stdout
+    return extension
+
+
+def runtime(name: str) -> str:
+    found = subprocess.run(
+        ["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not os.path.isabs(found):
+        pytest.skip(f"gcc has no {name}")
+    return found
+
+
+def test_under_asan_and_ubsan(sanitized, tmp_path):
+    environment = {
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=99",
+        "PYTHONMALLOC": "malloc",
+    }
+    run = run_torchfree(bare_interpreter(), sanitized, tmp_path / "run", env=environment)
+    assert_passed(run)
+    assert "AddressSanitizer" not in run.stderr
+    assert "runtime error:" not in run.stderr
+
+
+# --- valgrind -------------------------------------------------------------------------------------
+
+
+def reports_of_ours(xml: str, extension: Path) -> list[str]:
+    """Every memcheck report that has a frame in ``extension``, in words."""
+    found = []
+    for error in ET.fromstring(xml).iter("error"):
+        frames = list(error.iter("frame"))
+        if any(Path(frame.findtext("obj", "")).name == extension.name for frame in frames):
+            what = error.findtext("what") or error.findtext("xwhat/text") or "?"
+            where = [frame.findtext("fn", "?") for frame in frames[:8]]
+            found.append(f"{error.findtext('kind')}: {what} at {' < '.join(where)}")
+    return found
+
+
+SAMPLE = """<valgrindoutput><error><kind>InvalidRead</kind><what>Invalid read of size 8</what>
+<stack><frame><obj>{}</obj><fn>f</fn></frame><frame><obj>/python</obj><fn>g</fn></frame></stack>
+</error></valgrindoutput>"""
+
+
+def test_a_report_of_ours_is_seen():
+    ours = Path("/site/opguard/_C.abi3.so")
+    assert reports_of_ours(SAMPLE.format("/elsewhere/_C.abi3.so"), ours)
+    assert not reports_of_ours(SAMPLE.format("/lib/libc.so.6"), ours)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_under_valgrind(tmp_path):
+    """No invalid access and no use of what was never set with a frame of ours in it."""
+    valgrind = need("valgrind")
+    report = tmp_path / "report.xml"
+    extension = installed_extension()
+    run = run_torchfree(
+        bare_interpreter(),
+        extension,
+        tmp_path / "run",
+        "-m",
+        "not slow",
+        prefix=(
+            valgrind,
+            "--tool=memcheck",
+            "--xml=yes",
+            f"--xml-file={report}",
+            "--num-callers=30",
+            "--leak-check=no",
+            f"--suppressions={SUPPRESSIONS}",
+        ),
+        env={"PYTHONMALLOC": "malloc"},
+        timeout=800,
+    )
+    assert_passed(run)
+    ours = reports_of_ours(report.read_text(), extension)
+    assert not ours, "\n".join(ours)
+
+
+# --- other Pythons --------------------------------------------------------------------------------
+
+OTHERS = other_pythons()
+MINORS = sorted({*KNOWN_MINORS, *(minor for _, minor in OTHERS)} - {sys.version_info[1]})
+
+
+@pytest.mark.parametrize("minor", MINORS)
+def test_on_another_python(minor, tmp_path):
+    """The very file this Python uses, on another."""
+    python = OTHERS.get((3, minor))
+    if python is None:
+        pytest.skip(f"no Python 3.{minor} is found: audited by abi3audit, not run")
+    run = run_torchfree(python, installed_extension(), tmp_path / "run")
+    assert_passed(run)
