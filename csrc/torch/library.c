@@ -100,6 +100,23 @@ tensor_data(void *impl, void **data)
                                                       : OG_TORCH_FAILED;
 }
 
+static og_status
+tensor_storage(void *impl, void **data)
+{
+    AtenTensorHandle handle = (AtenTensorHandle)(void *)&impl;
+    int64_t offset = 0;
+    int32_t dtype = 0;
+    void *first = NULL;
+    if (aoti_torch_get_data_ptr(handle, &first) != 0 ||
+        aoti_torch_get_storage_offset(handle, &offset) != 0 ||
+        aoti_torch_get_dtype(handle, &dtype) != 0) {
+        return OG_TORCH_FAILED;
+    }
+    size_t before = (size_t)offset * aoti_torch_dtype_element_size(dtype);
+    *data = first == NULL ? NULL : (char *)first - before;
+    return OG_OK;
+}
+
 const og_ops *
 og_ops_table(void)
 {
@@ -110,6 +127,7 @@ og_ops_table(void)
         .device_type_cpu = 0,
         .cpu_isa = og_cpu_isa,
         .cuda_ready = og_cuda_ready,
+        .tensor_storage = tensor_storage,
     };
     return &table;
 }

@@ -26,6 +26,8 @@ typedef struct og_ops {
     const char *(*cpu_isa)(void);
     /* OG_OK when the CUDA kernels can be loaded; err says why not. */
     og_status (*cuda_ready)(og_error *err);
+    /* Address of the first byte of the storage, NULL where there is none. */
+    og_status (*tensor_storage)(void *impl, void **data);
 } og_ops;
 
 /* A static table, never NULL; any thread. */

@@ -1,0 +1,614 @@
+/* Tensors: which are returned as they are, which detached, which copied.
+ *
+ * A tensor of exactly the bound class is looked at through cached getsets and
+ * the ops library; `.data` detaches it in two thirds of detach()'s time. It
+ * does not share the version counter, which nobody needs after a call, and
+ * is for the exact class only: subclasses are asked by their methods. */
+#include "py/detach_walk.h"
+
+#include <stdlib.h>
+
+static int
+bind_getter(PyObject *type, const char *name, og_getter *from)
+{
+    PyObject *found = PyObject_GetAttrString(type, name);
+    Py_CLEAR(from->descriptor);
+    from->get = NULL;
+    if (found == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError)) {
+            return -1;
+        }
+        PyErr_Clear();
+        return 0;
+    }
+    if (Py_TYPE(found) != &PyGetSetDescr_Type) {
+        Py_DECREF(found);
+        return 0;
+    }
+    from->descriptor = found;
+    from->get = (descrgetfunc)PyType_GetSlot(Py_TYPE(found), Py_tp_descr_get);
+    return 1;
+}
+
+static int
+bind_method(PyObject *type, const char *name, PyObject **method)
+{
+    PyObject *found = PyObject_GetAttrString(type, name);
+    Py_CLEAR(*method);
+    *method = found;
+    if (found == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError)) {
+            return -1;
+        }
+        PyErr_Clear();
+    }
+    return 0;
+}
+
+int
+og_leaf_bind(og_state *state)
+{
+    og_detach_state *detach = &state->detach;
+    PyObject *type = state->ops.tensor_type;
+    if (type == detach->bound) {
+        return 0;
+    }
+    const struct {
+        const char *name;
+        og_getter *from;
+    } getters[] = {
+        {"_cdata", &detach->cdata},
+        {"data", &detach->data},
+        {"is_leaf", &detach->is_leaf},
+        {"requires_grad", &detach->requires_grad},
+        {"_base", &detach->base},
+    };
+    bool fast = state->ops.table != NULL;
+    for (size_t i = 0; i < sizeof getters / sizeof *getters; i++) {
+        int found = bind_getter(type, getters[i].name, getters[i].from);
+        if (found < 0) {
+            return -1;
+        }
+        fast = fast && found == 1;
+    }
+    if (bind_method(type, "is_inference", &detach->is_inference) < 0 ||
+        bind_method(type, "clone", &detach->clone) < 0) {
+        return -1;
+    }
+    detach->fast =
+        fast && detach->is_inference != NULL && detach->clone != NULL;
+    og_shape_cache_clear(detach);
+    Py_XDECREF(detach->bound);
+    detach->bound = Py_NewRef(type);
+    return 0;
+}
+
+int
+og_walk_plain_mode(og_walk *walk)
+{
+    og_detach_state *detach = &walk->state->detach;
+    if (walk->mode != NULL || detach->inference_mode == NULL) {
+        return 0;
+    }
+    /* Entered by being made, left by being dropped; both set grad mode. */
+    walk->mode =
+        PyObject_CallFunctionObjArgs(detach->inference_mode, Py_False, NULL);
+    PyObject *done =
+        walk->mode == NULL
+            ? NULL
+            : PyObject_CallFunctionObjArgs(detach->set_grad, Py_False, NULL);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* --- what the guarded modules own --- */
+
+static int
+compare(const void *left, const void *right)
+{
+    uintptr_t a = *(const uintptr_t *)left, b = *(const uintptr_t *)right;
+    return a < b ? -1 : a > b;
+}
+
+/* The start of a tensor's storage; 0 when it has none. -1 on error. */
+static int
+storage_of(og_walk *walk, PyObject *tensor, uintptr_t *address)
+{
+    og_getter *cdata = &walk->state->detach.cdata;
+    PyObject *number =
+        cdata->get(cdata->descriptor, tensor, (PyObject *)Py_TYPE(tensor));
+    void *impl = number == NULL ? NULL : PyLong_AsVoidPtr(number),
+         *data = NULL;
+    Py_XDECREF(number);
+    *address = 0;
+    if (impl == NULL) {
+        return PyErr_Occurred() ? -1 : 0;
+    }
+    if (walk->state->ops.table->tensor_storage(impl, &data) == OG_OK) {
+        *address = (uintptr_t)data;
+    }
+    return 0;
+}
+
+static int
+own_tensors(og_walk *walk, PyObject *dict, Py_ssize_t *room)
+{
+    PyObject *name, *tensor;
+    Py_ssize_t place = 0;
+    while (PyDict_Next(dict, &place, &name, &tensor)) {
+        uintptr_t address = 0;
+        if (!PyObject_TypeCheck(
+                tensor, (PyTypeObject *)walk->state->ops.tensor_type)) {
+            continue;
+        }
+        if (storage_of(walk, tensor, &address) < 0) {
+            return -1;
+        }
+        if (walk->owned_count == *room) {
+            Py_ssize_t more = *room == 0 ? 64 : *room * 2;
+            uintptr_t *grown =
+                PyMem_Realloc(walk->owned, (size_t)more * sizeof *grown);
+            if (grown == NULL) {
+                PyErr_NoMemory();
+                return -1;
+            }
+            walk->owned = grown;
+            *room = more;
+        }
+        if (address != 0) {
+            walk->owned[walk->owned_count++] = address;
+        }
+    }
+    return 0;
+}
+
+/* Queues the submodules of module and notes its parameters and buffers. */
+static int
+own_module(og_walk *walk, PyObject *module, PyObject *queue, PyObject *seen,
+           Py_ssize_t *room)
+{
+    PyObject *names = PyObject_GenericGetDict(module, NULL);
+    PyObject *child, *name;
+    Py_ssize_t place = 0;
+    int result = names == NULL || !PyDict_Check(names) ? -1 : 0;
+    if (result < 0) {
+        PyErr_Format(PyExc_TypeError,
+                     "expected models to be modules, got %.150R",
+                     (PyObject *)Py_TYPE(module));
+    }
+    PyObject *inside[3] = {NULL, NULL, NULL};
+    static const char *const members[] = {"_parameters", "_buffers",
+                                          "_modules"};
+    for (int i = 0; result == 0 && i < 3; i++) {
+        PyObject *dict = PyDict_GetItemString(names, members[i]);
+        inside[i] = dict != NULL && PyDict_Check(dict) ? dict : NULL;
+    }
+    for (int i = 0; result == 0 && i < 2; i++) {
+        result = inside[i] == NULL ? 0 : own_tensors(walk, inside[i], room);
+    }
+    while (result == 0 && inside[2] != NULL &&
+           PyDict_Next(inside[2], &place, &name, &child)) {
+        PyObject *id = child == Py_None ? NULL : PyLong_FromVoidPtr(child);
+        int known = id == NULL ? 1 : PySet_Contains(seen, id);
+        if (known < 0 || (known == 0 && (PySet_Add(seen, id) < 0 ||
+                                         PyList_Append(queue, child) < 0))) {
+            result = -1;
+        }
+        Py_XDECREF(id);
+    }
+    Py_XDECREF(names);
+    return result;
+}
+
+static int
+own_all(og_walk *walk)
+{
+    PyObject *queue = PySequence_List(walk->models);
+    PyObject *seen = queue == NULL ? NULL : PySet_New(NULL);
+    Py_ssize_t room = 0;
+    int result = seen == NULL ? -1 : 0;
+    for (Py_ssize_t i = 0; result == 0 && i < PyList_Size(queue); i++) {
+        result =
+            own_module(walk, PyList_GetItem(queue, i), queue, seen, &room);
+    }
+    Py_XDECREF(queue);
+    Py_XDECREF(seen);
+    if (result == 0 && walk->owned_count > 0) {
+        qsort(walk->owned, (size_t)walk->owned_count, sizeof *walk->owned,
+              compare);
+    }
+    walk->owned_ready = result == 0;
+    return result;
+}
+
+/* 1 when tensor's storage is that of a parameter or buffer of the models. */
+static int
+is_owned(og_walk *walk, PyObject *tensor)
+{
+    uintptr_t address = 0;
+    if (walk->models == NULL || !walk->state->detach.fast ||
+        PyTuple_Size(walk->models) == 0) {
+        return 0;
+    }
+    if ((!walk->owned_ready && own_all(walk) < 0) ||
+        storage_of(walk, tensor, &address) < 0) {
+        return -1;
+    }
+    return address != 0 && walk->owned_count > 0 &&
+           bsearch(&address, walk->owned, (size_t)walk->owned_count,
+                   sizeof address, compare) != NULL;
+}
+
+/* --- by methods --- */
+
+static int
+truth(PyObject *answer)
+{
+    int result = answer == NULL ? -1 : PyObject_IsTrue(answer);
+    Py_XDECREF(answer);
+    return result;
+}
+
+static int
+nbytes_differ(og_detach_state *detach, PyObject *tensor)
+{
+    PyObject *storage =
+        PyObject_CallMethodObjArgs(tensor, detach->name_storage, NULL);
+    PyObject *whole =
+        storage == NULL
+            ? NULL
+            : PyObject_CallMethodObjArgs(storage, detach->name_nbytes, NULL);
+    PyObject *own =
+        whole == NULL ? NULL : PyObject_GetAttr(tensor, detach->name_nbytes);
+    int same = own == NULL ? -1 : PyObject_RichCompareBool(whole, own, Py_EQ);
+    Py_XDECREF(own);
+    Py_XDECREF(whole);
+    Py_XDECREF(storage);
+    if (same >= 0) {
+        return !same;
+    }
+    if (PyErr_ExceptionMatches(PyExc_MemoryError) ||
+        !PyErr_ExceptionMatches(PyExc_Exception)) {
+        return -1;
+    }
+    PyErr_Clear(); /* sparse and wrappers: no storage to tell about */
+    return 1;
+}
+
+/* The copy rule, for a tensor in host memory. */
+static int
+must_copy(og_walk *walk, PyObject *tensor)
+{
+    og_detach_state *detach = &walk->state->detach;
+    int result = truth(
+        PyObject_CallMethodObjArgs(tensor, detach->name_is_inference, NULL));
+    if (result != 0) {
+        return result;
+    }
+    PyObject *base = PyObject_GetAttr(tensor, detach->name_base);
+    if (base == NULL) {
+        return -1;
+    }
+    result = base != Py_None;
+    Py_DECREF(base);
+    if (result == 0) {
+        result = nbytes_differ(detach, tensor);
+    }
+    return result != 0 ? result : is_owned(walk, tensor);
+}
+
+/* Replaces *tensor, which it owns, by what method gives. */
+static int
+become(PyObject **tensor, PyObject *method)
+{
+    PyObject *other = PyObject_CallMethodObjArgs(*tensor, method, NULL);
+    Py_DECREF(*tensor);
+    *tensor = other;
+    return other == NULL ? -1 : 0;
+}
+
+/* Gives *tensor, which it owns, the class of source. */
+static int
+take_class(og_walk *walk, PyObject **tensor, PyObject *source)
+{
+    og_state *state = walk->state;
+    PyObject *type = (PyObject *)Py_TYPE(source), *other = NULL;
+    bool parameter =
+        state->ops.parameter_type != NULL &&
+        PyType_IsSubtype((PyTypeObject *)type,
+                         (PyTypeObject *)state->ops.parameter_type);
+    if (type == state->ops.parameter_type) {
+        other = PyObject_CallFunctionObjArgs(type, *tensor, Py_False, NULL);
+    }
+    else if ((PyObject *)Py_TYPE(*tensor) == type) {
+        return 0;
+    }
+    else if (parameter && state->detach.make_subclass != NULL) {
+        other = PyObject_CallFunctionObjArgs(state->detach.make_subclass, type,
+                                             *tensor, Py_False, NULL);
+    }
+    else {
+        other = PyObject_CallMethodObjArgs(
+            *tensor, state->detach.name_as_subclass, type, NULL);
+    }
+    Py_DECREF(*tensor);
+    *tensor = other;
+    return other == NULL ? -1 : 0;
+}
+
+PyObject *
+og_leaf_any(og_walk *walk, PyObject *tensor, bool *plain)
+{
+    og_detach_state *detach = &walk->state->detach;
+    PyObject *parameter = walk->state->ops.parameter_type;
+    if (og_walk_plain_mode(walk) < 0) {
+        return NULL;
+    }
+    int host = truth(PyObject_GetAttr(tensor, detach->name_is_cpu));
+    int meta = host != 0
+                   ? host
+                   : truth(PyObject_GetAttr(tensor, detach->name_is_meta));
+    int grad =
+        meta < 0 ? -1
+                 : truth(PyObject_GetAttr(tensor, detach->name_requires_grad));
+    int copy = grad;
+    if (grad >= 0) {
+        copy = walk->copy ||
+               (parameter != NULL &&
+                PyObject_TypeCheck(tensor, (PyTypeObject *)parameter));
+    }
+    if (copy == 0 && host) {
+        copy = must_copy(walk, tensor);
+    }
+    if (copy < 0) {
+        return NULL;
+    }
+    PyObject *result =
+        PyObject_CallMethodObjArgs(tensor, detach->name_detach, NULL);
+    *plain = !copy && !grad && (host || meta);
+    if (result == NULL ||
+        (!host && !meta && become(&result, detach->name_cpu) < 0) ||
+        (host && copy && become(&result, detach->name_clone) < 0) ||
+        take_class(walk, &result, tensor) < 0) {
+        return NULL;
+    }
+    return result;
+}
+
+/* --- on an accelerator --- */
+
+static og_seen
+go_far(og_walk *walk, og_node *parent, Py_ssize_t slot, PyObject *tensor)
+{
+    og_detach_state *detach = &walk->state->detach;
+    if (walk->remote_count == walk->remote_room) {
+        Py_ssize_t room = walk->remote_room == 0 ? 64 : walk->remote_room * 2;
+        og_remote *grown =
+            PyMem_Realloc(walk->remotes, (size_t)room * sizeof *grown);
+        if (grown == NULL) {
+            PyErr_NoMemory();
+            return OG_SEEN_ERROR;
+        }
+        walk->remotes = grown;
+        walk->remote_room = room;
+    }
+    og_node *node = og_node_new(walk, OG_BASE_REMOTE, NULL, tensor);
+    if (node == NULL) {
+        return OG_SEEN_ERROR;
+    }
+    node->parent = parent;
+    node->slot = slot;
+    PyObject *detached =
+        PyObject_CallMethodObjArgs(tensor, detach->name_detach, NULL);
+    if (detached == NULL) {
+        og_blame_note(parent, slot);
+        return OG_SEEN_ERROR;
+    }
+    walk->remotes[walk->remote_count++] = (og_remote){detached, node};
+    if (og_memo_insert(&walk->memo, tensor, NULL, node) < 0 ||
+        og_node_wait(node, parent, slot) < 0) {
+        return OG_SEEN_ERROR;
+    }
+    walk->parked++; /* nodes stay: this one's parent tells its path */
+    return OG_SEEN_WAIT;
+}
+
+/* The tensors in host memory, in order: a list, a new reference. */
+static PyObject *
+fetch_list(og_walk *walk, og_remote *remotes, Py_ssize_t count)
+{
+    og_detach_state *detach = &walk->state->detach;
+    PyObject *far = PyList_New(count), *near = NULL;
+    for (Py_ssize_t i = 0; far != NULL && i < count; i++) {
+        (void)PyList_SetItem(far, i, Py_NewRef(remotes[i].tensor));
+    }
+    if (far == NULL || detach->fetch != NULL) {
+        near = far == NULL
+                   ? NULL
+                   : PyObject_CallFunctionObjArgs(detach->fetch, far, NULL);
+        Py_XDECREF(far);
+        if (near != NULL &&
+            (!PyList_Check(near) || PyList_Size(near) != count)) {
+            Py_CLEAR(near);
+            PyErr_SetString(PyExc_TypeError,
+                            "expected fetch to return as many tensors");
+        }
+        return near;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *one = PyObject_CallMethodObjArgs(remotes[i].tensor,
+                                                   detach->name_cpu, NULL);
+        if (one == NULL || PyList_SetItem(far, i, one) < 0) {
+            Py_DECREF(far);
+            return NULL;
+        }
+    }
+    return far;
+}
+
+int
+og_walk_fetch(og_walk *walk)
+{
+    og_remote *remotes = walk->remotes;
+    Py_ssize_t count = walk->remote_count;
+    walk->remotes = NULL;
+    walk->remote_count = walk->remote_room = 0;
+    int result = og_walk_plain_mode(walk);
+    PyObject *near = result < 0 ? NULL : fetch_list(walk, remotes, count);
+    result = near == NULL ? -1 : 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        og_node *node = remotes[i].node;
+        if (result == 0) {
+            PyObject *one = Py_NewRef(PyList_GetItem(near, i));
+            bool parameter = (PyObject *)Py_TYPE(node->source) ==
+                             walk->state->ops.parameter_type;
+            if (parameter) {
+                result = take_class(walk, &one, node->source);
+            }
+            if (result == 0) {
+                result = og_node_complete(walk, node, one);
+                walk->parked--;
+            }
+            Py_XDECREF(one);
+        }
+        Py_DECREF(remotes[i].tensor);
+    }
+    PyMem_Free(remotes);
+    Py_XDECREF(near);
+    return result;
+}
+
+/* --- the exact class --- */
+
+static inline PyObject *
+get(const og_getter *from, PyObject *tensor)
+{
+    return from->get(from->descriptor, tensor, (PyObject *)Py_TYPE(tensor));
+}
+
+static int
+is_inference(og_detach_state *detach, PyObject *tensor)
+{
+    return truth(
+        PyObject_CallFunctionObjArgs(detach->is_inference, tensor, NULL));
+}
+
+/* The copy rule again, from the inside; whole: it fills its storage. */
+static int
+fast_must_copy(og_walk *walk, PyObject *tensor, bool whole, bool *grad)
+{
+    og_detach_state *detach = &walk->state->detach;
+    if (walk->copy || !whole ||
+        (PyObject *)Py_TYPE(tensor) == walk->state->ops.parameter_type) {
+        return 1;
+    }
+    PyObject *answer = get(&detach->requires_grad, tensor);
+    int result = 1;
+    if (answer == NULL) {
+        return -1;
+    }
+    *grad = answer == Py_True;
+    Py_DECREF(answer);
+    if (*grad) {
+        /* What autograd made is no inference tensor; asking is dearer. */
+        answer = get(&detach->is_leaf, tensor);
+        if (answer == NULL) {
+            return -1;
+        }
+        result = answer == Py_True;
+        Py_DECREF(answer);
+    }
+    if (result) {
+        result = is_inference(detach, tensor);
+        if (result != 0) {
+            return result;
+        }
+    }
+    answer = get(&detach->base, tensor);
+    if (answer == NULL) {
+        return -1;
+    }
+    result = answer != Py_None;
+    Py_DECREF(answer);
+    return result || walk->models == NULL ? result : is_owned(walk, tensor);
+}
+
+static PyObject *
+fast_leaf(og_walk *walk, PyObject *tensor, bool whole)
+{
+    og_detach_state *detach = &walk->state->detach;
+    bool grad = false;
+    int copy = fast_must_copy(walk, tensor, whole, &grad);
+    if (copy < 0) {
+        return NULL;
+    }
+    if (copy == 0) {
+        return grad ? get(&detach->data, tensor) : Py_NewRef(tensor);
+    }
+    if (og_walk_plain_mode(walk) < 0) {
+        return NULL;
+    }
+    PyObject *made = PyObject_CallFunctionObjArgs(detach->clone, tensor, NULL);
+    if (made != NULL &&
+        (PyObject *)Py_TYPE(tensor) == walk->state->ops.parameter_type) {
+        (void)take_class(walk, &made, tensor);
+    }
+    return made;
+}
+
+og_seen
+og_leaf_exact(og_walk *walk, og_node *node, Py_ssize_t slot, PyObject *tensor,
+              PyObject **value)
+{
+    og_detach_state *detach = &walk->state->detach;
+    const og_ops *table = walk->state->ops.table;
+    int64_t storage = 0, elements = 0;
+    int32_t device = 0;
+    PyObject *made = NULL;
+    bool fast = false;
+    if (detach->fast) {
+        PyObject *number = get(&detach->cdata, tensor);
+        void *impl = number == NULL ? NULL : PyLong_AsVoidPtr(number);
+        Py_XDECREF(number);
+        if (number == NULL || (impl == NULL && PyErr_Occurred())) {
+            return OG_SEEN_ERROR;
+        }
+        fast = impl != NULL && table->tensor_extent(impl, &storage, &elements,
+                                                    &device) == OG_OK;
+    }
+    if (fast && device == table->device_type_cpu) {
+        if (walk->far) {
+            return go_far(walk, node, slot, tensor);
+        }
+        made = fast_leaf(walk, tensor, storage == elements);
+    }
+    else {
+        int near = truth(PyObject_GetAttr(tensor, detach->name_is_cpu));
+        if (near == 0) {
+            near = truth(PyObject_GetAttr(tensor, detach->name_is_meta));
+        }
+        if (near < 0) {
+            og_blame_note(node, slot);
+            return OG_SEEN_ERROR;
+        }
+        if (near == 0 || walk->far) {
+            return go_far(walk, node, slot, tensor);
+        }
+        bool plain = false;
+        made = og_leaf_any(walk, tensor, &plain);
+        if (made != NULL && plain) {
+            Py_DECREF(made);
+            made = Py_NewRef(tensor);
+        }
+    }
+    if (made == NULL) {
+        og_blame_note(node, slot);
+        return OG_SEEN_ERROR;
+    }
+    if (og_memo_insert(&walk->memo, tensor, made, NULL) < 0) {
+        Py_DECREF(made);
+        return OG_SEEN_ERROR;
+    }
+    *value = made;
+    return OG_SEEN_DONE;
+}
