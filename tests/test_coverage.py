@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from checkout import ROOT, TESTS
 
 TEXT = (TESTS / "COVERAGE.md").read_text()

@@ -13,6 +13,13 @@ static const og_family *const families[] = {
 #define FAMILY_COUNT (sizeof families / sizeof *families)
 
 static int
+no_memory(void)
+{
+    PyErr_NoMemory();
+    return -1;
+}
+
+static int
 module_exec(PyObject *module)
 {
     og_state *state = og_state_get(module);
@@ -23,7 +30,8 @@ module_exec(PyObject *module)
             return -1;
         }
         if (family->exec != NULL && family->exec(module, state) < 0) {
-            return -1;
+            /* PyStructSequence_NewType runs out of memory without a word. */
+            return PyErr_Occurred() != NULL ? -1 : no_memory();
         }
     }
     return 0;
