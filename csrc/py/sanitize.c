@@ -314,32 +314,37 @@ sanitize_exit(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
-static PyStructSequence_Field tensor_fields[] = {
-    {"shape", "the size of each dimension, a tuple of int"},
-    {"dtype", "the dtype, as the tensor's own attribute gave it"},
-    {"device", "the device, as the tensor's own attribute gave it"},
-    {NULL, NULL},
-};
-
-static PyStructSequence_Desc tensor_desc = {
-    "opguard.sanitizing.TensorSummary",
-    "What stands for a tensor in the payload of a sanitized exception.",
-    tensor_fields,
-    3,
-};
-
-static PyStructSequence_Field object_fields[] = {
-    {"type", "the qualified name of the object's class"},
-    {NULL, NULL},
-};
-
-static PyStructSequence_Desc object_desc = {
-    "opguard.sanitizing.ObjectSummary",
-    "What stands for an object that holds tensors, such as a module, in the "
-    "payload of a sanitized exception.",
-    object_fields,
-    1,
-};
+/* The types that stand for tensors and for objects that hold some. */
+static int
+exec_summaries(og_sanitize_state *s)
+{
+    PyStructSequence_Field tensor_fields[] = {
+        {"shape", "the size of each dimension, a tuple of int"},
+        {"dtype", "the dtype, as the tensor's own attribute gave it"},
+        {"device", "the device, as the tensor's own attribute gave it"},
+        {NULL, NULL},
+    };
+    PyStructSequence_Desc tensor_desc = {
+        "opguard.sanitizing.TensorSummary",
+        "What stands for a tensor in the payload of a sanitized exception.",
+        tensor_fields,
+        3,
+    };
+    PyStructSequence_Field object_fields[] = {
+        {"type", "the qualified name of the object's class"},
+        {NULL, NULL},
+    };
+    PyStructSequence_Desc object_desc = {
+        "opguard.sanitizing.ObjectSummary",
+        "What stands for an object that holds tensors, such as a module, in "
+        "the payload of a sanitized exception.",
+        object_fields,
+        1,
+    };
+    s->tensor_summary = (PyObject *)PyStructSequence_NewType(&tensor_desc);
+    s->object_summary = (PyObject *)PyStructSequence_NewType(&object_desc);
+    return s->tensor_summary == NULL || s->object_summary == NULL ? -1 : 0;
+}
 
 /* slot = import_module(module).name, and it must be a type. */
 static int
@@ -440,11 +445,8 @@ sanitize_exec(PyObject *module, og_state *state)
     s->hide_names = text_tuple(hide, sizeof hide / sizeof *hide);
     s->global_names = text_tuple(globals, sizeof globals / sizeof *globals);
     s->first = first_instruction();
-    s->tensor_summary = (PyObject *)PyStructSequence_NewType(&tensor_desc);
-    s->object_summary = (PyObject *)PyStructSequence_NewType(&object_desc);
     if (s->hide_names == NULL || s->global_names == NULL || s->first == NULL ||
-        s->tensor_summary == NULL || s->object_summary == NULL ||
-        exec_types(s) < 0) {
+        exec_summaries(s) < 0 || exec_types(s) < 0) {
         return -1;
     }
     if (PyModule_AddObjectRef(module, "TensorSummary", s->tensor_summary) <

@@ -404,7 +404,7 @@ static PyObject *
 make_shell(copy_work *work, copy_node *node)
 {
     og_sanitize_state *s = &work->walk->state->sanitize;
-    PyObject *object = node->object, *result = NULL;
+    PyObject *object = node->object, *result = NULL, *maxlen = NULL;
     switch (node->kind) {
         case KIND_LIST:
             result = PyList_CheckExact(object)
@@ -419,7 +419,12 @@ make_shell(copy_work *work, copy_node *node)
         case KIND_SET:
             return PySet_New(NULL);
         case KIND_DEQUE:
-            return PyObject_CallNoArgs(s->deque_type);
+            maxlen = PyObject_GetAttrString(object, "maxlen");
+            result = maxlen == NULL
+                         ? NULL
+                         : PyObject_CallFunction(s->deque_type, "()O", maxlen);
+            Py_XDECREF(maxlen);
+            return result;
         case KIND_RECORD:
             result = Py_TYPE(object) == (PyTypeObject *)s->namespace_type
                          ? PyObject_CallNoArgs(s->namespace_type)
@@ -493,7 +498,8 @@ fill_rest(copy_work *work, copy_node *node)
             (void)PySet_Add(node->result, item);
         }
         else if (node->kind == KIND_DEQUE) {
-            Py_XDECREF(PyObject_CallMethod(node->result, "append", "O", item));
+            Py_XDECREF(
+                PyObject_CallMethod(node->result, "append", "(O)", item));
         }
         else if (PyList_GetItem(node->members, i) != child) {
             og_descr_set(PyList_GetItem(node->members, i), node->result, item);
