@@ -12,7 +12,6 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -148,21 +147,6 @@ def _has_half_files(names: Iterable[str]) -> bool:
     return any(_HALF_FILE.search(name.rpartition("/")[2]) for name in names)
 
 
-def _local_folder(model_id: str, revision: str | None) -> Path | None:
-    """Returns the folder with the files of `model_id` on this machine, None where there is none."""
-    direct = Path(model_id).expanduser()
-    if direct.is_dir():
-        return direct
-    repo = Path(locality.cache_in_use()) / ("models--" + model_id.replace("/", "--"))
-    name = revision or "main"
-    try:
-        commit = (repo / "refs" / name).read_text().strip()
-    except (OSError, ValueError):
-        commit = name
-    folder = repo / "snapshots" / commit
-    return folder if folder.is_dir() else None
-
-
 def choose_variant(
     dtype: DtypeLike | None,
     model_id: str | os.PathLike[str] | None,
@@ -175,7 +159,7 @@ def choose_variant(
     if devices.normalize_dtype(dtype) not in (torch.float16, torch.bfloat16):
         return None
     name = os.fspath(model_id)
-    folder = _local_folder(name, revision)
+    folder = locality.local_folder(name, revision)
     if folder is not None:
         return "fp16" if _has_half_files(path.name for path in folder.rglob("*")) else None
     if not ask or locality.is_offline() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):

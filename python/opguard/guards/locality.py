@@ -69,6 +69,21 @@ def cache_in_use() -> str:
     return str(constants.HF_HUB_CACHE)
 
 
+def local_folder(model_id: str, revision: str | None) -> Path | None:
+    """Returns the folder with the files of `model_id` on this machine, None where there is none."""
+    direct = Path(model_id).expanduser()
+    if direct.is_dir():
+        return direct
+    repo = Path(cache_in_use()) / ("models--" + model_id.replace("/", "--"))
+    name = revision or "main"
+    try:
+        commit = (repo / "refs" / name).read_text().strip()
+    except (OSError, ValueError):
+        commit = name
+    folder = repo / "snapshots" / commit
+    return folder if folder.is_dir() else None
+
+
 def is_offline() -> bool:
     """Returns whether the hub may not be asked here: by a guard, by the user, or for want of it."""
     if is_local():
