@@ -40,9 +40,8 @@ def test_every_entry_point_without_memory(tmp_path):
 def test_every_entry_point_has_a_scenario():
     """Each name in a PyMethodDef table of a module function is called by the script."""
     tables = "".join(path.read_text() for path in sorted((CSRC / "py").glob("*.c")))
-    offered = set(
-        re.findall(r'^    \{"([a-z]\w*)", (?:\([\w ()*]+\))*\w+,?\s*METH_', tables, re.MULTILINE)
-    )
+    pattern = r'^    \{"([a-z]\w*)", (?:\([\w ()*]+\))*\w+,?\s*METH_'
+    offered = set(re.findall(pattern, tables, re.MULTILINE))
     assert "bind_types" in offered
     called = {
         node.attr

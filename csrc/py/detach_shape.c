@@ -291,7 +291,7 @@ finish_shape(og_state *state, og_shape *shape, PyObject *value, verdict *out)
         shape->base = structseq ? OG_BASE_STRUCTSEQ : OG_BASE_TUPLE;
     }
     int dict = has_dict(value);
-    int frozen = is_frozen(detach, type);
+    int frozen = dict < 0 ? -1 : is_frozen(detach, type);
     if (dict < 0 || frozen < 0) {
         return -1;
     }

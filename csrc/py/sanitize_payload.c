@@ -123,7 +123,8 @@ og_walk_payload(og_walk *walk, PyObject *exc)
     }
     old = payload_list(exc, args, dict, members);
     new = old == NULL ? NULL : og_copy_value(walk, old);
-    if (new != NULL && new != old) {
+    /* A copy made without memory to spare may lack an item. */
+    if (new != NULL && new != old && PyList_Size(new) == PyList_Size(old)) {
         put_back(state, exc, old, new, members);
     }
 done:

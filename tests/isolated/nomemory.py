@@ -13,6 +13,8 @@ import _testcapi
 import faulthandler
 import gc
 import sys
+import types
+from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -71,6 +73,29 @@ def run(name: str, make: Scenario) -> list[str]:
     if not ended_well:
         failed.append(f"{name}: never ended well")
     return failed
+
+
+class Holder:
+    """An object with slots and attributes of its own."""
+
+    __slots__ = ("__dict__", "slotted")
+
+    def __init__(self, leaf: FakeTensor) -> None:
+        self.slotted = leaf
+        self.leaf = [leaf]
+
+
+class Refusing(list):
+    """A container that cannot be read."""
+
+    def __init__(self, leaf: FakeTensor) -> None:
+        super().__init__([leaf])
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        raise TypeError("no")
+
+    def __len__(self) -> int:
+        return 7
 
 
 def scenarios_of(C: ModuleType) -> None:
@@ -135,6 +160,60 @@ def scenarios_of(C: ModuleType) -> None:
                 return None
 
         return calling
+
+    def containers() -> list[object]:
+        """Every kind of container, a ring and the same leaf twice."""
+        leaf, plain = FakeTensor(2, requires_grad=True), FakeTensor(3)
+        ring: list[object] = [leaf]
+        ring.append(ring)
+        named = namedtuple("named", "a b")
+        bag = types.SimpleNamespace(t=leaf, plain=plain)
+        return [
+            leaf, FakeParameter(), (leaf, plain), ring, {"k": leaf, 2: [plain]}, named(leaf, 1),
+            {leaf}, frozenset((leaf, plain)), deque([leaf], 3), OrderedDict(a=leaf),
+            defaultdict(list, a=[leaf]), bag, Holder(leaf), types.MappingProxyType({"p": leaf}),
+            FakeTensor(2, device="far"), FakeTensor(2, device="meta"), "text", 1.5, None,
+        ]  # fmt: skip
+
+    @scenario
+    def detach() -> Callable[[], object]:
+        value = containers()
+        return lambda: C.detach(value, False)
+
+    @scenario
+    def detach_copy() -> Callable[[], object]:
+        value = containers()
+        return lambda: C.detach(value, True, ())
+
+    @scenario
+    def detach_refused() -> Callable[[], object]:
+        value = {"deep": [Refusing(FakeTensor(1, requires_grad=True))]}
+
+        def calling() -> object:
+            try:
+                return C.detach(value)
+            except TypeError:
+                return None
+
+        return calling
+
+    @scenario
+    def register_detach() -> Callable[[], object]:
+        made = type("Made", (), {})
+        value = [made(), made()]
+
+        def calling() -> object:
+            C.register_detach(made, lambda value, detach: detach([]))
+            try:
+                return C.detach(value)
+            finally:
+                C.register_detach(made, None)
+
+        return calling
+
+    @scenario
+    def detach_bind() -> Callable[[], object]:
+        return lambda: C.detach_bind(lambda kind: None, None, None, None, None, {})
 
     @scenario
     def a_new_module() -> Callable[[], object]:
