@@ -68,7 +68,7 @@ add_attribute(char *text, size_t size, og_node *node, Py_ssize_t index)
     PyObject *one =
         PyList_Check(node->extra) ? PyList_GetItem(node->extra, index) : NULL;
     if (one == NULL) {
-        PyErr_Clear();
+        PyErr_Clear(); /* a path with a gap is better than none */
         add(text, size, "%s", ".?");
     }
     else if (PyUnicode_Check(one)) {
@@ -77,7 +77,7 @@ add_attribute(char *text, size_t size, og_node *node, Py_ssize_t index)
     else {
         PyObject *name = PyObject_GetAttrString(one, "__name__");
         if (name == NULL) {
-            PyErr_Clear();
+            PyErr_Clear(); /* likewise */
             add(text, size, "%s", ".?");
         }
         else {

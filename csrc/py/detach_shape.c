@@ -223,7 +223,7 @@ is_frozen(og_detach_state *detach, PyObject *type)
     Py_DECREF(params);
     found = frozen == Py_True;
     if (frozen == NULL) {
-        PyErr_Clear();
+        PyErr_Clear(); /* somebody else's params: taken for mutable */
     }
     Py_XDECREF(frozen);
     return found;

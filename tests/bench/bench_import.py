@@ -21,4 +21,6 @@ def seconds() -> float:
 
 
 def rows() -> list[Row]:
-    return [Row("import opguard after import torch", seconds, float, extra_us=10_000, self_timed=True)]
+    return [
+        Row("import opguard after import torch", seconds, float, extra_us=10_000, self_timed=True)
+    ]
