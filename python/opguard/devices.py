@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 
@@ -58,8 +57,7 @@ DTYPE_NAMES: dict[str, torch.dtype] = {
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryUse:
+class MemoryUse(NamedTuple):
     """Bytes a device held before, at most during, and after a guarded block.
 
     cpu: the process's resident size, and its high-water mark since the process began.
@@ -118,7 +116,7 @@ def normalize_device(device: DeviceLike | None = None) -> torch.device:
             f"device: expected a device torch knows, such as 'cpu', 'cuda:0', 'mps' or 'xpu', "
             f"got {device!r:.80}"
         ) from None
-    if found.index is not None or found.type in ("cpu", "meta"):
+    if cast("int | None", found.index) is not None or found.type in ("cpu", "meta"):
         return CPU if found.type == "cpu" else found
     if found.type == _accelerator_type():
         return torch.device(found.type, torch.accelerator.current_device_index())

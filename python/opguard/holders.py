@@ -14,9 +14,8 @@ import sys
 import types
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,8 +28,7 @@ _WIDTH = 200
 _OPTIMIZED = 1  # CO_OPTIMIZED: the frame's locals are not a namespace of their own
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(NamedTuple):
     """One storage and the chain that keeps it alive.
 
     size: bytes. tensors: how many tensors share it. what: type, dtype and shape of the largest of
@@ -43,8 +41,7 @@ class Holder:
     chain: str
 
 
-@dataclass(frozen=True, slots=True)
-class Holders:
+class Holders(NamedTuple):
     """The storages on a device, largest first; prints as a table.
 
     size, storages: the bytes and number of all storages that Python's tensors use, those beyond
@@ -57,7 +54,7 @@ class Holders:
     elsewhere: int
     holders: tuple[Holder, ...]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"{self.device}: {_bytes(self.size)} in {self.storages} storages"]
         for holder in self.holders:
             shared = f", {holder.tensors} tensors" if holder.tensors > 1 else ""
@@ -82,11 +79,13 @@ def _bytes(size: int) -> str:
     raise AssertionError
 
 
-@dataclass(slots=True)
 class _Storage:
-    size: int
-    tensors: list[torch.Tensor] = field(default_factory=list)
-    grad_of: torch.Tensor | None = None
+    __slots__ = ("grad_of", "size", "tensors")
+
+    def __init__(self, size: int, grad_of: torch.Tensor | None) -> None:
+        self.size = size
+        self.tensors: list[torch.Tensor] = []
+        self.grad_of = grad_of
 
 
 def _storage_of(tensor: torch.Tensor) -> tuple[object, int]:
@@ -118,7 +117,7 @@ def _storages(device: torch.device) -> list[_Storage]:
 
     def add(tensor: torch.Tensor, grad_of: torch.Tensor | None) -> None:
         key, size = _storage_of(tensor)
-        storage = found.setdefault(key, _Storage(size, [], grad_of))
+        storage = found.setdefault(key, _Storage(size, grad_of))
         if not any(tensor is known for known in storage.tensors):
             storage.tensors.append(tensor)
 
@@ -308,7 +307,7 @@ def _edge(parent: Any, child: object, before: object) -> str:  # noqa: PLR0911 (
     return _attribute(parent, child)
 
 
-_MODULE_DICTS = re.compile(r"\._(?:parameters|buffers|modules)\['([^']*)'\]")
+_MODULE_DICTS = r"\._(?:parameters|buffers|modules)\['([^']*)'\]"
 
 
 def _chain(search: _Search, start: object) -> str:
@@ -326,7 +325,7 @@ def _chain(search: _Search, start: object) -> str:
     named = re.match(r"\['([^']*)'\]", text) if root.startswith("module ") else None
     if named:
         text = f": {named[1]}{text[named.end() :]}"
-    return root + _MODULE_DICTS.sub(r".\1", text)
+    return root + re.sub(_MODULE_DICTS, r".\1", text)
 
 
 def _describe(tensor: torch.Tensor) -> str:

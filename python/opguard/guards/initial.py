@@ -140,11 +140,11 @@ def choose_dtype(device_list: Iterable[DeviceLike], dtype_desired: DtypeLike | N
     return taken
 
 
-_HALF_FILE = re.compile(r"\.fp16(\.|-\d)")
+_HALF_FILE = r"\.fp16(\.|-\d)"
 
 
 def _has_half_files(names: Iterable[str]) -> bool:
-    return any(_HALF_FILE.search(name.rpartition("/")[2]) for name in names)
+    return any(re.search(_HALF_FILE, name.rpartition("/")[2]) for name in names)
 
 
 def choose_variant(
