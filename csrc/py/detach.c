@@ -32,7 +32,10 @@ static void
 put(og_node *node, Py_ssize_t slot, PyObject *value)
 {
     PyObject *old = node->items[slot];
-    node->changed = node->changed || old != value;
+    if (old != value) {
+        node->changed = true;
+        node->rekeyed = node->rekeyed || slot % 2 == 0;
+    }
     node->items[slot] = Py_NewRef(value);
     Py_DECREF(old);
 }

@@ -76,6 +76,9 @@ typedef struct og_detach_state {
     og_getter cdata, data, requires_grad, is_leaf, base;
     PyObject *is_inference, *clone;
     bool fast; /* all of them are there */
+    /* Where in a tensor object its impl lies, once enough of them agreed. */
+    Py_ssize_t impl_offset, basic_size;
+    int impl_agreed; /* -1: they do not agree, ask each */
     og_shape *list_shape, *tuple_shape, *dict_shape;
     og_shape_entry cache[OG_SHAPE_CACHE];
 } og_detach_state;

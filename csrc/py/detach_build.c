@@ -165,6 +165,23 @@ fill_pairs(og_walk *walk, og_node *node, PyObject *target)
     return 0;
 }
 
+/* A plain dict whose keys stayed: a copy with other values needs no growing.
+ * NULL without an exception when somebody changed the source meanwhile. */
+static PyObject *
+copy_dict(og_node *node)
+{
+    PyObject *made = PyDict_Copy(node->source);
+    for (Py_ssize_t i = 0; made != NULL && i < node->content; i += 2) {
+        if (PyDict_SetItem(made, node->items[i], node->items[i + 1]) < 0) {
+            Py_CLEAR(made);
+        }
+    }
+    if (made != NULL && PyDict_Size(made) != node->content / 2) {
+        Py_CLEAR(made);
+    }
+    return made;
+}
+
 static int
 fill_set(og_node *node, PyObject *target)
 {
@@ -363,6 +380,13 @@ og_node_finish(og_walk *walk, og_node *node)
             Py_CLEAR(made);
         }
         return made;
+    }
+    if (node->base == OG_BASE_DICT && node->shape->exact &&
+        node->early == NULL && !node->rekeyed) {
+        made = copy_dict(node);
+        if (made != NULL || PyErr_Occurred()) {
+            return made;
+        }
     }
     made = Py_XNewRef(og_node_early(walk, node));
     if (made != NULL && fill(walk, node, made) < 0) {

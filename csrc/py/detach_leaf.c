@@ -7,6 +7,7 @@
 #include "py/detach_walk.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 static int
 bind_getter(PyObject *type, const char *name, og_getter *from)
@@ -45,6 +46,15 @@ bind_method(PyObject *type, const char *name, PyObject **method)
     return 0;
 }
 
+static Py_ssize_t
+basic_size(PyObject *type)
+{
+    PyObject *number = PyObject_GetAttrString(type, "__basicsize__");
+    Py_ssize_t size = number == NULL ? -1 : PyLong_AsSsize_t(number);
+    Py_XDECREF(number);
+    return size;
+}
+
 int
 og_leaf_bind(og_state *state)
 {
@@ -77,6 +87,12 @@ og_leaf_bind(og_state *state)
     }
     detach->fast =
         fast && detach->is_inference != NULL && detach->clone != NULL;
+    detach->impl_offset = 0;
+    detach->impl_agreed = 0;
+    detach->basic_size = basic_size(type);
+    if (detach->basic_size < 0) {
+        return -1;
+    }
     og_shape_cache_clear(detach);
     Py_XDECREF(detach->bound);
     detach->bound = Py_NewRef(type);
@@ -101,6 +117,59 @@ og_walk_plain_mode(og_walk *walk)
     return done == NULL ? -1 : 0;
 }
 
+/* --- the impl of a tensor --- */
+
+/* Asking `_cdata` costs as much as all that the ops library is asked. The
+ * impl is a member of every tensor object, so after sixteen of them had the
+ * number `_cdata` tells at one and the same place, it is read there. */
+#define AGREED 16
+
+static void
+learn_impl(og_detach_state *detach, PyObject *tensor, void *impl)
+{
+    const char *bytes = (const char *)tensor;
+    void *word = NULL;
+    Py_ssize_t from = (Py_ssize_t)sizeof(PyObject), to = from + 32;
+    Py_ssize_t size = (Py_ssize_t)sizeof word;
+    if (detach->impl_agreed > 0) {
+        memcpy(&word, bytes + detach->impl_offset, sizeof word);
+        detach->impl_agreed = word == impl ? detach->impl_agreed + 1 : -1;
+        return;
+    }
+    detach->impl_agreed = -1;
+    for (; from <= to && from + size <= detach->basic_size; from += size) {
+        memcpy(&word, bytes + from, sizeof word);
+        if (word == impl) {
+            detach->impl_offset = from;
+            detach->impl_agreed = 1;
+            return;
+        }
+    }
+}
+
+/* NULL without an exception when there is none; tensor is of the bound class
+ * or one of its subclasses. */
+static void *
+impl_of(og_detach_state *detach, PyObject *tensor)
+{
+    void *impl = NULL;
+    if (detach->impl_agreed >= AGREED) {
+        memcpy(&impl, (const char *)tensor + detach->impl_offset, sizeof impl);
+        return impl;
+    }
+    PyObject *number = detach->cdata.get(detach->cdata.descriptor, tensor,
+                                         (PyObject *)Py_TYPE(tensor));
+    if (number == NULL) {
+        return NULL;
+    }
+    impl = PyLong_AsVoidPtr(number);
+    Py_DECREF(number);
+    if (impl != NULL && detach->impl_agreed >= 0) {
+        learn_impl(detach, tensor, impl);
+    }
+    return impl;
+}
+
 /* --- what the guarded modules own --- */
 
 static int
@@ -114,12 +183,7 @@ compare(const void *left, const void *right)
 static int
 storage_of(og_walk *walk, PyObject *tensor, uintptr_t *address)
 {
-    og_getter *cdata = &walk->state->detach.cdata;
-    PyObject *number =
-        cdata->get(cdata->descriptor, tensor, (PyObject *)Py_TYPE(tensor));
-    void *impl = number == NULL ? NULL : PyLong_AsVoidPtr(number),
-         *data = NULL;
-    Py_XDECREF(number);
+    void *impl = impl_of(&walk->state->detach, tensor), *data = NULL;
     *address = 0;
     if (impl == NULL) {
         return PyErr_Occurred() ? -1 : 0;
@@ -567,10 +631,8 @@ og_leaf_exact(og_walk *walk, og_node *node, Py_ssize_t slot, PyObject *tensor,
     PyObject *made = NULL;
     bool fast = false;
     if (detach->fast) {
-        PyObject *number = get(&detach->cdata, tensor);
-        void *impl = number == NULL ? NULL : PyLong_AsVoidPtr(number);
-        Py_XDECREF(number);
-        if (number == NULL || (impl == NULL && PyErr_Occurred())) {
+        void *impl = impl_of(detach, tensor);
+        if (impl == NULL && PyErr_Occurred()) {
             return OG_SEEN_ERROR;
         }
         fast = impl != NULL && table->tensor_extent(impl, &storage, &elements,
@@ -605,7 +667,9 @@ og_leaf_exact(og_walk *walk, og_node *node, Py_ssize_t slot, PyObject *tensor,
         og_blame_note(node, slot);
         return OG_SEEN_ERROR;
     }
-    if (og_memo_insert(&walk->memo, tensor, made, NULL) < 0) {
+    /* Held by its container and the snapshot only: it is not met again. */
+    if (Py_REFCNT(tensor) > 2 &&
+        og_memo_insert(&walk->memo, tensor, made, NULL) < 0) {
         Py_DECREF(made);
         return OG_SEEN_ERROR;
     }

@@ -39,6 +39,7 @@ struct og_node {
     Py_ssize_t next;    /* first child not looked at */
     Py_ssize_t missing; /* children that are waited for */
     bool changed;       /* some child became another object */
+    bool rekeyed;       /* some child at an even place did: a key */
     bool handed;        /* early was given to somebody */
     bool plain;         /* tensor: itself will do when nothing changed */
     bool scanned;       /* off the stack */

@@ -29,7 +29,7 @@ def rows() -> list[Row]:
     weight = torch.ones(4, requires_grad=True)
     history = [weight * i for i in range(COUNT)]
     plain = [torch.ones(4) for _ in range(COUNT)]
-    nested = _nested(history)
+    nested = _nested([weight * i for i in range(COUNT)])
 
     def loop() -> list[torch.Tensor]:
         return [t.detach().cpu() for t in history]
