@@ -7,8 +7,6 @@ from typing import cast
 
 import torch
 
-from opguard import _runtime as _runtime  # loads the library, which registers the ops
-
 __all__ = ["pack", "unpack"]
 
 # Leaves start at multiples of this, as csrc/core/layout.h has it.
@@ -33,7 +31,7 @@ def unpack(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Ten
 
 @torch.library.register_fake("opguard::pack")
 def _(leaves: list[torch.Tensor]) -> torch.Tensor:
-    size = sum(-(-leaf.nbytes // ALIGNMENT) * ALIGNMENT for leaf in leaves)
+    size = sum(-(-leaf.numel() * leaf.element_size() // ALIGNMENT) * ALIGNMENT for leaf in leaves)
     device = leaves[0].device if leaves else "cpu"
     return torch.empty(size, dtype=torch.uint8, device=device)
 

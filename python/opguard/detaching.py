@@ -84,7 +84,7 @@ def resolve(kind: type) -> Handler | None:
 
 
 def _expand_array(value: Any) -> tuple[list[Any], None] | None:
-    return (value.ravel(order="K").tolist(), None) if value.dtype.hasobject else None
+    return (value.ravel().tolist(), None) if value.dtype.hasobject else None
 
 
 def _empty_array(value: Any, context: None) -> Any:
@@ -98,8 +98,9 @@ def _build_array(value: Any, context: None, children: list[Any], early: Any) -> 
 
     flat = numpy.empty(len(children), dtype=object)
     flat[:] = children
-    early[...] = flat.reshape(value.shape)
-    return early
+    made = _empty_array(value, context) if early is None else early
+    made[...] = flat.reshape(value.shape)
+    return made
 
 
 def _expand_pytree(value: Any) -> tuple[Iterable[Any], Any]:
@@ -118,10 +119,9 @@ def _is_small(tensor: torch.Tensor) -> bool:
 
 
 def _block(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself when its elements fill one block of memory, else a contiguous copy."""
+    """The tensor, or a copy of it, as elements that fill one block of memory."""
     tensor = tensor.resolve_conj().resolve_neg()
-    dense = tensor.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense(tensor)
-    return tensor if dense else tensor.contiguous()
+    return tensor if tensor.is_contiguous() else tensor.clone()
 
 
 def _start(tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
