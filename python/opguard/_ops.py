@@ -29,14 +29,14 @@ def unpack(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Ten
     return cast("list[torch.Tensor]", torch.ops.opguard.unpack.default(packed, like))
 
 
-@torch.library.register_fake("opguard::pack")
+@torch.library.register_fake("opguard::pack")  # type: ignore[untyped-decorator]
 def _(leaves: list[torch.Tensor]) -> torch.Tensor:
     size = sum(-(-leaf.numel() * leaf.element_size() // ALIGNMENT) * ALIGNMENT for leaf in leaves)
     device = leaves[0].device if leaves else "cpu"
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-@torch.library.register_fake("opguard::unpack")
+@torch.library.register_fake("opguard::unpack")  # type: ignore[untyped-decorator]
 def _(packed: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
     return [
         torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="cpu")

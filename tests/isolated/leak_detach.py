@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import gc
 import sys
@@ -56,10 +57,8 @@ def turn() -> None:
             lambda v: detach_to_cpu(v, copy=True),
             lambda v: _C.detach(v, False, (), True),
         ):
-            try:
+            with contextlib.suppress(ZeroDivisionError):
                 run(value)
-            except ZeroDivisionError:
-                pass
 
 
 def blocks(turns: int) -> int:
