@@ -171,6 +171,39 @@ def test_a_missing_file_leaves_nothing_alive():
     assert refs[0]() is None
 
 
+@pytest.mark.parametrize("library", ["transformers", "diffusers"])
+def test_a_load_that_breaks_off_in_a_library_leaves_no_module(library, bert_folder, tmp_path):
+    """Weights that end too early: without a collection no module is left, and the error is told."""
+    if library == "transformers":
+        loader = pytest.importorskip("transformers").BertModel.from_pretrained
+        folder = bert_folder
+    else:
+        vae = pytest.importorskip("diffusers").AutoencoderTiny
+        loader, folder = vae.from_pretrained, tmp_path / "whole"
+        blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+        sizes = {"encoder_block_out_channels": (4, 4), "decoder_block_out_channels": (4, 4)}
+        vae(**blocks, **sizes).save_pretrained(folder)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in folder.iterdir():
+        cut = 100 if path.suffix == ".safetensors" else 0
+        (broken / path.name).write_bytes(path.read_bytes()[: path.stat().st_size - cut])
+
+    def modules():
+        return sum(issubclass(type(found), torch.nn.Module) for found in gc.get_objects())
+
+    gc.collect()
+    before = modules()
+    gc.disable()
+    try:
+        with pytest.raises(Exception) as caught, load_guard(local_files_only=True) as load:  # noqa: PT011
+            load(loader, str(broken))
+        assert caught.value.__traceback__ is not None
+        assert modules() == before
+    finally:
+        gc.enable()
+
+
 def test_unsanitized_keeps_everything():
     guard = load_guard(sanitize_all_exceptions=False)
     assert alive_after_failure(guard, ValueError("x")) == {"model", "activation"}

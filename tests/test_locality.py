@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 
 import pytest
 import torch
@@ -188,6 +189,52 @@ def test_decorator():
 
     assert inside() is True
     assert is_local() is False
+
+
+def test_decorated_generators_and_coroutines_are_local_only_while_they_run():
+    @local_guard()
+    def numbers():
+        for _ in range(2):
+            yield is_local()
+
+    assert [(inside, is_local()) for inside in numbers()] == [(True, False)] * 2
+
+    @local_guard()
+    async def work():
+        first = is_local()
+        await asyncio.sleep(0)
+        return first, is_local()
+
+    async def main():
+        task = asyncio.create_task(work())
+        await asyncio.sleep(0)
+        return is_local(), await task
+
+    assert asyncio.run(main()) == (False, (True, True))
+
+
+def test_old_hub_sessions_are_dropped_at_both_ends(monkeypatch):
+    """huggingface_hub before 1.0 keeps sessions that were made offline; it has reset_sessions."""
+    http = pytest.importorskip("huggingface_hub.utils._http")
+    seen = []
+    monkeypatch.setattr(http, "reset_sessions", lambda: seen.append(is_local()), raising=False)
+    with local_guard():
+        assert seen == [True]
+    assert seen == [True, False]
+
+
+def test_a_failure_inside_leaves_nothing_alive():
+    refs = []
+
+    def fail():
+        model = torch.nn.Linear(2, 2)
+        refs.append(weakref.ref(model))
+        hub.hf_hub_download("nobody/nothing", "a.bin")
+
+    with pytest.raises(LocalFileMissing) as caught, local_guard():
+        fail()
+    assert caught.value.__cause__ is not None
+    assert refs[0]() is None
 
 
 def test_last_line_refuses_any_connection_to_another_machine(sockets):

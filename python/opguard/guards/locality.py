@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -361,9 +362,19 @@ def enter_local() -> None:
     """Takes this context off the network, once more."""
     _patches.acquire()
     _depth.set(_depth.get() + 1)
+    _forget_sessions()
 
 
 def leave_local() -> None:
     """Undoes one `enter_local` of this context."""
     _depth.set(max(0, _depth.get() - 1))
     _patches.release()
+    _forget_sessions()
+
+
+def _forget_sessions() -> None:
+    """Drops the sessions of huggingface_hub before 1.0, which decide at birth to be offline."""
+    http = sys.modules.get("huggingface_hub.utils._http")
+    reset = getattr(http, "reset_sessions", None)
+    if callable(reset):
+        reset()
