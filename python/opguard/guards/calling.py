@@ -17,6 +17,9 @@ from typing import Any, TypedDict, TypeVar, Unpack, cast, overload
 import torch
 
 from opguard import _C, devices
+
+# Not used here: importing it tells the C side how tensors leave inference mode.
+from opguard import detaching as _detaching  # noqa: F401
 from opguard.devices import DeviceLike, DtypeLike, MemoryUse
 from opguard.guards._decorate import decorate_with
 
