@@ -84,7 +84,7 @@ def _place(holder: Any, held: Any) -> str:
 def _owner(table: dict[Any, Any], skip: set[int]) -> Any:
     """The object whose ``__dict__`` this is, or None for an ordinary dict."""
     for thing in gc.get_referrers(table):
-        if id(thing) not in skip and getattr(type(thing), "__dictoffset__", 0):
+        if id(thing) not in skip and hasattr(thing, "__dict__"):
             try:
                 if vars(thing) is table:
                     return thing

@@ -1,0 +1,60 @@
+"""Which keywords of a call reach which step of an ``OpGuardBase``; read from signatures once."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Routes", "Step", "near_miss"]
+
+STEPS = {"_preprocess": "input_raw", "_predict": "input_proc", "_postprocess": "output_raw"}
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Which keywords a step takes beside its input; ``open`` when it takes any (``**kwargs``)."""
+
+    names: frozenset[str]
+    open: bool
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], *skip: str) -> Step:
+        parameters = inspect.signature(function).parameters.values()
+        names = {each.name for each in parameters if each.kind in NAMED}
+        anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
+        return cls(frozenset(names.difference(skip, {"self"})), anything)
+
+    def pick(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: given[name] for name in given if self.open or name in self.names}
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """How one class's call keywords reach its three steps; read from signatures once a class."""
+
+    steps: tuple[Step, Step, Step]
+    accepted: frozenset[str] | None  # None: anything goes
+
+    @classmethod
+    def of(cls, owner: Any, base: Any) -> Routes:
+        steps = [Step.of(getattr(owner, name), main) for name, main in STEPS.items()]
+        caller = Step.of(owner._caller)
+        accepted: frozenset[str] | None = caller.names
+        if caller.open:
+            known = owner._caller is base._caller and not any(step.open for step in steps)
+            accepted = caller.names.union(*(step.names for step in steps)) if known else None
+        return cls((steps[0], steps[1], steps[2]), accepted)
+
+
+def near_miss(wrong: Iterable[str], known: Iterable[str]) -> str:
+    """``'dtyp_override' (did you mean 'dtype_override'?)`` for each unknown name."""
+    known = sorted(known)
+    parts = []
+    for name in wrong:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        parts.append(f"{name!r} (did you mean {close[0]!r}?)" if close else repr(name))
+    return ", ".join(parts)
