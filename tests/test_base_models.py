@@ -129,5 +129,5 @@ def test_a_missing_file_is_said_without_the_network(tmp_path):
         REVISION = "main"
         DETECTOR_TYPE = transformers.BertModel
 
-    with pytest.raises(OSError, match="expected .*nobody/nothing-of-this-name"):
+    with pytest.raises(OSError, match=r"expected .*nobody/nothing-of-this-name"):
         Missing(device_override="cpu", local_files_only=True)(input_raw=1)

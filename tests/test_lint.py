@@ -304,7 +304,17 @@ def test_c_files_say_what_they_are():
 LAYERS = (
     {"_C"},
     {"_runtime"},
-    {"_ops", "devices", "sanitizing", "detaching", "holders", "_ipython", "_numbers", "_types"},
+    {
+        "_ops",
+        "devices",
+        "sanitizing",
+        "detaching",
+        "holders",
+        "_ipython",
+        "_numbers",
+        "_routing",
+        "_types",
+    },
     {"guards"},
     {"base"},
     {"tasks"},

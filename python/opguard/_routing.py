@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = ["Routes", "Step", "near_miss"]
 
@@ -14,8 +13,7 @@ STEPS = {"_preprocess": "input_raw", "_predict": "input_proc", "_postprocess": "
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """Which keywords a step takes beside its input; ``open`` when it takes any (``**kwargs``)."""
 
     names: frozenset[str]
@@ -32,8 +30,7 @@ class Step:
         return {name: given[name] for name in given if self.open or name in self.names}
 
 
-@dataclass(frozen=True, slots=True)
-class Routes:
+class Routes(NamedTuple):
     """How one class's call keywords reach its three steps; read from signatures once a class."""
 
     steps: tuple[Step, Step, Step]

@@ -526,7 +526,8 @@ class OpGuardBase:
 
     def _place(self, detector: Any) -> Any:
         """Moves the model to the chosen device and dtype, unless its loader has settled those."""
-        chosen, to = self._chosen, {}
+        chosen = self._chosen
+        to: dict[str, Any] = {}
         if not self.SKIP_TO_DEVICE and chosen.device_map is None and chosen.quant_config is None:
             to["device"] = chosen.device
         if not self.SKIP_TO_DTYPE and chosen.quant_config is None:
