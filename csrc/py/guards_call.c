@@ -50,6 +50,9 @@ og_guard_call_again(GuardObject *self, og_state *state, PyObject *callable,
             return result;
         }
         PyObject *type, *value, *trace;
+        if (PyErr_Occurred() == NULL) {
+            PyErr_NoMemory(); /* as in og_guard_failed */
+        }
         PyErr_Fetch(&type, &value, &trace);
         PyErr_NormalizeException(&type, &value, &trace);
         if (trace != NULL) {

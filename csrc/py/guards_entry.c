@@ -25,6 +25,10 @@ og_guard_failed(og_state *state, const og_guard_settings *settings,
                 PyObject *handled)
 {
     PyObject *type, *value, *trace;
+    if (PyErr_Occurred() == NULL) {
+        /* Out of memory, CPython may lose the exception of a frame. */
+        PyErr_NoMemory();
+    }
     PyErr_Fetch(&type, &value, &trace);
     PyErr_NormalizeException(&type, &value, &trace);
     if (trace != NULL) {

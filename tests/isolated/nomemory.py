@@ -1,4 +1,4 @@
-"""Every C entry point with one Python allocation failing, then with all failing from there on.
+"""Every C entry point with Python's n-th allocation failing, for every n.
 
     nomemory.py [NAME ...]      the extension is OPGUARD_C
 
@@ -22,6 +22,7 @@ from types import ModuleType
 sys.path.insert(0, str(Path(__file__).parents[1] / "torchfree"))
 
 from conftest import load_extension
+from fake_modes import FakeModule, bind, state
 from fakes import FakeParameter, FakeTensor
 
 MOST = 1500  # more allocations than any scenario makes
@@ -50,14 +51,18 @@ def attempt(prepared: Callable[[], object], first: int, stop: int) -> BaseExcept
 
 
 def run(name: str, make: Scenario) -> list[str]:
-    """One failing allocation at every place, then everything failing from every place."""
+    """One and three failing allocations at every place, then all of them from every place."""
     failed, ended_well = [], 0
-    for every in (False, True):
+    widths = [1, 3]
+    # The interpreter itself gives up when its own frames find no memory to raise with.
+    if make().__name__ == "<lambda>":
+        widths.append(0)
+    for width in widths:
         quiet = 0
         for first in range(MOST):
             prepared = make()
             gc.disable()
-            raised = attempt(prepared, first, 0 if every else first + 1)
+            raised = attempt(prepared, first, first + width if width else 0)
             gc.enable()
             if raised is None:
                 ended_well += 1
@@ -215,6 +220,86 @@ def scenarios_of(C: ModuleType) -> None:
     def detach_bind() -> Callable[[], object]:
         return lambda: C.detach_bind(lambda kind: None, None, None, None, None, {})
 
+    def guard(kind: int, flags: int, *models: FakeModule) -> object:
+        return C.Guard(kind, flags, models or None, None, None, None, None, None)
+
+    @scenario
+    def guard_plain() -> Callable[[], object]:
+        value = [FakeTensor(2, requires_grad=True)]
+
+        def calling() -> object:
+            with C.Guard() as g:
+                return g(value)
+
+        return calling
+
+    @scenario
+    def guard_model() -> Callable[[], object]:
+        model = FakeModule(FakeModule(), FakeModule(FakeModule()))
+        settings = (1, 3, (model,), ("cpu", None), None, None, None, None)
+
+        def calling() -> object:
+            try:
+                with C.Guard(*settings) as g:
+                    out = g(model, 3)
+                return out, g.memory, g.settings
+            finally:
+                _testcapi.remove_mem_hooks()
+                # Modules may stay in eval, with the MemoryError that says so; the thread may not.
+                assert state() == (False, True)
+
+        return calling
+
+    @scenario
+    def guard_run_failing() -> Callable[[], object]:
+        model = FakeModule(FakeModule())
+        g = guard(2, 3, model)
+
+        def fail(*args: object) -> None:
+            raise KeyError(*args)
+
+        def calling() -> object:
+            try:
+                return g.run(fail, (FakeTensor(3),), {})
+            except KeyError as error:
+                return error
+            finally:
+                _testcapi.remove_mem_hooks()
+                # Modules may stay in eval, with the MemoryError that says so; the thread may not.
+                assert state() == (False, True)
+
+        return calling
+
+    @scenario
+    def guard_step() -> Callable[[], object]:
+        def body() -> object:
+            got = yield [FakeTensor(2, requires_grad=True)]
+            yield got
+
+        g = guard(1, 3)
+
+        def calling() -> object:
+            step = g.step(body(), True)
+            try:
+                next(step)
+                step.send(1)
+                return step.close()
+            finally:
+                del step
+                _testcapi.remove_mem_hooks()
+                assert state() == (False, True)
+
+        return calling
+
+    @scenario
+    def guard_sanitize() -> Callable[[], object]:
+        error = failing(2)
+        return lambda: C.guard_sanitize(error, None, (KeyError,))
+
+    @scenario
+    def bind_guards() -> Callable[[], object]:
+        return lambda: C.bind_guards(await_warning=RuntimeWarning)
+
     @scenario
     def a_new_module() -> Callable[[], object]:
         spec = C.__spec__
@@ -232,7 +317,7 @@ def main(names: list[str]) -> int:
     # A generator that is freed without memory says so by this hook; that is CPython's to tell.
     sys.unraisablehook = lambda told: None
     C = load_extension()
-    C.bind_types(FakeTensor, FakeParameter)
+    bind(C)
     scenarios_of(C)
     failed = []
     for name, make in SCENARIOS.items():
