@@ -283,7 +283,10 @@ def scenarios_of(C: ModuleType) -> None:
             try:
                 next(step)
                 step.send(1)
+                step.throw(KeyError("thrown"))
                 return step.close()
+            except KeyError as error:
+                return error
             finally:
                 del step
                 _testcapi.remove_mem_hooks()
