@@ -2,8 +2,11 @@
 
 import gc
 import json
+import subprocess
+import sys
 import weakref
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -421,3 +424,14 @@ def test_what_cannot_be_exported_is_said(exports, caplog):
         cache_guard(base_export_name="x", use_safetensors=False) as load,
     ):
         load(Net)
+
+
+# --- leaks ----------------------------------------------------------------------------------------
+
+
+def test_no_leak_by_slope():
+    script = Path(__file__).parent / "isolated" / "leak_loading.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
