@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import subprocess
 import sys
 import threading
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -899,3 +901,11 @@ def test_the_c_type_checks_what_it_is_given():
             Guard(*wrong)
     with pytest.raises(TypeError):
         Guard(kind=1)
+
+
+def test_no_leak():
+    script = Path(__file__).parent / "isolated" / "leak_guards.py"
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

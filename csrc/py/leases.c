@@ -396,31 +396,24 @@ find_change(og_lease *lease, size_t count, PyObject *module)
     return NULL;
 }
 
-/* 1: another lease has the duty now; 0: put it back; -1. */
+/* The leases on one module are a pile: the newest says its mode, and each
+ * that changed it knows what was there before. One that goes from the middle
+ * hands what it knows to the next above. 1: done; 0: it was on top; -1. */
 static int
 hand_over(const covers *all, const og_change *change, const og_lease *lease)
 {
-    bool mode = lease->mode;
     for (size_t i = 0; i < all->count; i++) {
-        og_lease *other = all->leases[i];
-        og_change *theirs = find_change(other, all->counts[i], change->module);
-        if (theirs != NULL && theirs->before == mode && other->mode != mode &&
-            other->serial > lease->serial) {
-            /* It stands on what we had changed, and we go first. */
+        og_lease *above = all->leases[i];
+        if (above->serial < lease->serial ||
+            !og_tree_has(&all->trees[i], change->module)) {
+            continue;
+        }
+        og_change *theirs = find_change(above, all->counts[i], change->module);
+        if (theirs != NULL) {
             theirs->before = change->before;
             return 1;
         }
-        if (other->mode == mode &&
-            og_tree_has(&all->trees[i], change->module)) {
-            if (theirs != NULL && theirs->before == mode) {
-                theirs->before = change->before;
-            }
-            else if (theirs == NULL &&
-                     add_change(other, change->module, change->before) < 0) {
-                return -1;
-            }
-            return 1;
-        }
+        return add_change(above, change->module, change->before) < 0 ? -1 : 1;
     }
     return 0;
 }

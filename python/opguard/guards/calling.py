@@ -35,6 +35,8 @@ __all__ = [
 Guard = _C.Guard
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+_CPU_ONLY = (torch.device("cpu"),)
+
 _is_compiling = torch.compiler.is_compiling
 _Module = torch.nn.Module
 
@@ -100,7 +102,7 @@ def _call_settings(
         flags,
         roots,
         _autocast_arguments(effective_dtype, device_list, roots),
-        None if device_list is None else tuple(devices.normalize_devices(device_list)),
+        _device_tuple(device_list),
         caller_fn,
         _on_oom(on_oom),
         _keep(keep),
@@ -341,7 +343,15 @@ def _load_in_mode(loader: Callable[..., Any], mode: bool, *args: Any, **kwargs: 
     return loaded
 
 
+def _device_tuple(device_list: Any) -> tuple[torch.device, ...] | None:
+    if device_list is None:
+        return None
+    return _CPU_ONLY if device_list == "cpu" else tuple(devices.normalize_devices(device_list))
+
+
 def _device_type(device_list: Any, roots: tuple[torch.nn.Module, ...] | None) -> str:
+    if device_list == "cpu":
+        return "cpu"
     if device_list is not None:
         kinds = [device.type for device in devices.normalize_devices(device_list)]
         return next((kind for kind in kinds if kind != "cpu"), "cpu")
@@ -454,8 +464,9 @@ class _Memory(Mapping[DeviceLike, MemoryUse]):
     def __init__(self, wanted: tuple[torch.device, ...] | None) -> None:
         if wanted is None:
             best = devices.best_device()
-            wanted = (torch.device("cpu"),) if best.type == "cpu" else (best, torch.device("cpu"))
-        devices.reset_memory_peak(wanted)
+            wanted = _CPU_ONLY if best.type == "cpu" else (best, *_CPU_ONLY)
+        if wanted != _CPU_ONLY:
+            devices.reset_memory_peak(wanted)
         self._before = {device: devices.memory_now(device) for device in wanted}
         self._done: dict[torch.device, MemoryUse] | None = None
 
