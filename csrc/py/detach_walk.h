@@ -161,12 +161,23 @@ og_leaf_exact(og_walk *walk, og_node *node, Py_ssize_t slot, PyObject *tensor,
 /* A tensor of any class, by its methods. plain: it would do itself. */
 PyObject *
 og_leaf_any(og_walk *walk, PyObject *tensor, bool *plain);
+/* The at::TensorImpl of a tensor of the bound class or a subclass; NULL
+ * without an exception when there is none. */
+void *
+og_leaf_impl(og_detach_state *detach, PyObject *tensor);
 /* Leaves inference mode and grad mode until the walk ends. */
 int
 og_walk_plain_mode(og_walk *walk);
 /* Brings the waiting tensors of accelerators over and delivers them. */
 int
 og_walk_fetch(og_walk *walk);
+
+/* --- detach_owned.c --- */
+
+/* 1 when tensor's storage is that of a parameter or buffer of the models, 0
+ * when not, -1 on error. */
+int
+og_walk_owns(og_walk *walk, PyObject *tensor);
 
 /* --- detach.c --- */
 

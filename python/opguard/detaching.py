@@ -58,12 +58,12 @@ def detach_to_cpu(
         TypeError: a container that cannot be taken apart or built again; the message says where.
     """
     if torch.compiler.is_compiling():
-        return cast(T, pytree.tree_map_only(torch.Tensor, _traced, value))
-    if isinstance(models, torch.nn.Module):
-        models = (models,)
-    elif type(models) is not tuple:
-        models = tuple(models)
-    return cast(T, _C.detach(value, copy, models))
+        traced: T = pytree.tree_map_only(torch.Tensor, _traced, value)
+        return traced
+    if type(models) is not tuple:
+        models = (models,) if isinstance(models, torch.nn.Module) else tuple(models)
+    detached: T = _C.detach(value, copy, models)
+    return detached
 
 
 def _traced(tensor: torch.Tensor) -> torch.Tensor:
