@@ -49,7 +49,7 @@ push_members(og_walk *walk, PyObject *exc)
         }
     }
     Py_XDECREF(members);
-    PyErr_Clear();
+    og_forget();
     return result;
 }
 
@@ -86,7 +86,7 @@ protect_frames(og_walk *walk, PyObject *exc)
         Py_DECREF(at);
         if (failed) {
             Py_XDECREF(next);
-            PyErr_Clear();
+            og_forget();
             return -1;
         }
         at = next;
@@ -125,7 +125,7 @@ walk_one(og_walk *walk, PyObject *exc)
         }
         Py_DECREF(old);
         Py_XDECREF(made);
-        PyErr_Clear();
+        og_forget();
     }
     return og_walk_payload(walk, exc);
 }
@@ -215,7 +215,7 @@ ask_ipython(og_state *state)
     state->sanitize.ipython_asked = done == Py_True || handler == NULL;
     Py_XDECREF(handler);
     Py_XDECREF(done);
-    PyErr_Clear();
+    og_forget();
 }
 
 void
@@ -235,7 +235,7 @@ og_sanitize_exit(og_state *state, PyObject *exc, PyObject *handled,
                              Py_True);
         Py_DECREF(dict);
     }
-    PyErr_Clear();
+    og_forget();
     ask_ipython(state);
     PyErr_Restore(type, value, traceback);
 }

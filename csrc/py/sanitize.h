@@ -67,6 +67,15 @@ extern const og_family og_sanitize_family;
 
 struct og_state;
 
+/* Every step of sanitizing may fail by itself, through a hostile object or for
+ * want of memory. The user's exception matters, the step's own does not: it
+ * ends here, and what the step was for stays as it was. */
+static inline void
+og_forget(void)
+{
+    PyErr_Clear();
+}
+
 /* Sanitizes exc in place, with all it chains to. All pointers are borrowed.
  * handled: what the caller was already handling, left alone with its whole
  * chain; NULL or None when nothing. keep: a tuple of exception types whose

@@ -211,7 +211,7 @@ node_open(copy_work *work, copy_node *node)
     if (node->kind == KIND_RECORD ||
         PyType_GetFlags(Py_TYPE(object)) & Py_TPFLAGS_HEAPTYPE) {
         node->attrs = PyObject_GenericGetDict(object, NULL);
-        PyErr_Clear();
+        og_forget();
     }
     return 0;
 }
@@ -382,7 +382,7 @@ new_like(PyTypeObject *base, PyObject *object, PyObject *items)
                           new, (PyObject *)Py_TYPE(object), items, NULL);
     Py_XDECREF(new);
     if (result == NULL) {
-        PyErr_Clear();
+        og_forget();
     }
     return result;
 }
@@ -429,7 +429,7 @@ make_shell(copy_work *work, copy_node *node)
             result = Py_TYPE(object) == (PyTypeObject *)s->namespace_type
                          ? PyObject_CallNoArgs(s->namespace_type)
                          : new_like(&PyBaseObject_Type, object, NULL);
-            PyErr_Clear();
+            og_forget();
             break;
         default:
             break;
@@ -479,7 +479,7 @@ fill_dict(copy_work *work, copy_node *node)
         else {
             (void)PyDict_SetItem(node->result, key, value);
         }
-        PyErr_Clear();
+        og_forget();
     }
     Py_XDECREF(set);
 }
@@ -504,7 +504,7 @@ fill_rest(copy_work *work, copy_node *node)
         else if (PyList_GetItem(node->members, i) != child) {
             og_descr_set(PyList_GetItem(node->members, i), node->result, item);
         }
-        PyErr_Clear();
+        og_forget();
     }
 }
 
@@ -527,7 +527,7 @@ fill(copy_work *work, copy_node *node)
             Py_DECREF(dict);
         }
     }
-    PyErr_Clear();
+    og_forget();
 }
 
 static int

@@ -250,14 +250,14 @@ copy_hiding(og_state *state, PyObject *frame, PyObject *empty)
             (void)PyObject_SetItem(to, name, value);
         }
         Py_XDECREF(value);
-        PyErr_Clear();
+        og_forget();
     }
     if (from != NULL) {
         og_snapshot_drop(from, 1);
     }
     Py_XDECREF(from);
     Py_XDECREF(to);
-    PyErr_Clear();
+    og_forget();
 }
 
 PyObject *
@@ -389,7 +389,7 @@ og_frame_clear(og_state *state, PyObject *frame, const og_frame_look *look)
             frame, state->sanitize.names[OG_NAME_CLEAR], NULL);
         Py_XDECREF(none);
     }
-    PyErr_Clear();
+    og_forget();
 }
 
 void

@@ -34,7 +34,7 @@ short_text(PyObject *object, char *out, size_t size)
     const char *utf8 =
         text == NULL ? NULL : PyUnicode_AsUTF8AndSize(text, NULL);
     if (utf8 == NULL) {
-        PyErr_Clear();
+        og_forget();
         utf8 = "?";
     }
     const char *dot = strrchr(utf8, '.');
@@ -61,13 +61,13 @@ shape_text(PyObject *shape, char *out, size_t size)
         long long value = dim == NULL ? -1 : PyLong_AsLongLong(dim);
         Py_XDECREF(dim);
         bool bad = PyErr_Occurred() != NULL;
-        PyErr_Clear();
+        og_forget();
         at += (size_t)(bad ? snprintf(out + at, size - at, "%s?",
                                       i == 0 ? "" : ", ")
                            : snprintf(out + at, size - at, "%s%lld",
                                       i == 0 ? "" : ", ", value));
     }
-    PyErr_Clear();
+    og_forget();
     (void)snprintf(out + at, size - at, "]");
 }
 
@@ -78,7 +78,7 @@ attribute(og_state *state, PyObject *object, og_name name)
 {
     PyObject *value = PyObject_GetAttr(object, state->sanitize.names[name]);
     if (value == NULL) {
-        PyErr_Clear();
+        og_forget();
     }
     return value;
 }
@@ -102,7 +102,7 @@ note_tensor(og_state *state, og_note *note, const char *name, Py_ssize_t item,
     if (part != NULL && PyLong_Check(part)) {
         (void)snprintf(bytes, sizeof bytes, ", %lld bytes",
                        PyLong_AsLongLong(part));
-        PyErr_Clear();
+        og_forget();
     }
     Py_XDECREF(part);
     if (item >= 0) {
@@ -131,7 +131,7 @@ head_frame(naming *at)
         file == NULL ? NULL : PyUnicode_AsUTF8AndSize(file, NULL);
     const char *what =
         name == NULL ? NULL : PyUnicode_AsUTF8AndSize(name, NULL);
-    PyErr_Clear();
+    og_forget();
     const char *slash = where == NULL ? NULL : strrchr(where, '/');
     (void)snprintf(line, sizeof line,
                    "\n  in %.120s (%.120s):", what == NULL ? "?" : what,
@@ -150,7 +150,7 @@ name_tensor(naming *at, PyObject *name, Py_ssize_t item, PyObject *tensor)
     og_note *note = at->note;
     const char *text =
         PyUnicode_Check(name) ? PyUnicode_AsUTF8AndSize(name, NULL) : NULL;
-    PyErr_Clear();
+    og_forget();
     if (text == NULL) {
         return;
     }
@@ -183,7 +183,7 @@ name_value(naming *at, PyObject *name, PyObject *value)
     PyObject *items = PyDict_CheckExact(value) ? PyDict_Values(value)
                                                : PySequence_List(value);
     if (items == NULL) {
-        PyErr_Clear();
+        og_forget();
         return;
     }
     for (Py_ssize_t i = 0; i < PyList_Size(items) && i < NEAR_ITEMS; i++) {
@@ -226,7 +226,7 @@ name_namespace(naming *at, PyObject *locals)
             name_value(at, name, value);
             Py_DECREF(value);
         }
-        PyErr_Clear();
+        og_forget();
     }
     Py_XDECREF(names);
 }
@@ -269,7 +269,7 @@ og_note_frame(og_state *state, og_note *note, PyObject *frame,
         name_namespace(&at, locals);
     }
     Py_DECREF(locals);
-    PyErr_Clear();
+    og_forget();
 }
 
 static PyObject *
@@ -330,7 +330,7 @@ og_note_begin(og_state *state, og_note *note, PyObject *exc)
         }
     }
     Py_XDECREF(notes);
-    PyErr_Clear();
+    og_forget();
     if (note->place < 0) {
         (void)note_add(note, HEAD);
     }
@@ -369,7 +369,7 @@ og_note_end(og_state *state, og_note *note, PyObject *exc)
     }
     Py_XDECREF(text);
     Py_XDECREF(notes);
-    PyErr_Clear();
+    og_forget();
 }
 
 PyObject *
@@ -384,7 +384,7 @@ og_tensor_summary(og_state *state, PyObject *tensor)
     PyObject *plain = NULL;
     if (shape != NULL && (PyTuple_Check(shape) || PyList_Check(shape))) {
         plain = PySequence_Tuple(shape);
-        PyErr_Clear();
+        og_forget();
     }
     Py_XDECREF(shape);
     PyObject *dtype = attribute(state, tensor, OG_NAME_DTYPE);

@@ -80,7 +80,7 @@ put_dict(PyObject *dict, PyObject *copy)
         if (old != value && !PyErr_Occurred()) {
             (void)PyDict_SetItem(dict, key, value);
         }
-        PyErr_Clear();
+        og_forget();
     }
 }
 
@@ -115,7 +115,7 @@ og_walk_payload(og_walk *walk, PyObject *exc)
     }
     args = og_descr_get(state->sanitize.args, exc);
     dict = PyObject_GenericGetDict(exc, NULL);
-    PyErr_Clear();
+    og_forget();
     members = og_members_of(state, exc);
     if (args == NULL || members == NULL ||
         (PyList_Size(members) == 0 && all_plain(args, dict))) {
@@ -128,7 +128,7 @@ og_walk_payload(og_walk *walk, PyObject *exc)
         put_back(state, exc, old, new, members);
     }
 done:
-    PyErr_Clear();
+    og_forget();
     Py_XDECREF(args);
     Py_XDECREF(dict);
     Py_XDECREF(members);

@@ -12,7 +12,7 @@ og_descr_get(PyObject *descr, PyObject *object)
     PyObject *value =
         get == NULL ? NULL : get(descr, object, (PyObject *)Py_TYPE(object));
     if (value == NULL) {
-        PyErr_Clear();
+        og_forget();
     }
     return value;
 }
@@ -23,7 +23,7 @@ og_descr_set(PyObject *descr, PyObject *object, PyObject *value)
     descrsetfunc set =
         (descrsetfunc)PyType_GetSlot(Py_TYPE(descr), Py_tp_descr_set);
     if (set != NULL && set(descr, object, value) < 0) {
-        PyErr_Clear();
+        og_forget();
     }
 }
 
@@ -111,7 +111,7 @@ reach_function(reaching *at, PyObject *function)
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         PyObject *part = PyObject_GetAttrString(function, parts[i]);
         if (part == NULL) {
-            PyErr_Clear();
+            og_forget();
         }
         else if (!at->found && !at->failed) {
             (void)reach_referent(part, at);

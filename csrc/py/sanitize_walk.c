@@ -50,7 +50,7 @@ entry_like(og_state *state, PyObject *old, PyObject *frame, PyObject *next)
     PyObject *result = NULL;
     if (line == NULL || line == Py_None) {
         /* No line is known there: -1 says so to TracebackType too. */
-        PyErr_Clear();
+        og_forget();
         Py_XDECREF(line);
         line = PyLong_FromLong(-1);
     }
@@ -82,10 +82,10 @@ empty_entry(og_walk *walk, PyObject *old, PyObject *next)
         entry = *found;
         Py_XINCREF(entry.make);
     }
-    PyErr_Clear();
+    og_forget();
     if (entry.make != NULL) {
         empty = og_empty_frame(state, frame, &entry);
-        PyErr_Clear();
+        og_forget();
     }
     if (scrub_frame(walk, frame, &entry) < 0) {
         PyErr_NoMemory();
@@ -109,7 +109,7 @@ entry_is_empty(og_walk *walk, PyObject *entry)
         frame == NULL ? NULL : og_code_entry_of(state, frame);
     bool result = found != NULL && found->make == NULL;
     Py_XDECREF(frame);
-    PyErr_Clear();
+    og_forget();
     return result;
 }
 
@@ -136,7 +136,7 @@ collect(og_walk *walk, PyObject *traceback, og_refs *olds, PyObject **next)
         }
         Py_DECREF(at);
         if (after == NULL) {
-            PyErr_Clear();
+            og_forget();
             return -1;
         }
         at = after;
@@ -164,7 +164,7 @@ og_walk_traceback(og_walk *walk, PyObject *traceback)
              * frames as well. */
             (void)PyObject_SetAttr(olds.items[0], s->names[OG_NAME_TB_NEXT],
                                    next);
-            PyErr_Clear();
+            og_forget();
         }
         Py_XDECREF(next);
         next = made;
@@ -177,7 +177,7 @@ og_walk_traceback(og_walk *walk, PyObject *traceback)
     og_refs_free(&olds);
     return next;
 fail:
-    PyErr_Clear();
+    og_forget();
     Py_XDECREF(next);
     og_refs_free(&olds);
     return NULL;

@@ -838,7 +838,7 @@ def test_random_payloads(C):
             return type(value)(expected(v) for v in value)
         return value
 
-    @hypothesis.settings(max_examples=60, deadline=None, database=None)
+    @hypothesis.settings(max_examples=25, deadline=None, database=None)
     @hypothesis.given(tree)
     def check(value):
         before = expected(value)
