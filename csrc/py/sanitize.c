@@ -380,24 +380,24 @@ text_tuple(const char *const *texts, size_t count)
     return result;
 }
 
-/* The instruction RETURN_GENERATOR is numbered anew in every release. */
+/* Instructions are numbered anew in every release. */
 static PyObject *
-first_instruction(void)
+instruction_numbers(void)
 {
+    static const char *const names[] = {"RETURN_GENERATOR", "RESUME", "NOP"};
     PyObject *opcode = PyImport_ImportModule("opcode");
     PyObject *map =
         opcode == NULL ? NULL : PyObject_GetAttrString(opcode, "opmap");
-    PyObject *number =
-        map == NULL ? NULL : PyMapping_GetItemString(map, "RETURN_GENERATOR");
-    PyObject *result = NULL;
-    if (number != NULL) {
-        char text[2] = {(char)PyLong_AsLong(number), 0};
-        result = PyBytes_FromStringAndSize(text, 2);
+    char text[3] = {0, 0, 0};
+    PyObject *number = map;
+    for (size_t i = 0; i < 3 && number != NULL; i++) {
+        number = PyMapping_GetItemString(map, names[i]);
+        text[i] = number == NULL ? 0 : (char)PyLong_AsLong(number);
+        Py_XDECREF(number);
     }
     Py_XDECREF(opcode);
     Py_XDECREF(map);
-    Py_XDECREF(number);
-    return result;
+    return number == NULL ? NULL : PyBytes_FromStringAndSize(text, 3);
 }
 
 static int
@@ -444,9 +444,9 @@ sanitize_exec(PyObject *module, og_state *state)
     }
     s->hide_names = text_tuple(hide, sizeof hide / sizeof *hide);
     s->global_names = text_tuple(globals, sizeof globals / sizeof *globals);
-    s->first = first_instruction();
-    if (s->hide_names == NULL || s->global_names == NULL || s->first == NULL ||
-        exec_summaries(s) < 0 || exec_types(s) < 0) {
+    s->numbers = instruction_numbers();
+    if (s->hide_names == NULL || s->global_names == NULL ||
+        s->numbers == NULL || exec_summaries(s) < 0 || exec_types(s) < 0) {
         return -1;
     }
     if (PyModule_AddObjectRef(module, "TensorSummary", s->tensor_summary) <

@@ -40,7 +40,7 @@ typedef struct og_sanitize_state {
     PyObject *names[OG_NAME_COUNT];
     PyObject *hide_names;    /* tuple: locals by which formatters skip */
     PyObject *global_names;  /* tuple: module attributes formatters read */
-    PyObject *first;         /* bytes: the instruction RETURN_GENERATOR */
+    PyObject *numbers;       /* bytes: RETURN_GENERATOR, RESUME, NOP */
     PyObject *frame_type;    /* types.FrameType */
     PyObject *code_type;     /* types.CodeType */
     PyObject *cell_type;     /* types.CellType */

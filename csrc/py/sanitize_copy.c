@@ -41,6 +41,7 @@ typedef struct copy_work {
     size_t count, capacity;
     size_t *order; /* indices, children first */
     size_t ordered;
+    bool failed; /* without memory: the copy lacks something */
 } copy_work;
 
 /* Is the class of object a dataclass? Looked up past any metaclass. */
@@ -459,6 +460,16 @@ make_frozen(copy_work *work, copy_node *node)
     return result;
 }
 
+/* An item that cannot be set is left out; without memory nothing is kept. */
+static void
+item_done(copy_work *work)
+{
+    if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_MemoryError)) {
+        work->failed = true;
+    }
+    og_forget();
+}
+
 static void
 fill_dict(copy_work *work, copy_node *node)
 {
@@ -479,7 +490,7 @@ fill_dict(copy_work *work, copy_node *node)
         else {
             (void)PyDict_SetItem(node->result, key, value);
         }
-        og_forget();
+        item_done(work);
     }
     Py_XDECREF(set);
 }
@@ -504,7 +515,7 @@ fill_rest(copy_work *work, copy_node *node)
         else if (PyList_GetItem(node->members, i) != child) {
             og_descr_set(PyList_GetItem(node->members, i), node->result, item);
         }
-        og_forget();
+        item_done(work);
     }
 }
 
@@ -527,7 +538,7 @@ fill(copy_work *work, copy_node *node)
             Py_DECREF(dict);
         }
     }
-    og_forget();
+    item_done(work);
 }
 
 static int
@@ -589,7 +600,7 @@ og_copy_value(og_walk *walk, PyObject *value)
     PyObject *result = NULL;
     if (discover(&work, value) == 0) {
         settle(&work);
-        if (build(&work) == 0) {
+        if (build(&work) == 0 && !work.failed) {
             result = Py_NewRef(stand_in(&work, value));
         }
     }

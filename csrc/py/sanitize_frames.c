@@ -1,15 +1,11 @@
 /* Empty frames.
  *
- * An empty frame is the frame of a generator that never ran. Its code is the
- * original's with the first instruction replaced by RETURN_GENERATOR, so that
- * offsets, lines, columns and names stay what they were; arguments, cells and
- * free variables become plain locals in their old slots, all unbound. The
- * exception table is dropped: closing such a generator throws into it on
- * 3.11, and no handler of the user may run then. The globals are a small dict
- * of what formatters ask for, since the user's may hold tensors too.
+ * An empty frame is the frame of a generator that never ran, of the code that
+ * sanitize_code.c makes. Its globals are a small dict of what formatters ask
+ * for, since the user's may hold tensors too.
  *
- * Making the code costs microseconds, so it is cached by code object in a
- * 4-way table of fixed size. */
+ * Making the code costs microseconds, so it is cached by code object and
+ * offset in a 4-way table of fixed size. */
 #include "py/sanitize_frames.h"
 
 #include <string.h>
@@ -17,96 +13,7 @@
 #define SETS 256
 #define WAYS 4
 #define NEAR_ITEMS 16
-/* CO_OPTIMIZED | CO_NEWLOCALS | CO_GENERATOR */
-#define EMPTY_FLAGS 0x23
 #define FLAG_OPTIMIZED 0x1
-
-static PyObject *
-local_names(og_state *state, PyObject *code, bool *hides)
-{
-    static const char *const kinds[] = {"co_varnames", "co_cellvars",
-                                        "co_freevars"};
-    PyObject *names = PyList_New(0), *result = NULL;
-    for (size_t k = 0; names != NULL && k < 3; k++) {
-        PyObject *part = PyObject_GetAttrString(code, kinds[k]);
-        if (part == NULL || !PyTuple_Check(part)) {
-            Py_XDECREF(part);
-            goto done;
-        }
-        for (Py_ssize_t i = 0; i < PyTuple_Size(part); i++) {
-            PyObject *name = PyTuple_GetItem(part, i);
-            int known = PySequence_Contains(names, name);
-            int hide = PySequence_Contains(state->sanitize.hide_names, name);
-            /* Under its own name an unbound local would erase the value
-             * that og_empty_frame gives it. */
-            PyObject *kept =
-                hide > 0 ? PyUnicode_FromFormat(".%U", name) : Py_NewRef(name);
-            bool failed = known < 0 || hide < 0 || kept == NULL ||
-                          (known == 0 && PyList_Append(names, kept) < 0);
-            Py_XDECREF(kept);
-            if (failed) {
-                Py_DECREF(part);
-                goto done;
-            }
-            *hides = *hides || hide > 0;
-        }
-        Py_DECREF(part);
-    }
-    result = names == NULL ? NULL : PyList_AsTuple(names);
-done:
-    Py_XDECREF(names);
-    return result;
-}
-
-static PyObject *
-first_replaced(og_state *state, PyObject *code)
-{
-    PyObject *text = PyObject_GetAttrString(code, "co_code");
-    PyObject *result = NULL;
-    if (text != NULL && PyBytes_Check(text) && PyBytes_Size(text) >= 2) {
-        result = PyBytes_FromStringAndSize(PyBytes_AsString(text),
-                                           PyBytes_Size(text));
-        if (result != NULL) {
-            memcpy(PyBytes_AsString(result),
-                   PyBytes_AsString(state->sanitize.first), 2);
-        }
-    }
-    else if (text != NULL) {
-        PyErr_SetString(PyExc_ValueError, "expected code, none came");
-    }
-    Py_XDECREF(text);
-    return result;
-}
-
-static PyObject *
-empty_code(og_state *state, PyObject *code, bool *hides)
-{
-    PyObject *names = NULL, *text = NULL, *values = NULL, *replace = NULL;
-    PyObject *none = NULL, *result = NULL;
-    names = local_names(state, code, hides);
-    text = first_replaced(state, code);
-    replace = PyObject_GetAttrString(code, "replace");
-    none = PyTuple_New(0);
-    if (names == NULL || text == NULL || replace == NULL || none == NULL) {
-        goto done;
-    }
-    values = Py_BuildValue(
-        "{s:O,s:i,s:i,s:i,s:O,s:n,s:O,s:O,s:i,s:y}", "co_code", text,
-        "co_argcount", 0, "co_posonlyargcount", 0, "co_kwonlyargcount", 0,
-        "co_varnames", names, "co_nlocals", PyTuple_Size(names), "co_cellvars",
-        none, "co_freevars", none, "co_flags", EMPTY_FLAGS,
-        "co_exceptiontable", "");
-    if (values != NULL) {
-        result = PyObject_Call(replace, none, values);
-    }
-done:
-    Py_XDECREF(names);
-    Py_XDECREF(text);
-    Py_XDECREF(replace);
-    Py_XDECREF(none);
-    Py_XDECREF(values);
-    return result;
-}
 
 /* What formatters look for in a frame's globals, and our own mark. */
 static PyObject *
@@ -151,7 +58,7 @@ is_empty_frame(og_state *state, PyObject *frame)
 }
 
 static int
-entry_make(og_state *state, PyObject *frame, PyObject *code,
+entry_make(og_state *state, PyObject *frame, PyObject *code, int lasti,
            og_code_entry *entry)
 {
     PyObject *empty = NULL, *globals = NULL, *flags = NULL;
@@ -162,7 +69,7 @@ entry_make(og_state *state, PyObject *frame, PyObject *code,
     }
     if (own == 0) {
         flags = PyObject_GetAttrString(code, "co_flags");
-        empty = empty_code(state, code, &entry->hides);
+        empty = og_empty_code(state, code, lasti, &entry->hides);
         globals = small_globals(state, frame);
         if (flags == NULL || empty == NULL || globals == NULL) {
             goto done;
@@ -175,6 +82,7 @@ entry_make(og_state *state, PyObject *frame, PyObject *code,
         }
     }
     entry->code = Py_NewRef(code);
+    entry->lasti = lasti;
     result = 0;
 done:
     Py_XDECREF(empty);
@@ -184,7 +92,7 @@ done:
 }
 
 const og_code_entry *
-og_code_entry_of(og_state *state, PyObject *frame)
+og_code_entry_of(og_state *state, PyObject *frame, int lasti)
 {
     og_sanitize_state *s = &state->sanitize;
     PyObject *code = (PyObject *)PyFrame_GetCode((PyFrameObject *)frame);
@@ -196,16 +104,17 @@ og_code_entry_of(og_state *state, PyObject *frame)
             return NULL;
         }
     }
-    uint64_t mixed = (uint64_t)(uintptr_t)code * UINT64_C(0x9E3779B97F4A7C15);
+    uint64_t mixed = ((uint64_t)(uintptr_t)code + (uint64_t)(unsigned)lasti) *
+                     UINT64_C(0x9E3779B97F4A7C15);
     og_code_entry *set = &s->codes[(size_t)(mixed >> 56) % SETS * WAYS];
     for (size_t i = 0; i < WAYS; i++) {
-        if (set[i].code == code) {
+        if (set[i].code == code && set[i].lasti == lasti) {
             Py_DECREF(code);
             return &set[i];
         }
     }
     og_code_entry made = {0};
-    int failed = entry_make(state, frame, code, &made);
+    int failed = entry_make(state, frame, code, lasti, &made);
     Py_DECREF(code);
     if (failed) {
         return NULL;

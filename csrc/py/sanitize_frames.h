@@ -7,6 +7,7 @@
 
 typedef struct og_code_entry {
     PyObject *code; /* owned; NULL: free */
+    int lasti;      /* offset of the instruction it failed at */
     /* Owned function; called, it gives a generator whose frame is empty.
      * NULL: code is itself that of an empty frame. */
     PyObject *make;
@@ -14,10 +15,16 @@ typedef struct og_code_entry {
     bool hides;     /* has a local by which formatters skip the frame */
 } og_code_entry;
 
-/* The entry for the code of frame (borrowed), made when missing; valid until
- * the next call. NULL with an exception set. */
+/* The entry for the code of frame at lasti (borrowed), made when missing;
+ * valid until the next call. NULL with an exception set. */
 const og_code_entry *
-og_code_entry_of(og_state *state, PyObject *frame);
+og_code_entry_of(og_state *state, PyObject *frame, int lasti);
+
+/* A new reference to the code of empty frames that stand at lasti of code;
+ * *hides becomes true when code has a local by which formatters skip frames.
+ * NULL with an exception set. */
+PyObject *
+og_empty_code(og_state *state, PyObject *code, int lasti, bool *hides);
 
 /* A new reference to an empty frame standing for frame; NULL with an
  * exception set. Reads hiding locals, so call it before clearing. */

@@ -83,21 +83,35 @@ attribute(og_state *state, PyObject *object, og_name name)
     return value;
 }
 
+/* Writes the text of a dtype or device unless *last is equal to it. Takes the
+ * reference; part may be NULL. */
+static void
+text_again(PyObject *part, PyObject **last, char *text, size_t size)
+{
+    if (part == NULL || *last == NULL ||
+        (part != *last &&
+         (Py_TYPE(part) != Py_TYPE(*last) ||
+          PyObject_RichCompareBool(part, *last, Py_EQ) != 1))) {
+        og_forget();
+        short_text(part, text, size);
+        Py_XDECREF(*last);
+        *last = Py_XNewRef(part);
+    }
+    Py_XDECREF(part);
+}
+
 static bool
 note_tensor(og_state *state, og_note *note, const char *name, Py_ssize_t item,
             PyObject *tensor)
 {
-    char shape[256], dtype[48], device[32], index[32] = "", bytes[40] = "";
-    char line[560];
+    char shape[256], index[32] = "", bytes[40] = "", line[560];
     PyObject *part = attribute(state, tensor, OG_NAME_SHAPE);
     shape_text(part, shape, sizeof shape);
     Py_XDECREF(part);
-    part = attribute(state, tensor, OG_NAME_DTYPE);
-    short_text(part, dtype, sizeof dtype);
-    Py_XDECREF(part);
-    part = attribute(state, tensor, OG_NAME_DEVICE);
-    short_text(part, device, sizeof device);
-    Py_XDECREF(part);
+    text_again(attribute(state, tensor, OG_NAME_DTYPE), &note->dtype,
+               note->dtype_text, sizeof note->dtype_text);
+    text_again(attribute(state, tensor, OG_NAME_DEVICE), &note->device,
+               note->device_text, sizeof note->device_text);
     part = attribute(state, tensor, OG_NAME_NBYTES);
     if (part != NULL && PyLong_Check(part)) {
         (void)snprintf(bytes, sizeof bytes, ", %lld bytes",
@@ -109,7 +123,7 @@ note_tensor(og_state *state, og_note *note, const char *name, Py_ssize_t item,
         (void)snprintf(index, sizeof index, "[%lld]", (long long)item);
     }
     (void)snprintf(line, sizeof line, "\n    %.80s%s: %s %s %s%s", name, index,
-                   shape, dtype, device, bytes);
+                   shape, note->dtype_text, note->device_text, bytes);
     return note_add(note, line);
 }
 
@@ -315,6 +329,7 @@ og_note_begin(og_state *state, og_note *note, PyObject *exc)
     note->listed = note->left_out = 0;
     note->changed = false;
     note->place = -1;
+    note->dtype = note->device = NULL;
     PyObject *notes = notes_of(state, exc);
     if (notes != NULL && PyList_CheckExact(notes)) {
         for (Py_ssize_t i = 0; i < PyList_Size(notes); i++) {
@@ -339,6 +354,8 @@ og_note_begin(og_state *state, og_note *note, PyObject *exc)
 void
 og_note_end(og_state *state, og_note *note, PyObject *exc)
 {
+    Py_CLEAR(note->dtype);
+    Py_CLEAR(note->device);
     if (!note->changed) {
         return;
     }

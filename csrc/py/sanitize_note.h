@@ -14,6 +14,9 @@ typedef struct og_note {
     int left_out;     /* tensors met after the note was full */
     Py_ssize_t place; /* in __notes__; -1 when there is none yet */
     bool changed;
+    /* The last tensor's, with their texts: most tensors share them. Owned. */
+    PyObject *dtype, *device;
+    char dtype_text[48], device_text[32];
 } og_note;
 
 /* Goes on from the note a guard further in has left on exc. */

@@ -40,6 +40,18 @@ scrub_frame(og_walk *walk, PyObject *frame, const og_code_entry *entry)
     return 0;
 }
 
+/* tb_lasti, or -1 when it cannot be read. */
+static int
+lasti_of(og_state *state, PyObject *entry)
+{
+    PyObject *lasti =
+        PyObject_GetAttr(entry, state->sanitize.names[OG_NAME_TB_LASTI]);
+    int result = lasti == NULL ? -1 : (int)PyLong_AsLong(lasti);
+    Py_XDECREF(lasti);
+    og_forget();
+    return result;
+}
+
 /* A new entry equal to old over frame, before next (NULL: the last). */
 static PyObject *
 entry_like(og_state *state, PyObject *old, PyObject *frame, PyObject *next)
@@ -75,7 +87,8 @@ empty_entry(og_walk *walk, PyObject *old, PyObject *next)
     if (frame == NULL) {
         return NULL;
     }
-    const og_code_entry *found = og_code_entry_of(state, frame);
+    const og_code_entry *found =
+        og_code_entry_of(state, frame, lasti_of(state, old));
     og_code_entry entry = {0};
     PyObject *empty = NULL, *result = NULL;
     if (found != NULL) {
@@ -106,7 +119,8 @@ entry_is_empty(og_walk *walk, PyObject *entry)
     PyObject *frame =
         PyObject_GetAttr(entry, state->sanitize.names[OG_NAME_TB_FRAME]);
     const og_code_entry *found =
-        frame == NULL ? NULL : og_code_entry_of(state, frame);
+        frame == NULL ? NULL
+                      : og_code_entry_of(state, frame, lasti_of(state, entry));
     bool result = found != NULL && found->make == NULL;
     Py_XDECREF(frame);
     og_forget();

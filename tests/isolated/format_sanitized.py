@@ -20,7 +20,7 @@ from rich.traceback import Traceback
 
 from opguard import _C
 
-SOURCE = '''
+SOURCE = """
 import contextlib
 
 class Layer:
@@ -49,7 +49,7 @@ class Late:
     value = 1
     def __getattr__(self, name):
         exec("raise KeyError(name)", {"name": name})
-'''
+"""
 
 
 def fail(space: dict[str, object]) -> None:
@@ -65,10 +65,12 @@ def fail(space: dict[str, object]) -> None:
 def formatted(error: BaseException) -> str:
     found = (type(error), error, error.__traceback__)
     parts = ["".join(traceback.format_exception(error))]
+    # IPython's own Docs mode stops at chained exceptions with an assertion.
+    root = error.exceptions[0].__cause__
     for mode in ("Plain", "Context", "Verbose", "Minimal", "Docs"):
-        lines = 1 if mode == "Docs" else 5
+        shown = found if mode != "Docs" else (type(root), root, root.__traceback__)
         maker = AutoFormattedTB(mode=mode, theme_name="nocolor", tb_offset=0)
-        text = maker.stb2text(maker.structured_traceback(*found, context=lines))
+        text = maker.stb2text(maker.structured_traceback(*shown))
         parts.append(f"--- IPython {mode}\n{text if mode != 'Verbose' else len(text) > 0}")
     for locals_too in (False, True):
         out = io.StringIO()

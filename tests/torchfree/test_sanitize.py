@@ -131,7 +131,11 @@ def test_text_of_the_traceback_is_the_same(C):
         assert dict(at.tb_frame.f_locals) == {}
         assert at.tb_frame.f_back is None
         names.append((code.co_name, code.co_qualname, code.co_filename))
-        after.append((at.tb_lasti, at.tb_lineno, list(code.co_positions())))
+        positions = list(code.co_positions())
+        # What stands behind the original's instructions says where it failed.
+        assert positions[at.tb_frame.f_lasti // 2] == positions[at.tb_lasti // 2]
+        assert at.tb_frame.f_lineno == positions[at.tb_lasti // 2][0]
+        after.append((at.tb_lasti, at.tb_lineno, positions[:-2]))
         at = at.tb_next
     assert names == shape
     assert after == spans
