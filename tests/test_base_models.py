@@ -100,6 +100,32 @@ def test_additional_and_skipped_keywords_reach_from_pretrained(tiny_bert):
         assert "use_safetensors" not in model._from_pretrained_kwargs()
 
 
+def test_the_export_keywords_are_respected(tiny_bert, tmp_path, monkeypatch):
+    class Tiny(OpGuardBase):
+        NAME = "tiny-bert"
+        MODEL_ID = tiny_bert
+        DETECTOR_TYPE = transformers.BertModel
+
+    monkeypatch.setenv("OPGUARD_EXPORTS", str(tmp_path))
+    inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    with pytest.raises(OSError, match="export"):
+        Tiny(device_override="cpu", only_load_export=True)(input_raw=inputs)
+    made = Tiny(device_override="cpu", force_export_refresh=True)(input_raw=inputs)
+    assert list(tmp_path.glob("*tiny-bert-detector*/*.safetensors"))
+    read = Tiny(device_override="cpu", only_load_export=True)(input_raw=inputs)
+    assert torch.equal(made.last_hidden_state, read.last_hidden_state)
+
+
+def test_the_export_keywords_need_from_pretrained():
+    class Plain(OpGuardBase):
+        NAME = "plain"
+        MODEL_ID = "."
+        DETECTOR_TYPE = torch.nn.Identity
+
+    with pytest.raises(TypeError, match="expected a DETECTOR_TYPE with from_pretrained"):
+        Plain(device_override="cpu", only_load_export=True)(input_raw=1)
+
+
 def test_a_failure_inside_a_real_model_frees_it(tiny_bert, collected):
     class Tiny(OpGuardBase):
         NAME = "tiny-bert"

@@ -24,9 +24,10 @@ from typing import Any, ClassVar, Self
 import torch
 
 from opguard._routing import Routes, near_miss
+from opguard.detaching import detach_to_cpu
 from opguard.devices import normalize_dtype
 from opguard.guards._base import _sanitize
-from opguard.guards.calling import call_guard
+from opguard.guards.calling import Guard, _call_settings
 from opguard.guards.freeing import Releasing
 from opguard.guards.initial import InitValues, device_guard, init_guard
 from opguard.guards.loading import load_guard
@@ -123,6 +124,7 @@ class OpGuardBase:
     _detector: Any = None
     _processor: Any = None
     _chosen: InitValues
+    _guarding: tuple[tuple[Any, ...], tuple[torch.nn.Module, ...]]
     _routes_of_class: ClassVar[Routes]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -282,8 +284,10 @@ class OpGuardBase:
 
     def _guarded(self, kwargs: dict[str, Any]) -> Any:
         # A frame of its own: the guard, which knows the model, is gone before the model is freed.
-        with call_guard(**self._call_options) as guard:
-            return guard(self._caller, **kwargs)
+        settings, models = self._guarding
+        with Guard(*settings):
+            result = self._caller(**kwargs)
+        return detach_to_cpu(result, models=models) if self._detach else result
 
     def _refusal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TypeError:
         name = type(self).__name__
@@ -396,29 +400,47 @@ class OpGuardBase:
                 self._is_loading = False
 
     def _load_parts(self) -> None:
+        exports = self._only_load_export or self._force_export_refresh
         with load_guard(
             device_list=self._chosen.device_list,
             local_files_only=self._local_files_only,
+            base_export_name=f"{self.NAME}-detector" if exports else None,
+            only_load_export=self._only_load_export,
+            force_export_refresh=self._force_export_refresh,
             sanitize_all_exceptions=self._sanitizes,
         ) as load:
             self._processor = self._load_processor()
-            self._detector = load(self._load_detector)
-        half = self._chosen.dtype in HALF
-        self._call_options: dict[str, Any] = {
-            "models": (self._processor, self._detector),
-            "need_grads": self.NEED_GRADS,
-            "effective_dtype": self._chosen.dtype if half else None,
-            "device_list": self._chosen.device_list,
-            "sanitize_all_exceptions": self._sanitizes,
-            "detach_outputs": self._detach,
-        }
+            if exports:
+                self._detector = self._place(self._load_export(load))
+            else:
+                self._detector = load(self._load_detector)
+        settings = _call_settings(
+            models=(self._processor, self._detector),
+            need_grads=self.NEED_GRADS,
+            effective_dtype=self._chosen.dtype if self._chosen.dtype in HALF else None,
+            device_list=self._chosen.device_list,
+            sanitize_all_exceptions=self._sanitizes,
+            detach_outputs=self._detach,
+        )
+        # Without the devices to measure: that would cost more than the guard itself.
+        self._guarding = (*settings[:4], None, *settings[5:]), settings[2] or ()
+
+    def _load_export(self, load: Callable[..., Any]) -> Any:
+        loader = getattr(self.DETECTOR_TYPE, "from_pretrained", None)
+        if loader is None or type(self)._load_detector is not OpGuardBase._load_detector:
+            raise TypeError(
+                f"{type(self).__name__}: expected a DETECTOR_TYPE with from_pretrained, loaded by "
+                "the default _load_detector, to keep an export of it; leave only_load_export and "
+                "force_export_refresh out"
+            )
+        return load(loader, self.model_id, **self._from_pretrained_kwargs())
 
     def _forget(self) -> None:
         self._is_loaded = False
         self._free_wanted = False
         self._detector = None
         self._processor = None
-        self._call_options = {}
+        self._guarding = (), ()
         self._extra_info.clear()
 
     def _free(self) -> None:
