@@ -909,3 +909,12 @@ def test_no_leak():
         [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=300
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_failing_allocations():
+    pytest.importorskip("_testcapi")
+    script = Path(__file__).parent / "isolated" / "nomemory_guards.py"
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -96,18 +96,28 @@ free_lease(og_lease *lease)
 }
 
 static int
+reserve_changes(og_lease *lease, size_t capacity)
+{
+    if (capacity <= lease->capacity) {
+        return 0;
+    }
+    og_change *changes =
+        PyMem_Realloc(lease->changes, capacity * sizeof *changes);
+    if (changes == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    lease->changes = changes;
+    lease->capacity = capacity;
+    return 0;
+}
+
+static int
 add_change(og_lease *lease, PyObject *module, bool before)
 {
-    if (lease->count == lease->capacity) {
-        size_t capacity = lease->capacity == 0 ? 16 : lease->capacity * 2;
-        og_change *changes =
-            PyMem_Realloc(lease->changes, capacity * sizeof *changes);
-        if (changes == NULL) {
-            PyErr_NoMemory();
-            return -1;
-        }
-        lease->changes = changes;
-        lease->capacity = capacity;
+    if (lease->count == lease->capacity &&
+        reserve_changes(lease, lease->capacity * 2 + 16) < 0) {
+        return -1;
     }
     lease->changes[lease->count++] = (og_change){Py_NewRef(module), before};
     return 0;
@@ -133,6 +143,28 @@ switch_module(og_guards_state *guards, PyObject *module, bool mode)
         dict == NULL ? -1 : PyDict_SetItem(dict, guards->name_training, value);
     Py_XDECREF(dict);
     return result;
+}
+
+/* As switch_module, but a train() that fails leaves `training` set all the
+ * same: 0, or -1 with its exception set. */
+static int
+force_module(og_guards_state *guards, PyObject *module, bool mode)
+{
+    if (switch_module(guards, module, mode) == 0) {
+        return 0;
+    }
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *dict = PyObject_GenericGetDict(module, NULL);
+    if (dict == NULL ||
+        (PyDict_GetItemWithError(dict, guards->name_training) != NULL &&
+         PyDict_SetItem(dict, guards->name_training,
+                        mode ? Py_True : Py_False) < 0)) {
+        PyErr_WriteUnraisable(module);
+    }
+    Py_XDECREF(dict);
+    PyErr_Restore(type, value, trace);
+    return -1;
 }
 
 static int
@@ -264,6 +296,10 @@ switch_lease(og_guards_state *guards, og_lease *lease)
     before = PyMem_Malloc(tree.count + 1);
     if (before == NULL) {
         PyErr_NoMemory();
+        goto done;
+    }
+    /* Nothing is switched before there is room to remember it. */
+    if (reserve_changes(lease, tree.count) < 0) {
         goto done;
     }
     for (size_t i = 0; i < tree.count; i++) {
@@ -422,20 +458,33 @@ static int
 put_back(og_guards_state *guards, covers *all, const og_change *change,
          const og_lease *lease)
 {
-    while (all->generation != guards->generation) {
-        if (find_covers(guards, all) < 0) {
-            return -1;
-        }
+    int known = 0, handed = 0;
+    while (known == 0 && guards->oldest != NULL &&
+           all->generation != guards->generation) {
+        known = find_covers(guards, all);
     }
-    int handed = hand_over(all, change, lease);
-    if (handed != 0) {
-        return handed < 0 ? -1 : 0;
+    if (known == 0 && guards->oldest != NULL) {
+        handed = hand_over(all, change, lease);
+        known = handed < 0 ? -1 : 0;
     }
+    if (handed > 0) {
+        return 0;
+    }
+    /* Not knowing who else needs it, it is put back: -1 tells why. */
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
     int now = og_module_mode(guards, change->module);
-    if (now < 0 || now == (int)change->before) {
+    if (now >= 0 && now != (int)change->before) {
+        now = force_module(guards, change->module, change->before);
+    }
+    if (type == NULL) {
         return now < 0 ? -1 : 0;
     }
-    return switch_module(guards, change->module, change->before);
+    if (now < 0) {
+        PyErr_WriteUnraisable(change->module);
+    }
+    PyErr_Restore(type, value, trace);
+    return known;
 }
 
 int

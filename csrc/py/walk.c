@@ -6,6 +6,13 @@
  * cycle: it is walked again with a set of what was seen. */
 #define PLAIN_VISITS 10000
 
+/* Nearly all are of the class itself, which is a look and no call. */
+static bool
+is_dict(PyObject *object)
+{
+    return Py_TYPE(object) == &PyDict_Type || PyDict_Check(object);
+}
+
 int
 og_pile_push(og_pile *pile, PyObject *item)
 {
@@ -65,7 +72,7 @@ push_children_of(og_guards_state *guards, og_pile *pile, PyObject *dict)
     if (children == NULL) {
         return PyErr_Occurred() ? -1 : 0;
     }
-    if (!PyDict_Check(children) || PyDict_Size(children) == 0) {
+    if (!is_dict(children) || PyDict_Size(children) == 0) {
         return 0;
     }
     Py_ssize_t position = 0;
@@ -84,7 +91,7 @@ static PyObject *
 own_dict(PyObject *module)
 {
     PyObject *dict = PyObject_GenericGetDict(module, NULL);
-    if (dict != NULL && !PyDict_Check(dict)) {
+    if (dict != NULL && !is_dict(dict)) {
         PyErr_Format(PyExc_TypeError,
                      "expected a module with a dict as its __dict__, got %R; "
                      "pass an nn.Module whose __init__ has run",
@@ -198,7 +205,7 @@ child_in_mode(og_guards_state *guards, og_pile *pile, PyObject *child,
     if (result > 0) {
         PyObject *below = PyDict_GetItemWithError(dict, guards->name_modules);
         if (below == NULL ? PyErr_Occurred() != NULL
-                          : PyDict_Check(below) && PyDict_Size(below) != 0 &&
+                          : is_dict(below) && PyDict_Size(below) != 0 &&
                                 og_pile_push(pile, child) < 0) {
             result = -1;
         }
@@ -217,7 +224,7 @@ children_in_mode(og_guards_state *guards, og_pile *pile, PyObject *dict,
     if (children == NULL) {
         return PyErr_Occurred() ? -1 : 1;
     }
-    if (!PyDict_Check(children)) {
+    if (!is_dict(children)) {
         return 1;
     }
     int result = 1;
