@@ -1,13 +1,17 @@
 """OpGuardBase: loading, calling, freeing, and what a failure in any of its parts leaves behind."""
 
 import gc
+import os
+import subprocess
 import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
+import opguard
 from opguard.base import OpGuardBase
 
 CPU = {"device_override": "cpu"}
@@ -657,6 +661,19 @@ def test_an_instance_that_goes_frees_its_model():
     reference = weakref.ref(model.detector)
     del model
     assert alive(reference) == [False]
+
+
+def test_nothing_leaks_by_slope():
+    script = Path(__file__).parent / "isolated" / "leak_base.py"
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(Path(opguard.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # Choices
