@@ -137,14 +137,19 @@ def fetch(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The same tensors in host memory: one copy and one wait for all small ones of a device."""
     result: list[torch.Tensor | None] = [None] * len(tensors)
     groups: dict[torch.device, list[int]] = {}
+    accelerator = torch.accelerator.current_accelerator()
+    kind = None if accelerator is None else accelerator.type  # the one kind that can be waited for
+    # Packing has kernels for host memory (which tests take for a device's) and, where they were
+    # built, for CUDA; without them each tensor is copied on its own, and waited for together.
+    packs = ("cpu",) if _C.ops_info()["cuda"] else ("cpu", "cuda")
     for i, tensor in enumerate(tensors):
-        # Packing has kernels for CUDA and for host memory (which tests take for a device's).
-        if tensor.device.type in ("cuda", "cpu") and _is_small(tensor):
+        if tensor.device.type in packs and _is_small(tensor):
             groups.setdefault(tensor.device, []).append(i)
         else:
-            result[i] = tensor.to("cpu", non_blocking=True, copy=True)
+            waited = tensor.device.type == kind
+            result[i] = tensor.to("cpu", non_blocking=waited, copy=True)
     started = [(group, _start([tensors[i] for i in group])) for group in groups.values()]
-    for device in {t.device for t in tensors if t.device.type != "cpu"}:
+    for device in {t.device for t in tensors if t.device.type == kind}:
         torch.accelerator.synchronize(device)
     for group, split in started:
         for i, tensor in zip(group, split(), strict=True):
