@@ -113,7 +113,7 @@ def test_output_does_not_alias_model_memory():
 def test_models_must_be_modules():
     with pytest.raises(TypeError, match="models to be modules"):
         detach_to_cpu(torch.ones(2), models=(3,))
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="expected models to be a module or several, got int"):
         detach_to_cpu(torch.ones(2), models=3)
 
 

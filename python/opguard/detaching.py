@@ -61,9 +61,19 @@ def detach_to_cpu(
         traced: T = pytree.tree_map_only(torch.Tensor, _traced, value)
         return traced
     if type(models) is not tuple:
-        models = (models,) if isinstance(models, torch.nn.Module) else tuple(models)
+        models = (models,) if isinstance(models, torch.nn.Module) else _several(models)
     detached: T = _C.detach(value, copy, models)
     return detached
+
+
+def _several(models: Iterable[torch.nn.Module]) -> tuple[torch.nn.Module, ...]:
+    try:
+        return tuple(models)
+    except TypeError:
+        raise TypeError(
+            f"expected models to be a module or several, got {type(models).__name__}; "
+            "pass models=model or models=(a, b)"
+        ) from None
 
 
 def _traced(tensor: torch.Tensor) -> torch.Tensor:
