@@ -194,11 +194,11 @@ line_table(PyObject *code, int lasti)
             write_number(&out, found.column);
             write_number(&out, found.end_column);
         }
-        result = PyBytes_FromStringAndSize((const char *)begin,
-                                           end - begin + (out - more));
+        result = PyBytes_FromStringAndSize(NULL, end - begin + (out - more));
         if (result != NULL) {
-            memcpy(PyBytes_AsString(result) + (end - begin), more,
-                   (size_t)(out - more));
+            char *bytes = PyBytes_AsString(result);
+            memcpy(bytes, begin, (size_t)(end - begin));
+            memcpy(bytes + (end - begin), more, (size_t)(out - more));
         }
     }
     Py_XDECREF(table);

@@ -385,6 +385,23 @@ def test_many_code_objects(C):
         assert error.__traceback__.tb_next.tb_frame.f_code.co_name == function.__name__
 
 
+def test_every_place_of_a_function(C):
+    """Each offset of a long function: the empty frame stands at the same line and columns."""
+    text = "    if x == {0}:\n        y = [x +\n             {0}, '{1}', f(x)(\n\n x, *x, **y)]\n"
+    body = "".join(text.format(i, "é" * (i % 90)) for i in range(120))
+    space = {}
+    exec(compile(f"def f(x):\n{body}    raise KeyError(x)", "<long>", "exec"), space)
+    frame = caught(space["f"], -1).__traceback__.tb_next.tb_frame
+    positions = list(frame.f_code.co_positions())
+    for unit in [*range(0, len(positions), 7), len(positions) - 1]:
+        error = Failure().with_traceback(types.TracebackType(None, frame, 2 * unit, 5))
+        C.sanitize_exception(error)
+        empty = error.__traceback__.tb_frame
+        assert error.__traceback__.tb_lasti == 2 * unit
+        assert list(empty.f_code.co_positions())[empty.f_lasti // 2] == positions[unit]
+        assert empty.f_lineno == positions[unit][0]
+
+
 # --- the note --------------------------------------------------------------------------------
 
 
