@@ -358,8 +358,8 @@ static PyMemberDef Guard_members[] = {
 };
 
 PyDoc_STRVAR(Guard_doc,
-             "Guard(kind, flags, models, autocast, devices, caller, on_oom, "
-             "keep, /)\n--\n\n"
+             "Guard(kind=1, flags=3, models=None, autocast=None, "
+             "devices=None, caller=None, on_oom=None, keep=None, /)\n--\n\n"
              "The guard g: made by call_guard and its parts.\n\n"
              "Inside `with`: g(model, *args) runs the model in eval and "
              "returns its result detached; g(value) returns value detached; "

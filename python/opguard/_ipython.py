@@ -58,7 +58,7 @@ def _renew_last(shell: Any, error: BaseException) -> None:
     if getattr(sys, "last_value", None) is error:
         sys.last_traceback = error.__traceback__
     for owner in (getattr(shell, "InteractiveTB", None), getattr(shell, "SyntaxTB", None)):
-        if getattr(owner, "tb", None) is not None:
+        if owner is not None and getattr(owner, "tb", None) is not None:
             owner.tb = error.__traceback__
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from opguard.guards._decorate import decorate
 
@@ -75,7 +75,7 @@ class Guard:
         except BaseException as failure:
             if error is None:
                 raise
-            sys.unraisablehook(_Unraisable(failure, fresh))
+            sys.unraisablehook(cast(Any, _Unraisable(failure, fresh)))
         if error is not None and fresh.sanitize_all_exceptions:
             _sanitize(error, handled, fresh.keep)
 

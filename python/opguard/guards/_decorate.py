@@ -67,7 +67,7 @@ class Step:
             self._advance(lambda: (self._inner.close(), _CLOSED)[1])
 
     def _advance(self, advance: Callable[..., Any], *args: Any) -> Any:
-        manager = self._lasting or self._factory()
+        manager: Any = self._lasting or self._factory()
         lasting = hasattr(manager, "suspend") and hasattr(manager, "resume")
         if not lasting:
             with manager:
