@@ -468,11 +468,14 @@ class _Memory(Mapping[DeviceLike, MemoryUse]):
         if wanted != _CPU_ONLY:
             devices.reset_memory_peak(wanted)
         self._before = {device: devices.memory_now(device) for device in wanted}
-        self._done: dict[torch.device, MemoryUse] | None = None
+        self._done: dict[torch.device, tuple[int, int]] | None = None
 
-    def _now(self, device: torch.device) -> MemoryUse:
+    def _now(self, device: torch.device) -> tuple[int, int]:
+        """The peak and the bytes held; cheap for the cpu, which every guarded call pays."""
         after = devices.memory_now(device)
-        return MemoryUse(self._before[device], devices.memory_peak(device), after)
+        if device.type == "cpu":
+            return max(after, devices._resident_peak()), after
+        return devices.memory_peak(device), after
 
     def finish(self) -> None:
         self._done = {device: self._now(device) for device in self._before}
@@ -484,7 +487,8 @@ class _Memory(Mapping[DeviceLike, MemoryUse]):
                 f"memory: expected one of {[str(one) for one in self._before]}, got {where}; "
                 f"name it in device_list"
             )
-        return self._now(where) if self._done is None else self._done[where]
+        peak, after = self._now(where) if self._done is None else self._done[where]
+        return MemoryUse(self._before[where], peak, after)
 
     def __iter__(self) -> Iterator[DeviceLike]:
         return iter(self._before)
@@ -561,7 +565,9 @@ class _TracedGuard:
 
     def __init__(self, settings: tuple[Any, ...]) -> None:
         self.kind, self.flags, self.models, autocast, self.caller = settings
-        self.autocast = None if autocast is None else torch.autocast(autocast[0], autocast[1])
+        self.autocast: Any = None
+        if autocast is not None:
+            self.autocast = torch.autocast(autocast[0], autocast[1])
         self.before = True
         self.modes: list[Any] = []
 
