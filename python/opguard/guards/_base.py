@@ -114,6 +114,4 @@ def _sanitize(
 ) -> None:
     from opguard import _C
 
-    sanitize = getattr(_C, "guard_sanitize", None)
-    if sanitize is not None:
-        sanitize(error, handled, keep)
+    _C.guard_sanitize(error, handled, keep or None)
