@@ -712,3 +712,38 @@ def test_python_guards_sanitize():
         kept = error
     assert refs[0]() is None
     assert kept.__traceback__ is not None
+
+
+def test_bodies_of_one_lasting_guard_take_turns():
+    """Two bodies of one guard object, which has been entered itself, do not share entries."""
+    left = []
+
+    class Named(Guard):
+        def _enter(self):
+            self.mine = object()
+            left.append(self.mine)
+
+        def _exit(self, error):
+            left.remove(self.mine)
+
+        def suspend(self):
+            pass
+
+        def resume(self):
+            pass
+
+    guard = Named()
+    with guard:
+
+        @guard
+        def steps():
+            yield 1
+            yield 2
+
+        first, second = steps(), steps()
+        next(first), next(second)
+        mine = list(left)
+        assert list(first) == [2]
+        assert left == [mine[0], mine[2]]
+        assert list(second) == [2]
+    assert left == []

@@ -54,10 +54,15 @@ class Guard:
     def _exit(self, error: BaseException | None) -> None:
         pass
 
-    def __enter__(self) -> Any:
-        entries = self.__dict__.setdefault("_entries", [])
+    def _fresh(self) -> Guard:
+        """A copy that has not been entered."""
         fresh = copy.copy(self)
         fresh.__dict__.pop("_entries", None)
+        return fresh
+
+    def __enter__(self) -> Any:
+        entries = self.__dict__.setdefault("_entries", [])
+        fresh = self._fresh()
         handled = sys.exception() if sys.version_info >= (3, 12) else sys.exc_info()[1]
         value = fresh._enter()
         entries.append((_here(), fresh, handled))
@@ -92,7 +97,7 @@ class Guard:
         )
 
     def __call__(self, function: Decorated) -> Decorated:
-        decorated: Decorated = decorate(lambda: copy.copy(self), function)
+        decorated: Decorated = decorate(self._fresh, function)
         return decorated
 
 
