@@ -602,9 +602,9 @@ def test_what_the_caller_handles_is_left_alone():
     except KeyError as outer:
         with pytest.raises(RuntimeError) as info:
             kind([])(input_raw=torch.ones(3, 4))
-        assert info.value.__context__ is outer  # noqa: PT017
-        assert outer.__traceback__ is not None  # noqa: PT017
-        assert outer.__traceback__.tb_frame is sys._getframe()  # noqa: PT017
+        assert info.value.__context__ is outer
+        assert outer.__traceback__ is not None
+        assert outer.__traceback__.tb_frame is sys._getframe()
         assert marker.sum() == 2
 
 

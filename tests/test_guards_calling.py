@@ -695,7 +695,7 @@ def test_what_the_caller_was_handling_is_left_alone():
         frames = outer.__traceback__
         with pytest.raises(ValueError, match="inner"), call_guard():
             raise ValueError("inner")  # noqa: B904
-        assert outer.__traceback__ is frames  # noqa: PT017
+        assert outer.__traceback__ is frames
         assert frames.tb_frame.f_locals["outer_local"] is outer_local
 
 

@@ -478,7 +478,7 @@ guard_sanitize(PyObject *module, PyObject *args)
         return NULL;
     }
     og_sanitize_exit(og_state_get(module), error,
-                     handled == Py_None ? NULL : handled,
+                     PyExceptionInstance_Check(handled) ? handled : NULL,
                      keep == Py_None ? NULL : keep);
     Py_RETURN_NONE;
 }
