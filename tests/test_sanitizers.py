@@ -70,6 +70,7 @@ def runtime(name: str) -> str:
     return found
 
 
+@pytest.mark.slow
 def test_under_asan_and_ubsan(sanitized, tmp_path):
     environment = {
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
