@@ -32,7 +32,7 @@ def rows() -> list[tuple[str, str]]:
     return [row for row in found if row[0] != "item or fault"]
 
 
-def tests_in(path: Path) -> set[str]:
+def names_in(path: Path) -> set[str]:
     """Test functions, and those that are methods of a test class."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -50,7 +50,7 @@ def test_every_named_test_exists():
         path = ROOT / name
         if not path.is_file():
             missing.append(f"{name} does not exist")
-        elif test not in tests_in(path):
+        elif test not in names_in(path):
             missing.append(f"{name} has no {test}")
     assert not missing, "\n".join(sorted(missing))
 
