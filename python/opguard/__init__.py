@@ -17,6 +17,7 @@ from opguard._ipython import load_ipython_extension, unload_ipython_extension
 from opguard.base import OpGuardBase
 from opguard.detaching import detach_to_cpu, register_detach
 from opguard.guards.calling import (
+    AwaitInsideGuardWarning,
     autocast_guard,
     call_guard,
     eval_guard,
@@ -32,14 +33,17 @@ from opguard.guards.initial import (
     variant_guard,
 )
 from opguard.guards.loading import cache_guard, load_guard
-from opguard.guards.locality import local_guard
+from opguard.guards.locality import LocalFileMissing, local_guard
 from opguard.guards.reproducible import deterministic_guard, seed_guard
 from opguard.holders import who_holds
-from opguard.sanitizing import TensorSummary, sanitize_exception
+from opguard.sanitizing import ObjectSummary, TensorSummary, sanitize_exception
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AwaitInsideGuardWarning",
+    "LocalFileMissing",
+    "ObjectSummary",
     "OpGuardBase",
     "TensorSummary",
     "autocast_guard",
