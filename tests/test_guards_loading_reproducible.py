@@ -1,6 +1,8 @@
 """seed_guard and deterministic_guard: the block repeats itself, and nothing of it stays."""
 
+import asyncio
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -71,6 +73,52 @@ def test_seeded_generator_goes_on_and_its_consumer_is_not_seeded():
         assert states() == before
         found.append(number)
     assert found == expected
+    assert states() == before
+
+
+@seed_guard(seed=7, device_list=["cpu"])
+def seeded():
+    while True:
+        yield float(torch.rand(1))
+
+
+def test_a_seeded_generator_goes_on_in_another_thread():
+    with seed_guard(seed=7, device_list=["cpu"]):
+        expected = torch.rand(3).tolist()
+    before = states()
+    numbers, found = seeded(), []
+    found.append(next(numbers))
+    thread = threading.Thread(target=lambda: found.extend([next(numbers), next(numbers)]))
+    thread.start()
+    thread.join()
+    numbers.close()
+    assert found == expected
+    assert states() == before
+
+
+def test_a_seeded_async_generator_does_not_start_again_at_each_item():
+    @seed_guard(seed=7, device_list=["cpu"])
+    async def numbers():
+        while True:
+            try:
+                await asyncio.sleep(0)
+                yield float(torch.rand(1))
+            except KeyError:
+                yield -1.0
+
+    async def consume():
+        items = numbers()
+        first, thrown = await anext(items), await items.athrow(KeyError())
+        outside = torch.get_rng_state().tolist()
+        rest = [await anext(items), await anext(items)]
+        await items.aclose()
+        assert torch.get_rng_state().tolist() == outside
+        return [first, *rest], thrown
+
+    with seed_guard(seed=7, device_list=["cpu"]):
+        expected = torch.rand(3).tolist()
+    before = states()
+    assert asyncio.run(consume()) == (expected, -1.0)
     assert states() == before
 
 

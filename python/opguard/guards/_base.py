@@ -63,7 +63,7 @@ class Guard:
     def __enter__(self) -> Any:
         entries = self.__dict__.setdefault("_entries", [])
         fresh = self._fresh()
-        handled = sys.exception() if sys.version_info >= (3, 12) else sys.exc_info()[1]
+        handled = sys.exception()
         value = fresh._enter()
         entries.append((_here(), fresh, handled))
         return value
@@ -83,6 +83,16 @@ class Guard:
             sys.unraisablehook(cast(Any, _Unraisable(failure, fresh)))
         if error is not None and fresh.sanitize_all_exceptions:
             _sanitize(error, handled, fresh.keep)
+
+    def _moved(self) -> Any:
+        """The one entry of a suspended body, which from here on is the running thread's and task's.
+
+        A generator is often consumed by another thread than the one that began it.
+        """
+        entries: list[Any] = self.__dict__["_entries"]
+        fresh = entries[-1][1]
+        entries[-1] = (_here(), fresh, sys.exception())
+        return fresh
 
     def _pop(self) -> tuple[Guard, BaseException | None]:
         entries: list[Any] = self.__dict__.get("_entries", [])

@@ -34,17 +34,32 @@ class Stepper(Protocol):
     def __await__(self) -> Generator[Any, Any, Any]: ...
 
 
+class _Held:
+    """The manager that is entered and suspended between two steps of one body, or None."""
+
+    __slots__ = ("manager",)
+
+    def __init__(self) -> None:
+        self.manager: Any = None
+
+
 class Step:
     """Drives a generator or coroutine, inside a context manager only while its frames run.
 
     A context manager that has ``suspend()`` and ``resume()`` is made and entered once, told of
     every suspension, and exited at the end. Any other is made, entered and exited for each step.
+
+    An async generator is driven by one of these for each item: they share ``held``, and ``goes_on``
+    says that the end of this one is a suspension of the body, not its end.
     """
 
-    def __init__(self, factory: Factory, inner: Any) -> None:
+    def __init__(
+        self, factory: Factory, inner: Any, held: _Held | None = None, goes_on: bool = False
+    ) -> None:
         self._factory = factory
         self._inner = inner
-        self._lasting: Any = None
+        self._held = _Held() if held is None else held
+        self._goes_on = goes_on
 
     def __iter__(self) -> Step:
         return self
@@ -67,22 +82,17 @@ class Step:
             self._advance(lambda: (self._inner.close(), _CLOSED)[1])
 
     def _advance(self, advance: Callable[..., Any], *args: Any) -> Any:
-        manager: Any = self._lasting or self._factory()
-        lasting = hasattr(manager, "suspend") and hasattr(manager, "resume")
-        if not lasting:
+        held = self._held.manager
+        manager: Any = self._factory() if held is None else held
+        if not (hasattr(manager, "suspend") and hasattr(manager, "resume")):
             with manager:
                 return_value, item = _one(advance, args)
-        elif self._lasting is None:
-            with _Lasting(manager, manager.__enter__) as state:
-                return_value, item = _one(advance, args)
-                state.suspended = return_value is None
-            self._lasting = manager if state.suspended else None
         else:
-            self._lasting = None
-            with _Lasting(manager, manager.resume) as state:
+            self._held.manager = None
+            with _Lasting(manager, manager.__enter__ if held is None else manager.resume) as state:
                 return_value, item = _one(advance, args)
-                state.suspended = return_value is None
-            self._lasting = manager if state.suspended else None
+                state.suspended = item is not _CLOSED and (return_value is None or self._goes_on)
+            self._held.manager = manager if state.suspended else None
         if return_value is not None and item is not _CLOSED:
             raise return_value
         return item
@@ -133,8 +143,17 @@ def decorate(factory: Factory, function: Any) -> Any:
         with factory():
             return function(*args, **kwargs)
 
+    def items() -> Callable[[Any, bool], Stepper]:
+        held = _Held()
+        return lambda inner, goes_on: Step(factory, inner, held, goes_on)
+
     return decorate_with(
-        function, run=run, step=lambda inner, _: Step(factory, inner), traced=run, again=factory
+        function,
+        run=run,
+        step=lambda inner, _: Step(factory, inner),
+        traced=run,
+        again=factory,
+        items=items,
     )
 
 
@@ -145,13 +164,16 @@ def decorate_with(
     step: Callable[[Any, bool], Stepper],
     traced: Callable[[tuple[Any, ...], dict[str, Any]], Any],
     again: Callable[..., Any],
+    items: Callable[[], Callable[[Any, bool], Stepper]] | None = None,
 ) -> Any:
     """Builds the wrapper of ``function``'s kind.
 
     ``run(args, kwargs)`` calls a plain function under guard, ``traced`` does it inside
     torch.compile, ``step(inner, yields)`` makes what drives a body (``yields``: what it hands out
     at a suspension is the user's own value, and no future of an event loop), ``again`` makes a
-    fresh guard for what is inside a classmethod or staticmethod.
+    fresh guard for what is inside a classmethod or staticmethod. ``items()``, where the items of
+    an async generator have something in common, makes ``(inner, goes_on) -> what drives it`` for
+    one such generator; else each item is driven by a ``step`` of its own.
     """
     if isinstance(function, (classmethod, staticmethod)):
         inside = function.__func__
@@ -163,7 +185,8 @@ def decorate_with(
         )
     kind = _kind(function)
     if kind == "async generator":
-        return _wraps(function, _async_generator(function, step))
+        each = items or (lambda: lambda inner, goes_on: step(inner, False))
+        return _wraps(function, _async_generator(function, each))
     if kind == "coroutine":
         return _wraps(function, _coroutine(function, step))
     if kind == "generator":
@@ -231,13 +254,15 @@ def _awaitable(value: Any) -> Any:
     return value if inspect.iscoroutine(value) else value.__await__()
 
 
-def _async_generator(function: Any, step: Callable[[Any, bool], Any]) -> Callable[..., Any]:
+def _async_generator(
+    function: Any, items: Callable[[], Callable[[Any, bool], Any]]
+) -> Callable[..., Any]:
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         inner = function(*args, **kwargs)
         del args, kwargs
-        value = None
+        step, value = items(), None
         try:
-            value = await step(inner.asend(None), False)
+            value = await step(inner.asend(None), True)
             while True:
                 try:
                     sent = yield value
@@ -245,9 +270,9 @@ def _async_generator(function: Any, step: Callable[[Any, bool], Any]) -> Callabl
                     await step(inner.aclose(), False)
                     raise
                 except BaseException as error:
-                    value = await step(inner.athrow(error), False)
+                    value = await step(inner.athrow(error), True)
                 else:
-                    value = await step(inner.asend(sent), False)
+                    value = await step(inner.asend(sent), True)
                     sent = None
         except StopAsyncIteration:
             return

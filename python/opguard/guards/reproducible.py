@@ -109,7 +109,7 @@ class seed_guard(Guard):
 
     def resume(self) -> None:
         """Goes on with the block's states where `suspend` left them."""
-        self.__dict__["_entries"][-1][1]._swap()
+        self._moved()._swap()
 
 
 class deterministic_guard(Guard):
