@@ -17,6 +17,7 @@ import weakref
 import pytest
 import torch
 
+from opguard.guards.loading import load_guard
 from opguard.guards.locality import LocalFileMissing, LocalityError, is_local, local_guard
 
 hub = pytest.importorskip("huggingface_hub")
@@ -234,6 +235,23 @@ def test_a_failure_inside_leaves_nothing_alive():
     with pytest.raises(LocalFileMissing) as caught, local_guard():
         fail()
     assert caught.value.__cause__ is not None
+    assert refs[0]() is None
+
+
+@pytest.mark.parametrize("guard", [local_guard, lambda: load_guard(local_files_only=True)])
+def test_the_sentence_does_not_keep_its_caller_alive(guard, empty_cache, collected):
+    refs = []
+
+    def caller():
+        mine = torch.ones(2)
+        refs.append(weakref.ref(mine))
+        with guard():
+            hub.snapshot_download("nobody/nothing")
+
+    try:
+        caller()
+    except LocalFileMissing as missing:
+        assert missing.__cause__ is not None
     assert refs[0]() is None
 
 

@@ -7,7 +7,6 @@ returns a model: `Model.from_pretrained`, a function, a processor's `from_pretra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from opguard.devices import DeviceLike
 from opguard.guards import _exports
 from opguard.guards._base import Guard
 from opguard.guards.freeing import Releasing
-from opguard.guards.locality import enter_local, is_local, leave_local, missing_file
+from opguard.guards.locality import Naming, enter_local, is_local, leave_local
 
 __all__ = ["Load", "cache_guard", "load_guard"]
 
@@ -148,7 +147,7 @@ class cache_guard(Guard):
             self._load._close()
 
 
-class load_guard(Releasing):
+class load_guard(Naming, Releasing):
     """Enters to `load(loader, *args, **kwargs)`, which loads under guard and returns the model.
 
     The model comes back in eval mode (`train_mode=True`: in train mode) and stays so. With
@@ -216,17 +215,3 @@ class load_guard(Releasing):
 
     def _collects(self, error: BaseException | None) -> bool:
         return self._collect and error is not None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # Before the frames that know the name are sanitized.
-        missing = missing_file(error) if self.local_files_only and error is not None else None
-        super().__exit__(kind, error, trace)
-        if missing is not None:
-            # This frame is part of the new traceback and must not keep the old one.
-            del trace
-            raise missing from error

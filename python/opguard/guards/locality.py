@@ -320,7 +320,30 @@ def missing_file(error: BaseException) -> LocalFileMissing | None:
     return LocalFileMissing(_sentence(wanted))
 
 
-class local_guard(Guard):
+class Naming(Guard):
+    """A guard that, where it kept its block off the network, names the file that was missing."""
+
+    local_files_only: bool = True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Before the frames that know the name are sanitized.
+        missing = missing_file(error) if self.local_files_only and error is not None else None
+        super().__exit__(kind, error, trace)
+        if missing is not None:
+            try:
+                raise missing from error
+            finally:
+                # This frame is part of the new traceback: it must keep neither the old one nor,
+                # by a ring with the error, the frames that called it.
+                del missing, error, trace
+
+
+class local_guard(Naming):
     """Opens no connection to another machine inside the block, in this context only.
 
     huggingface_hub, transformers and diffusers read what is on this machine as if they were told
@@ -342,20 +365,6 @@ class local_guard(Guard):
     def _exit(self, error: BaseException | None) -> None:
         if self.local_files_only:
             leave_local()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # Before the frames that know the name are sanitized.
-        missing = missing_file(error) if self.local_files_only and error is not None else None
-        super().__exit__(kind, error, trace)
-        if missing is not None:
-            # This frame is part of the new traceback and must not keep the old one.
-            del trace
-            raise missing from error
 
 
 def enter_local() -> None:
