@@ -136,3 +136,36 @@ def test_model_guard_opens_no_socket_under_local_files_only(monkeypatch):
     with pytest.raises(LocalFileMissing, match="hf download nobody/nothing"):
         guard.__enter__()
     assert tried == []
+
+
+def _locals_of_last(error):
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return dict(trace.tb_frame.f_locals)
+
+
+@pytest.mark.parametrize("step", ["load_guard_kwargs", "call_guard_kwargs"])
+def test_model_guard_keeps_the_frames_its_guards_were_told_to_keep(step):
+    def fail(secret):
+        raise LookupError
+
+    kwargs = {
+        "load_guard_kwargs": {"loader_fn": Net},
+        "call_guard_kwargs": {},
+    }
+    kwargs[step] |= {"sanitize_all_exceptions": False}
+    where = {"load_guard_kwargs": "load", "call_guard_kwargs": "body"}[step]
+    if where == "load":
+        kwargs[step]["loader_fn"] = lambda: fail("seen")
+    with pytest.raises(LookupError) as caught, model_guard(**kwargs):
+        fail("seen")
+    assert _locals_of_last(caught.value) == {"secret": "seen"}
+
+
+@pytest.mark.parametrize("keep", [LookupError, (LookupError,)])
+def test_model_guard_keeps_the_payload_it_was_told_to_keep(keep):
+    payload = torch.ones(2)
+    with pytest.raises(LookupError) as caught, model_guard(call_guard_kwargs={"keep": keep}):
+        raise LookupError(payload)
+    assert caught.value.args[0] is payload

@@ -181,8 +181,9 @@ class model_guard(Guard):
     The loader is load_guard's `loader_fn`, or the `from_pretrained` of init_guard's `model_type`;
     it gets what init_guard chose (model_id, revision, device, dtype, variant, device_map,
     quant_config, and local_files_only) as far as it takes them, and `loader_kwargs`.
-    `local_files_only` may stand in either dict. Yields a `ModelCall`; whatever fails, in any of the
-    four steps, is what the user sees.
+    `local_files_only` may stand in either dict; `sanitize_all_exceptions` and `keep` of the guards
+    inside hold for the whole. Yields a `ModelCall`; whatever fails, in any of the four steps, is
+    what the user sees.
     """
 
     def __init__(
@@ -199,6 +200,12 @@ class model_guard(Guard):
         self._free = dict(free_guard_kwargs or {})
         self._open: list[Any] = []
         self._yielded: ModelCall | None = None
+        # What the block's guards leave alone is left alone all the way out.
+        self.sanitize_all_exceptions = all(
+            step.get("sanitize_all_exceptions", True) for step in (self._load, self._calling)
+        )
+        keep = self._calling.get("keep", ())
+        self.keep = (keep,) if isinstance(keep, type) else tuple(keep)
 
     def _enter(self) -> ModelCall:
         from opguard.guards.calling import call_guard
@@ -209,6 +216,7 @@ class model_guard(Guard):
         listed = {"device_list": values.device_list}
         self._open = []
         free = free_guard(**listed | self._free)
+        free.sanitize_all_exceptions, free.keep = self.sanitize_all_exceptions, self.keep
         free.__enter__()
         self._open.append(free)
         try:
