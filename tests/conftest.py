@@ -31,6 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``-m full`` is everything, so every test has that marker."""
+    for item in items:
+        item.add_marker("full")
+
+
 @pytest.fixture(autouse=True)
 def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     """The same random numbers in every test, in any order; a mode left on is the test's failure."""

@@ -488,3 +488,7 @@ def test_clang_format():
         check=False,
     )
     assert run.returncode == 0, run.stderr[-4000:]
+
+
+def test_full_is_everything(request: pytest.FixtureRequest) -> None:
+    assert all(item.get_closest_marker("full") for item in request.session.items)
