@@ -577,7 +577,7 @@ class _TracedGuard:
             torch._C._set_grad_enabled(self.kind == _GRAD)
         self.modes = _traced_switch(self.models or (), bool(self.flags & _TRAIN))
         if self.autocast is not None:
-            self.autocast.__enter__()  # type: ignore[no-untyped-call]
+            self.autocast.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
