@@ -223,3 +223,14 @@ def test_bad_arguments_are_one_sentence():
         who_holds("cpu", limit=-1)
     with pytest.raises(ValueError, match="device: expected a device torch knows"):
         who_holds("gpu")
+
+
+def test_fake_tensors_hold_no_memory():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.zeros(1 << 20))
+    assert fake.device.type == "cpu"
+    before = who_holds("cpu").size  # must not warn: warnings are errors here
+    del fake
+    assert who_holds("cpu").size == before

@@ -92,6 +92,9 @@ def _storage_of(tensor: torch.Tensor) -> tuple[object, int]:
     """Returns what identifies the tensor's storage, and its bytes."""
     try:
         storage = tensor.untyped_storage()
+        if storage.device.type == "meta":
+            # A fake tensor says a device and has no memory there; its address must not be asked.
+            return id(tensor), 0
         return (storage.data_ptr() or storage._cdata), storage.nbytes()
     except (RuntimeError, NotImplementedError):
         # Sparse and wrapper tensors have no storage of their own.
