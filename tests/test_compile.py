@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from opguard.guards.calling import autocast_guard, call_guard, eval_guard, grad_guard, vram_guard
+from opguard.guards.freeing import free_guard
+from opguard.guards.locality import local_guard
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -62,6 +64,10 @@ def test_with_is_one_graph(graphs):
         vram_guard(),
         eval_guard(),
         autocast_guard(dtype="fp32"),
+        autocast_guard(dtype="bf16", device_list="cpu"),
+        call_guard(effective_dtype="bf16", device_list="cpu"),
+        free_guard(),
+        local_guard(),
     ],
 )
 def test_decorated_is_one_graph(graphs, guard):
@@ -75,6 +81,7 @@ def test_decorated_is_one_graph(graphs, guard):
     out = torch.compile(function, backend=graphs, fullgraph=True)(x, scale=3)["y"]
     assert len(graphs.made) == 1
     assert torch.equal(out, function(x, scale=3)["y"])
+    assert out.dtype == function(x, scale=3)["y"].dtype
     assert out.requires_grad == function(x, scale=3)["y"].requires_grad
 
 
@@ -92,6 +99,32 @@ def test_g_runs_a_model_in_eval_in_one_graph(graphs):
     assert all(m.training for m in model.modules())
     model.eval()
     assert torch.equal(out, model(x))
+
+
+def test_autocast_is_traced_in_a_with(graphs):
+    model, x = Net(), torch.ones(2, 4)
+
+    def function(x):
+        with call_guard(effective_dtype="bf16", device_list="cpu") as g:
+            inside = g(model, x)
+        return inside, model.layer(x)
+
+    inside, outside = torch.compile(function, backend=graphs, fullgraph=True)(x)
+    assert len(graphs.made) == 1
+    assert (inside.dtype, outside.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(inside, function(x)[0])
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("guard", [free_guard, local_guard])
+def test_guards_of_what_is_no_graph_are_passed_over(graphs, guard):
+    def function(x):
+        with guard():
+            return x + 1
+
+    out = torch.compile(function, backend=graphs, fullgraph=True)(torch.ones(2))
+    assert len(graphs.made) == 1
+    assert out.tolist() == [2, 2]
 
 
 def test_models_are_switched_in_the_graph(graphs):

@@ -13,7 +13,11 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
+import torch
+
 from opguard.guards._decorate import decorate
+
+_is_compiling = torch.compiler.is_compiling
 
 __all__ = ["Guard"]
 
@@ -41,12 +45,16 @@ class Guard:
     suspension; where that is wrong (a seed would start again), the subclass gives ``suspend`` and
     ``resume``, and is then entered once (see opguard.guards._decorate.Step).
 
+    ``in_graph`` says that the guard may stand in code that torch.compile traces: there it does
+    nothing, because what it does is no part of a graph. Any other is refused by torch.compile.
+
     ``sanitize_all_exceptions`` and ``keep`` say whether exceptions that leave are sanitized, and
     which types are not.
     """
 
     sanitize_all_exceptions: bool = True
     keep: tuple[type[BaseException], ...] = ()
+    in_graph: bool = False
 
     def _enter(self) -> Any:
         return self
@@ -61,6 +69,8 @@ class Guard:
         return fresh
 
     def __enter__(self) -> Any:
+        if self.in_graph and _is_compiling():
+            return self
         entries = self.__dict__.setdefault("_entries", [])
         fresh = self._fresh()
         handled = sys.exception()
@@ -74,6 +84,8 @@ class Guard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self.in_graph and _is_compiling():
+            return
         fresh, handled = self._pop()
         try:
             fresh._exit(error)

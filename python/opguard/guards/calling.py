@@ -11,7 +11,7 @@ import functools
 import gc
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TypedDict, TypeVar, Unpack, cast, overload
 
 import torch
@@ -128,7 +128,7 @@ def _finish(target: Any, options: Any, build: Callable[..., tuple[Any, ...]], mo
         )
     if _is_compiling():
         kind, flags, roots, autocast, _, caller, _, _ = settings
-        return _TracedGuard((kind, flags, roots, autocast, caller))
+        return _traced_guard((kind, flags, roots, caller), autocast)
     return Guard(*settings)
 
 
@@ -542,10 +542,12 @@ def _decorate(guard: Any, function: Any) -> Any:
 
 
 def _traced_run(function: Any, settings: tuple[Any, ...]) -> Callable[..., Any]:
+    kind, flags, roots, autocast, caller = settings
+
     def traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with _TracedGuard(settings):
+        with _traced_guard((kind, flags, roots, caller), autocast):
             value = function(*args, **kwargs)
-        return _traced_detach(value) if settings[1] & _DETACH else value
+        return _traced_detach(value) if flags & _DETACH else value
 
     return traced
 
@@ -564,10 +566,7 @@ class _TracedGuard:
     """
 
     def __init__(self, settings: tuple[Any, ...]) -> None:
-        self.kind, self.flags, self.models, autocast, self.caller = settings
-        self.autocast: Any = None
-        if autocast is not None:
-            self.autocast = torch.autocast(autocast[0], autocast[1])
+        self.kind, self.flags, self.models, self.caller = settings
         self.before = True
         self.modes: list[Any] = []
 
@@ -576,13 +575,9 @@ class _TracedGuard:
         if self.kind != _AS_IS:
             torch._C._set_grad_enabled(self.kind == _GRAD)
         self.modes = _traced_switch(self.models or (), bool(self.flags & _TRAIN))
-        if self.autocast is not None:
-            self.autocast.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self.autocast is not None:
-            self.autocast.__exit__(*error)
         _traced_put_back(self.modes)
         if self.kind != _AS_IS:
             torch._C._set_grad_enabled(self.before)
@@ -599,6 +594,18 @@ class _TracedGuard:
         else:
             return _traced_detach(first)
         return _traced_detach(value) if self.flags & _DETACH else value
+
+
+def _traced_guard(settings: tuple[Any, ...], autocast: tuple[str, torch.dtype] | None) -> Any:
+    guard = _TracedGuard(settings)
+    return guard if autocast is None else _traced_autocast(guard, *autocast)
+
+
+@contextmanager
+def _traced_autocast(guard: _TracedGuard, device: str, dtype: torch.dtype) -> Iterator[Any]:
+    # Dynamo traces autocast as a `with` alone, and not when it is entered by its methods.
+    with guard, torch.autocast(device, dtype):
+        yield guard
 
 
 def _traced_switch(models: Any, mode: bool) -> list[Any]:

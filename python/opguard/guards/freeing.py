@@ -18,7 +18,7 @@ import torch
 
 from opguard import devices
 from opguard.devices import DeviceLike
-from opguard.guards._base import Guard, _here
+from opguard.guards._base import Guard, _here, _is_compiling
 from opguard.guards.initial import InitValues, init_guard
 
 __all__ = ["free_guard", "model_guard"]
@@ -67,6 +67,8 @@ class Releasing(Guard):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self.in_graph and _is_compiling():
+            return
         entries: list[Any] = self.__dict__.get("_entries", [])
         here = _here()
         entry = next((entry[1] for entry in reversed(entries) if entry[0] == here), self)
@@ -84,6 +86,8 @@ class free_guard(Releasing):
     Caches are emptied only on devices of `device_list` (None: all) that hold less than before.
     `run_gc_and_clear_cache=False` only waits. Yields the guard.
     """
+
+    in_graph = True
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from opguard.guards._base import Guard
+from opguard.guards._base import Guard, _is_compiling
 
 __all__ = ["LocalFileMissing", "LocalityError", "hub_cache_dir", "is_local", "local_guard"]
 
@@ -331,6 +331,8 @@ class Naming(Guard):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self.in_graph and _is_compiling():
+            return
         # Before the frames that know the name are sanitized.
         missing = missing_file(error) if self.local_files_only and error is not None else None
         super().__exit__(kind, error, trace)
@@ -353,6 +355,8 @@ class local_guard(Naming):
     `local_files_only=False` changes nothing: it neither lifts the user's own HF_HUB_OFFLINE nor an
     outer `local_guard`. Yields the guard.
     """
+
+    in_graph = True  # a graph opens no connections
 
     def __init__(self, *, local_files_only: bool = True) -> None:
         self.local_files_only = bool(local_files_only)
