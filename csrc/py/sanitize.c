@@ -79,7 +79,9 @@ protect_frames(og_walk *walk, PyObject *exc)
     while (at != NULL && at != Py_None) {
         PyObject *frame = PyObject_GetAttr(at, s->names[OG_NAME_TB_FRAME]);
         PyObject *next = PyObject_GetAttr(at, s->names[OG_NAME_TB_NEXT]);
+        /* Held: hostile code met on the walk may let go of the traceback. */
         bool failed = frame == NULL || next == NULL ||
+                      og_refs_push(&walk->holds, at) < 0 ||
                       og_map_put(&walk->entries, at, at) < 0 ||
                       og_map_put(&walk->frames, frame, NULL) < 0;
         Py_XDECREF(frame);

@@ -231,6 +231,7 @@ og_has_tensor_near(og_state *state, PyObject *object)
 typedef struct looking {
     og_state *state;
     og_frame_look look;
+    bool after_function;
 } looking;
 
 static int
@@ -243,7 +244,9 @@ look_cell(PyObject *object, void *arg)
 }
 
 /* Order of the interpreters: f_back, f_trace, snapshot, function, code,
- * values. Only a frame that owns its values shows its code. */
+ * values. Only a frame that owns its values shows its code. f_trace may be
+ * any object, a code too, but no function comes before it: to take a running
+ * frame for a finished one would clear what is being executed. */
 static int
 look_referent(PyObject *object, void *arg)
 {
@@ -254,8 +257,10 @@ look_referent(PyObject *object, void *arg)
             at->look.snapshot = object;
         }
         else if (Py_TYPE(object) == (PyTypeObject *)s->code_type) {
-            at->look.finished = true;
+            at->look.finished = at->after_function;
         }
+        at->after_function =
+            Py_TYPE(object) == (PyTypeObject *)s->function_type;
     }
     else if (Py_TYPE(object) == (PyTypeObject *)s->cell_type) {
         (void)s->cell_traverse(object, look_cell, arg);
@@ -269,7 +274,7 @@ look_referent(PyObject *object, void *arg)
 og_frame_look
 og_frame_look_at(og_state *state, PyObject *frame)
 {
-    looking at = {state, {false, false, NULL}};
+    looking at = {state, {false, false, NULL}, false};
     (void)state->sanitize.frame_traverse(frame, look_referent, &at);
     return at.look;
 }

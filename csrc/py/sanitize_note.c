@@ -308,7 +308,7 @@ note_resume(og_note *note, const char *text)
         note->left_out = 1;
         length -= more;
     }
-    if (length >= sizeof note->text) {
+    if (length + TAIL_BYTES >= sizeof note->text) {
         note->left_out = 1;
         note->place = -1;
         return;

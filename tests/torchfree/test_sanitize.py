@@ -871,3 +871,40 @@ def test_random_payloads(C):
         assert expected(value) == before
 
     check()
+
+
+def test_a_forged_note_that_fills_the_buffer(C):
+    """A note of nearly 4 KiB that starts like ours once wrote past the buffer's end."""
+
+    def told():
+        activation = fakes.FakeTensor(3, 4)
+        raise Failure(str(activation.shape))
+
+    try:
+        told()
+    except Failure as error:
+        C.sanitize_exception(error)
+        (note,) = error.__notes__
+    head = note.split("\n")[0]
+    for size in range(4000, 4100, 3):
+        try:
+            told()
+        except Failure as error:
+            error.add_note(head + "x" * (size - len(head)))
+            C.sanitize_exception(error)
+            assert all(len(text) <= 4096 + 64 for text in error.__notes__)
+
+
+def test_a_running_frame_with_a_code_as_its_trace_is_not_cleared(C):
+    """f_trace may be any object; a code there once made a running frame look finished."""
+    kept = ["alive"]
+    frame = sys._getframe()
+    frame.f_trace = frame.f_code
+    try:
+        try:
+            raise Failure
+        except Failure as error:
+            C.sanitize_exception(error)
+    finally:
+        frame.f_trace = None
+    assert kept == ["alive"]
