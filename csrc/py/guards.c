@@ -160,12 +160,11 @@ Guard_exit(PyObject *object, PyObject *const *args, Py_ssize_t count)
         }
         Py_RETURN_FALSE;
     }
-    PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-    PyObject *type, *value, *trace;
-    PyErr_Fetch(&type, &value, &trace);
-    Py_XDECREF(trace);
-    PyErr_Restore(type, value, PyException_GetTraceback(error));
+    /* Not PyErr_SetObject, which would chain what is being handled. */
+    PyErr_Restore(Py_NewRef((PyObject *)Py_TYPE(error)), Py_NewRef(error),
+                  PyException_GetTraceback(error));
     og_guard_exit_failed(self, og_guard_state(self), entry);
+    PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
     Py_XDECREF(type);
     Py_XDECREF(value);

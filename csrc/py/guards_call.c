@@ -32,7 +32,13 @@ ask_again(GuardObject *self, og_state *state, PyObject *error, int *tries)
         return 1;
     }
     og_guard_release(state, &settings, false);
+    /* As in an `except`: what the hook raises gets error as its context, by
+     * the interpreter, which makes no ring when it is error itself. */
+    handled = PyErr_GetHandledException();
+    PyErr_SetHandledException(error);
     PyObject *again = PyObject_CallFunctionObjArgs(hook, error, NULL);
+    PyErr_SetHandledException(handled);
+    Py_XDECREF(handled);
     result = again == NULL ? -1 : PyObject_IsTrue(again);
     Py_XDECREF(again);
     return result;
@@ -60,15 +66,7 @@ og_guard_call_again(GuardObject *self, og_state *state, PyObject *callable,
         }
         Py_CLEAR(trace);
         int again = ask_again(self, state, value, &tries);
-        if (again < 0) {
-            /* the hook's own failure, raised while handling this one */
-            PyObject *type2, *value2, *trace2;
-            PyErr_Fetch(&type2, &value2, &trace2);
-            PyErr_NormalizeException(&type2, &value2, &trace2);
-            PyException_SetContext(value2, Py_NewRef(value));
-            PyErr_Restore(type2, value2, trace2);
-        }
-        else if (again == 0) {
+        if (again == 0) {
             PyErr_Restore(type, value, PyException_GetTraceback(value));
             return NULL;
         }

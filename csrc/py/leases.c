@@ -11,6 +11,14 @@
 
 #define LOCK_MICROSECONDS 10000000
 
+/* The collector has cleared the module and its lock: a guard that it frees
+ * later has nobody left to put modes back for. */
+static bool
+is_cleared(const og_guards_state *guards)
+{
+    return guards->name_training == NULL || guards->lock == NULL;
+}
+
 static int
 lock_leases(og_guards_state *guards)
 {
@@ -339,6 +347,13 @@ done:
 og_lease *
 og_lease_take(og_guards_state *guards, PyObject *roots, bool mode)
 {
+    if (is_cleared(guards)) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "expected opguard's module to be alive, the "
+                        "interpreter has cleared it; leave guards before it "
+                        "ends");
+        return NULL;
+    }
     if (await_switching(guards) < 0) {
         return NULL;
     }
@@ -492,7 +507,7 @@ og_lease_return(og_guards_state *guards, og_lease *lease)
 {
     PyObject *type = NULL, *value = NULL, *trace = NULL;
     covers all = {NULL, NULL, NULL, 0, 0};
-    if (lease->count == 0) {
+    if (lease->count == 0 || is_cleared(guards)) {
         unlink_lease(guards, lease);
         free_lease(lease);
         return 0;

@@ -5,9 +5,25 @@
  * released; it is spent then, so each entry makes its own. */
 #include "py/guards.h"
 
+/* Torch's parts are bound one by one, and gone once the module is cleared. */
+static int
+need(PyObject *part)
+{
+    if (part == NULL) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "expected the grad modes to be bound before a guard "
+                        "uses them, they are not; import opguard.guards");
+        return -1;
+    }
+    return 0;
+}
+
 static int
 call_flag(PyObject *function)
 {
+    if (need(function) < 0) {
+        return -1;
+    }
     PyObject *value = PyObject_CallNoArgs(function);
     int result = value == NULL ? -1 : PyObject_IsTrue(value);
     Py_XDECREF(value);
@@ -17,6 +33,9 @@ call_flag(PyObject *function)
 static int
 set_grad(og_guards_state *guards, bool enabled)
 {
+    if (need(guards->set_grad) < 0) {
+        return -1;
+    }
     PyObject *done = PyObject_CallFunctionObjArgs(
         guards->set_grad, enabled ? Py_True : Py_False, NULL);
     Py_XDECREF(done);
@@ -26,6 +45,9 @@ set_grad(og_guards_state *guards, bool enabled)
 static PyObject *
 make_inference(og_guards_state *guards, bool enabled)
 {
+    if (need(guards->inference_type) < 0) {
+        return NULL;
+    }
     return PyObject_CallFunctionObjArgs(guards->inference_type,
                                         enabled ? Py_True : Py_False, NULL);
 }
@@ -36,17 +58,11 @@ enter_grad(og_guards_state *guards, og_modes *modes, og_grad_kind kind)
     if (kind == OG_GRAD_AS_IS) {
         return 0;
     }
-    if (guards->inference_type == NULL) {
-        PyErr_SetString(PyExc_RuntimeError,
-                        "expected the grad modes to be bound before a guard "
-                        "is entered, they are not; import opguard.guards");
-        return -1;
-    }
     if (kind == OG_GRAD_INFERENCE) {
         modes->inference = make_inference(guards, true);
         return modes->inference == NULL ? -1 : 0;
     }
-    int grad = call_flag(guards->is_grad);
+    int grad = need(guards->set_grad) < 0 ? -1 : call_flag(guards->is_grad);
     if (grad < 0) {
         return -1;
     }
@@ -86,6 +102,21 @@ undo(og_guards_state *guards, og_modes *modes)
     PyErr_Restore(type, value, trace);
 }
 
+/* Makes and enters autocast, or undoes all of modes: -1. */
+static int
+enter_autocast(og_guards_state *guards, og_modes *modes, PyObject *arguments)
+{
+    if (need(guards->autocast) == 0) {
+        modes->autocast = PyObject_Call(guards->autocast, arguments, NULL);
+    }
+    if (modes->autocast == NULL || call_method(modes->autocast, "enter") < 0) {
+        Py_CLEAR(modes->autocast);
+        undo(guards, modes);
+        return -1;
+    }
+    return 0;
+}
+
 int
 og_modes_enter(og_guards_state *guards, og_modes *modes, og_grad_kind kind,
                PyObject *autocast)
@@ -97,13 +128,7 @@ og_modes_enter(og_guards_state *guards, og_modes *modes, og_grad_kind kind,
     if (autocast == NULL) {
         return 0;
     }
-    modes->autocast = PyObject_Call(guards->autocast, autocast, NULL);
-    if (modes->autocast == NULL || call_method(modes->autocast, "enter") < 0) {
-        Py_CLEAR(modes->autocast);
-        undo(guards, modes);
-        return -1;
-    }
-    return 0;
+    return enter_autocast(guards, modes, autocast);
 }
 
 /* Keeps the first exception of several. */
@@ -193,13 +218,7 @@ og_modes_resume(og_guards_state *guards, og_modes *modes, og_own_modes *own,
         }
     }
     else if (autocast != NULL) {
-        modes->autocast = PyObject_Call(guards->autocast, autocast, NULL);
-        if (modes->autocast == NULL ||
-            call_method(modes->autocast, "enter") < 0) {
-            Py_CLEAR(modes->autocast);
-            undo(guards, modes);
-            return -1;
-        }
+        return enter_autocast(guards, modes, autocast);
     }
     return 0;
 }

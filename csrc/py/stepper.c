@@ -11,6 +11,7 @@ typedef struct {
     og_modes modes;
     og_own_modes own;
     bool yields;
+    bool running; /* a step is under way: its modes are not another's */
 } StepperObject;
 
 typedef enum step_kind { STEP_SEND, STEP_THROW, STEP_CLOSE } step_kind;
@@ -154,14 +155,22 @@ step(StepperObject *self, step_kind kind, PyObject *arg, PyObject **result)
     og_guard_settings settings = og_guard_get_settings(self->guard);
     og_lease *lease = NULL;
     *result = NULL;
+    if (self->running) {
+        PyErr_SetString(PyExc_ValueError,
+                        "expected the guarded body to be suspended, it is "
+                        "already executing; step it from one place at a time");
+        return PYGEN_ERROR;
+    }
     if (self->inner == NULL) {
         *result = Py_NewRef(Py_None);
         return PYGEN_RETURN;
     }
+    self->running = true;
     if (settings.models != NULL) {
         lease = og_lease_take(&state->guards, settings.models,
                               (settings.flags & OG_GUARD_TRAIN) != 0);
         if (lease == NULL) {
+            self->running = false;
             return PYGEN_ERROR;
         }
     }
@@ -173,11 +182,13 @@ step(StepperObject *self, step_kind kind, PyObject *arg, PyObject **result)
             PyErr_WriteUnraisable(self->guard);
         }
         PyErr_Restore(type, value, trace);
+        self->running = false;
         return PYGEN_ERROR;
     }
     PyObject *inner = Py_NewRef(self->inner);
     PySendResult outcome = advance(inner, kind, arg, result);
     outcome = leave(self, &state->guards, lease, &settings, outcome, result);
+    self->running = false;
     if (outcome != PYGEN_NEXT) {
         Py_CLEAR(self->inner);
     }
@@ -264,6 +275,7 @@ Stepper_traverse(PyObject *object, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(object));
     Py_VISIT(self->guard);
     Py_VISIT(self->inner);
+    Py_VISIT(self->modes.autocast);
     return 0;
 }
 

@@ -664,3 +664,91 @@ def test_any_guard_and_any_call(Guard):
         assert (Modes.inference, Modes.grad) == (False, True)
 
     check()
+
+
+# --- what a review found --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["next", "send", "throw", "close"])
+def test_a_body_that_steps_itself_leaves_the_modes_whole(Guard, how):
+    """A nested step once took the place of the outer one's modes: they stayed on for good."""
+    seen = []
+
+    def body():
+        try:
+            step = getattr(stepper, how if how != "next" else "__next__")
+            step(*{"send": (None,), "throw": (KeyError(),)}.get(how, ()))
+        except ValueError as error:
+            seen.append(str(error))
+        yield 1
+        seen.append(Modes.inference)
+        yield 2
+
+    stepper = make(Guard).step(body(), True)
+    assert next(stepper) == 1
+    assert (Modes.inference, Modes.grad) == (False, True)
+    assert next(stepper) == 2
+    stepper.close()
+    assert "already executing" in seen[0]
+    assert seen[1] is True
+
+
+@pytest.mark.parametrize("part", ["is_grad", "set_grad", "is_inference", "autocast"])
+def test_parts_that_are_not_bound_are_a_sentence(C, Guard, part):
+    C.bind_guards(**{part: None})
+    with pytest.raises(RuntimeError, match="modes to be bound"):
+        make(Guard, GRAD, autocast=("cpu",)).__enter__()
+    Modes.inference, Modes.grad = False, True
+
+
+def test_a_hook_that_raises_what_it_was_given_makes_no_ring(C, Guard):
+    C.bind_guards(is_oom=lambda error: True)
+
+    def hook(error):
+        assert sys.exc_info()[1] is error
+        raise error
+
+    def again(error):
+        raise KeyError("new")
+
+    def fail():
+        raise LookupError
+
+    for function, kind in ((hook, LookupError), (again, KeyError)):
+        guard = make(Guard, on_oom=function)
+        with pytest.raises(kind) as caught, guard:
+            guard(fail)
+        context = caught.value.__context__
+        assert context is None if function is hook else type(context) is LookupError
+    assert sys.exc_info()[1] is None
+    C.bind_guards(is_oom=None)
+
+
+def test_exit_by_hand_leaves_the_context_alone(Guard):
+    error = ValueError()
+    guard = make(Guard).__enter__()
+    try:
+        raise KeyError
+    except KeyError:
+        guard.__exit__(ValueError, error, None)
+    assert error.__context__ is None
+
+
+def test_a_guard_freed_after_its_module_was_cleared():
+    """The collector clears the module first: lock, names and modes are gone then."""
+    from conftest import load_extension
+
+    C = load_extension()
+    C.bind_guards(
+        inference_type=Inference,
+        is_inference=lambda: Modes.inference,
+        set_grad=set_grad,
+        is_grad=lambda: Modes.grad,
+        module_type=Module,
+        module_train=Module.train,
+    )
+    C.kept = make(C.Guard, AS_IS, models=(Module(Module()),)).__enter__()
+    lost = weakref.ref(C)
+    del C
+    gc.collect()
+    assert lost() is None
