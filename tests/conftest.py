@@ -82,3 +82,15 @@ def collected() -> Iterator[None]:
 def checkout() -> Path:
     """The folder with csrc, python and tests in it."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny BERT and its weights, as from_pretrained takes it; only to be read."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("bert")
+    config = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder

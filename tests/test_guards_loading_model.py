@@ -23,17 +23,6 @@ class Net(torch.nn.Module):
         return self.drop(self.linear(x))
 
 
-@pytest.fixture(scope="module")
-def bert_folder(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("bert")
-    config = transformers.BertConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def collected(monkeypatch):
     """The list of garbage collections that freeing asked for."""

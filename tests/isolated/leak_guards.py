@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import sys
-from collections.abc import Callable
 
 import torch
+from slope import report
 
 from opguard.guards.calling import call_guard
 
@@ -69,27 +68,5 @@ def refused() -> None:
         pass
 
 
-def slope(function: Callable[[], None], small: int = 200, large: int = 1000) -> float:
-    """Blocks kept per call, from two sizes, so that what is kept once does not count."""
-    for _ in range(small):
-        function()
-    kept = []
-    for count in (small, large):
-        gc.collect()
-        before = sys.getallocatedblocks()
-        for _ in range(count):
-            function()
-        gc.collect()
-        kept.append(sys.getallocatedblocks() - before)
-    return (kept[1] - kept[0]) / (large - small)
-
-
-def main() -> int:
-    found = {f.__name__: slope(f) for f in (enter, call, fail, steps, awaited, refused)}
-    for name, each in found.items():
-        print(f"{name}: {each:+.3f} blocks a call")
-    return 1 if any(each > 0.1 for each in found.values()) else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(200, 1000, enter, call, fail, steps, awaited, refused))
