@@ -274,7 +274,13 @@ Guard_get_memory(PyObject *object, void *ignored)
     if (entry != NULL && og_guard_measure(self, guards, entry) < 0) {
         return NULL;
     }
-    return Py_NewRef(self->memory == NULL ? Py_None : self->memory);
+    if (self->memory == NULL) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "expected a guard that has measured memory, it has "
+                        "not; pass device_list= or call g(...) in its block");
+        return NULL;
+    }
+    return Py_NewRef(self->memory);
 }
 
 /* --- the type ------------------------------------------------------------ */

@@ -11,6 +11,7 @@ import gc
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -174,7 +175,8 @@ class ModelCall:
         return self._memory if self._call is None else self._call.memory
 
     def _close(self) -> None:
-        self._memory = getattr(self._call, "memory", None)
+        with suppress(RuntimeError):  # nothing was measured
+            self._memory = self._call.memory
         self._call = self.model = None
 
 
