@@ -44,6 +44,13 @@ def test_help_of_the_module_alone_imports_no_torch(tmp_path):
     assert python(code, cwd=tmp_path).stdout.splitlines()[-1] == "False"
 
 
+def test_a_device_torch_does_not_know_is_wrong_usage(capsys):
+    assert cli.main(["demo", "--device", "nowhere"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("opguard demo: --device: expected a device torch knows")
+    assert said.count("\n") == 1
+
+
 def test_no_command_is_wrong_usage(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([])

@@ -721,6 +721,8 @@ def test_keep():
     assert not isinstance(caught.value.args[0], torch.Tensor)
     with pytest.raises(TypeError, match="keep: expected exception types"):
         call_guard(keep=(3,))
+    with pytest.raises(TypeError, match=r"keep: expected exception types, got 3; write"):
+        call_guard(keep=3)
 
 
 def test_errors_in_entering_are_not_masked():
@@ -769,6 +771,16 @@ def test_memory_of_a_block():
     with call_guard() as g:
         g(1)
     assert g.memory["cpu"].before > 0
+    with call_guard() as g:
+        pass
+    with pytest.raises(RuntimeError, match="pass device_list= or call g"):
+        _ = g.memory
+
+
+@pytest.mark.parametrize("models", ["bert", 3, torch.ones(1)])
+def test_models_that_are_none_get_one_sentence(models):
+    with pytest.raises(TypeError, match=r"^models: expected a module .*; pass models=model"):
+        call_guard(models=models)
 
 
 class Oom:

@@ -14,7 +14,13 @@ __all__ = ["main"]
 
 def _demo(arguments: argparse.Namespace) -> int:
     from opguard import demo
+    from opguard.devices import normalize_device
 
+    try:
+        normalize_device(arguments.device)
+    except ValueError as error:
+        print(f"opguard demo: --{error}", file=sys.stderr)
+        return 2
     return demo.main(device=arguments.device)
 
 

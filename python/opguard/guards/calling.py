@@ -96,6 +96,11 @@ def _call_settings(
             f"caller_fn: expected a callable or None, got {type(caller_fn).__name__}; "
             f"pass what g(...) is to call"
         )
+    if isinstance(models, str | bytes | int | float | torch.Tensor):
+        raise TypeError(
+            f"models: expected a module or a container of modules, got {type(models).__name__}; "
+            f"pass models=model or models=(a, b)"
+        )
     roots = _modules(models)
     return (
         _GRAD if need_grads else _INFERENCE if inference else _NO_GRAD,
@@ -391,11 +396,13 @@ def _on_oom(wanted: Any) -> Any:
 
 
 def _keep(kinds: Any) -> tuple[type[BaseException], ...] | None:
-    given = (kinds,) if isinstance(kinds, type) else tuple(kinds)
+    given = kinds if isinstance(kinds, tuple | list | set | frozenset) else (kinds,)
     for kind in given:
         if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-            raise TypeError(f"keep: expected exception types, got {kind!r:.80}")
-    return given or None
+            raise TypeError(
+                f"keep: expected exception types, got {kind!r:.80}; write keep=(ValueError,)"
+            )
+    return tuple(given) or None
 
 
 # --- what the C side asks of Python ---------------------------------------------------------------

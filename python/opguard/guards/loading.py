@@ -6,7 +6,7 @@ returns a model: `Model.from_pretrained`, a function, a processor's `from_pretra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,30 +14,13 @@ import torch
 from opguard.devices import DeviceLike
 from opguard.guards import _exports
 from opguard.guards._base import Guard
+from opguard.guards.calling import _modules
 from opguard.guards.freeing import Releasing
 from opguard.guards.locality import Naming, enter_local, is_local, leave_local
 
 __all__ = ["Load", "cache_guard", "load_guard"]
 
 Loader = Callable[..., Any]
-
-
-def _modules(value: Any, seen: set[int]) -> Iterator[torch.nn.Module]:
-    """Yields the modules in `value`: itself, in containers, the components of a pipeline."""
-    waiting = [value]
-    while waiting:
-        found = waiting.pop()
-        if id(found) in seen:
-            continue
-        seen.add(id(found))
-        if isinstance(found, torch.nn.Module):
-            yield found
-        elif isinstance(found, Mapping):
-            waiting.extend(found.values())
-        elif isinstance(found, list | tuple | set | frozenset):
-            waiting.extend(found)
-        elif isinstance(getattr(type(found), "components", None), property):
-            waiting.append(found.components)
 
 
 def _check_loader(loader: object) -> Loader:
@@ -87,7 +70,7 @@ class Load:
         return self._finished(loaded)
 
     def _finished(self, loaded: Any) -> Any:
-        modules = list(_modules(loaded, set()))
+        modules = _modules(loaded) or ()
         if self._train is not None:
             for module in modules:
                 module.train(self._train)
