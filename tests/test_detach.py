@@ -627,3 +627,47 @@ def test_nothing_heavy_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_views_of_one_object_array_share_what_is_in_them():
+    numpy = pytest.importorskip("numpy")
+    array = numpy.empty(1, dtype=object)
+    array[0] = torch.ones(2, requires_grad=True) * 2
+    first, second = detach_to_cpu([array, array.view()])
+    assert first[0] is second[0]
+
+
+def test_what_a_dict_and_its_proxy_hold_stays_one():
+    inner = {"a": torch.ones(2, requires_grad=True) * 2}
+    plain, proxy = detach_to_cpu([inner, MappingProxyType(inner)])
+    assert plain["a"] is proxy["a"]
+
+
+def test_the_place_of_the_impl_follows_the_tensor():
+    """Learned by the first list; what is swapped or set afterwards is read as it is then."""
+    detach_to_cpu([torch.ones(2) for _ in range(200)])
+    one, two = torch.ones(2), torch.zeros(6)[:3]
+    torch.utils.swap_tensors(one, two)
+    three = torch.ones(2)
+    three.data = torch.zeros(4)[:2]
+    swapped, whole, replaced = detach_to_cpu([one, two, three])
+    assert swapped.shape == (3,)
+    assert swapped.untyped_storage().nbytes() == swapped.nbytes
+    assert whole is two
+    assert replaced.untyped_storage().nbytes() == replaced.nbytes
+
+
+def test_models_whose_parameters_change_while_they_are_read():
+    model = torch.nn.Linear(2, 2)
+
+    class Hostile(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, kinds, args=(), kwargs=None):
+            with torch._C.DisableTorchFunctionSubclass():
+                model._parameters = {}
+                model._buffers.clear()
+                return func(*args, **(kwargs or {}))
+
+    for i in range(20):
+        model._buffers[f"b{i}"] = torch.ones(1).as_subclass(Hostile)
+    assert torch.equal(detach_to_cpu(torch.ones(2), models=model), torch.ones(2))

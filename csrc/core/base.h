@@ -11,12 +11,10 @@
 #define OG_EXPORT __attribute__((visibility("default")))
 #define OG_PRINTF(at, from) __attribute__((format(printf, at, from)))
 #define OG_LIKELY(x) __builtin_expect(!!(x), 1)
-#define OG_UNLIKELY(x) __builtin_expect(!!(x), 0)
 #else
 #define OG_EXPORT
 #define OG_PRINTF(at, from)
 #define OG_LIKELY(x) (x)
-#define OG_UNLIKELY(x) (x)
 #endif
 
 #ifdef __cplusplus

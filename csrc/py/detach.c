@@ -349,6 +349,7 @@ leave(og_walk *walk, og_node *node)
         value = og_node_finish(walk, node);
         if (value == NULL) {
             og_blame_container(parent, slot, node->source);
+            give_up(walk, node);
             return -1;
         }
         put(parent, slot, value);
@@ -456,6 +457,12 @@ og_detach_walk(og_walk *walk, PyObject *value)
     if (is_atom(value)) {
         return Py_NewRef(value);
     }
+    if (detach->registered == NULL) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "expected opguard's module to be alive, the "
+                        "interpreter has cleared it; detach before it ends");
+        return NULL;
+    }
     if (detach->watched != NULL &&
         PyDict_Size(detach->watched) != detach->watched_size) {
         detach->watched_size = PyDict_Size(detach->watched);
@@ -464,6 +471,7 @@ og_detach_walk(og_walk *walk, PyObject *value)
     if (og_leaf_bind(walk->state) < 0) {
         return NULL;
     }
+    detach->impl_trust = 0;
     PyObject *result = og_walk_run(walk, value);
     og_call_end(walk);
     og_walk_free(walk);

@@ -76,9 +76,10 @@ typedef struct og_detach_state {
     og_getter cdata, data, requires_grad, is_leaf, base;
     PyObject *is_inference, *clone;
     bool fast; /* all of them are there */
-    /* Where in a tensor object its impl lies, once enough of them agreed. */
+    /* Where in a tensor object its impl lies: the head of detach_leaf.c. */
     Py_ssize_t impl_offset, basic_size;
-    int impl_agreed; /* -1: they do not agree, ask each */
+    int impl_agreed; /* how many told so; -1: they do not agree, ask each */
+    int impl_trust;  /* how many may be read before one is asked again */
     og_shape *list_shape, *tuple_shape, *dict_shape;
     og_shape_entry cache[OG_SHAPE_CACHE];
 } og_detach_state;

@@ -128,7 +128,6 @@ content_tuple(og_node *node)
     return all;
 }
 
-/* The items move into the list, which is quicker than to share them. */
 static PyObject *
 content_list(og_node *node)
 {

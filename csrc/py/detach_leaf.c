@@ -3,7 +3,19 @@
  * A tensor of exactly the bound class is looked at through cached getsets and
  * the ops library; `.data` detaches it in two thirds of detach()'s time. It
  * does not share the version counter, which nobody needs after a call, and
- * is for the exact class only: subclasses are asked by their methods. */
+ * is for the exact class only: subclasses are asked by their methods.
+ *
+ * The ops library wants the tensor's at::TensorImpl. `_cdata` tells its
+ * address, but asking costs as much as all that is then asked of it. The
+ * pointer is a member of every tensor object, at a place no interface of
+ * torch promises, so the place is learned and never assumed: the one word
+ * behind the object's header, and inside its __basicsize__, that is what
+ * `_cdata` tells, when sixteen tensors agreed on it. It is read in tensors of
+ * exactly the bound class and no other, the first tensor of each walk and one
+ * in 64 after it are asked again and compared, and the first surprise (no
+ * such word, two of them, another number) ends the reading for good: then
+ * each tensor is asked, which is only slower. Binding another class begins
+ * anew. */
 #include "py/detach_walk.h"
 
 #include <string.h>
@@ -88,6 +100,7 @@ og_leaf_bind(og_state *state)
         fast && detach->is_inference != NULL && detach->clone != NULL;
     detach->impl_offset = 0;
     detach->impl_agreed = 0;
+    detach->impl_trust = 0;
     detach->basic_size = basic_size(type);
     if (detach->basic_size < 0) {
         return -1;
@@ -118,39 +131,42 @@ og_walk_plain_mode(og_walk *walk)
 
 /* --- the impl of a tensor --- */
 
-/* Asking `_cdata` costs as much as all that the ops library is asked. The
- * impl is a member of every tensor object, so after sixteen of them had the
- * number `_cdata` tells at one and the same place, it is read there. */
-#define AGREED 16
+#define AGREED 16  /* tensors that have to agree on the place first */
+#define TRUSTED 64 /* reads there before a tensor is asked again */
 
 static void
 learn_impl(og_detach_state *detach, PyObject *tensor, void *impl)
 {
     const char *bytes = (const char *)tensor;
     void *word = NULL;
+    Py_ssize_t size = (Py_ssize_t)sizeof word, found = 0;
     Py_ssize_t from = (Py_ssize_t)sizeof(PyObject), to = from + 32;
-    Py_ssize_t size = (Py_ssize_t)sizeof word;
     if (detach->impl_agreed > 0) {
         memcpy(&word, bytes + detach->impl_offset, sizeof word);
-        detach->impl_agreed = word == impl ? detach->impl_agreed + 1 : -1;
+        detach->impl_agreed = word != impl ? -1
+                              : detach->impl_agreed < AGREED
+                                  ? detach->impl_agreed + 1
+                                  : AGREED;
+        detach->impl_trust = TRUSTED;
         return;
     }
-    detach->impl_agreed = -1;
     for (; from <= to && from + size <= detach->basic_size; from += size) {
         memcpy(&word, bytes + from, sizeof word);
         if (word == impl) {
             detach->impl_offset = from;
-            detach->impl_agreed = 1;
-            return;
+            found++;
         }
     }
+    detach->impl_agreed = found == 1 ? 1 : -1;
 }
 
 void *
 og_leaf_impl(og_detach_state *detach, PyObject *tensor)
 {
     void *impl = NULL;
-    if (detach->impl_agreed >= AGREED) {
+    bool exact = (PyObject *)Py_TYPE(tensor) == detach->bound;
+    if (exact && detach->impl_agreed == AGREED && detach->impl_trust > 0) {
+        detach->impl_trust--;
         memcpy(&impl, (const char *)tensor + detach->impl_offset, sizeof impl);
         return impl;
     }
@@ -161,7 +177,7 @@ og_leaf_impl(og_detach_state *detach, PyObject *tensor)
     }
     impl = PyLong_AsVoidPtr(number);
     Py_DECREF(number);
-    if (impl != NULL && detach->impl_agreed >= 0) {
+    if (exact && impl != NULL && detach->impl_agreed >= 0) {
         learn_impl(detach, tensor, impl);
     }
     return impl;
@@ -355,13 +371,15 @@ fetch_list(og_walk *walk, og_remote *remotes, Py_ssize_t count)
                    ? NULL
                    : PyObject_CallFunctionObjArgs(detach->fetch, far, NULL);
         Py_XDECREF(far);
-        if (near != NULL &&
-            (!PyList_Check(near) || PyList_Size(near) != count)) {
-            Py_CLEAR(near);
+        /* A list of ours: nobody shortens it while it is dealt out. */
+        PyObject *own = near == NULL ? NULL : PySequence_List(near);
+        Py_XDECREF(near);
+        if (own != NULL && PyList_Size(own) != count) {
+            Py_CLEAR(own);
             PyErr_SetString(PyExc_TypeError,
                             "expected fetch to return as many tensors");
         }
-        return near;
+        return own;
     }
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *one = PyObject_CallMethodObjArgs(remotes[i].tensor,
@@ -485,6 +503,29 @@ fast_leaf(og_walk *walk, PyObject *tensor, bool whole)
     return made;
 }
 
+/* Not when it is all there is, nor when only a plain container and the
+ * snapshot of that hold it, and nobody else can take it out of there: a
+ * mappingproxy, a view of an array or a registered function would meet it by
+ * another way and must find what it became. */
+static bool
+may_come_again(const og_walk *walk, const og_node *node, PyObject *tensor)
+{
+    if (node->base == OG_BASE_ROOT) {
+        return node->parent != NULL;
+    }
+    if (Py_REFCNT(tensor) > 2 || node->base < OG_BASE_LIST ||
+        node->base > OG_BASE_DICT || !node->shape->exact) {
+        return true;
+    }
+    /* Its place, the snapshot of that, its node and the memo hold it. */
+    if (Py_REFCNT(node->source) <= 4) {
+        return false;
+    }
+    bool outermost = node->parent != NULL && node->parent->parent == NULL;
+    return !outermost || node->base == OG_BASE_DICT ||
+           PyDict_Size(walk->state->detach.registered) > 0;
+}
+
 og_seen
 og_leaf_exact(og_walk *walk, og_node *node, Py_ssize_t slot, PyObject *tensor,
               PyObject **value)
@@ -532,10 +573,7 @@ og_leaf_exact(og_walk *walk, og_node *node, Py_ssize_t slot, PyObject *tensor,
         og_blame_note(node, slot);
         return OG_SEEN_ERROR;
     }
-    /* Held by its container and the snapshot only, or all there is: it is not
-     * met again. */
-    if (Py_REFCNT(tensor) > 2 &&
-        (node->base != OG_BASE_ROOT || node->parent != NULL) &&
+    if (may_come_again(walk, node, tensor) &&
         og_memo_insert(&walk->memo, tensor, made, NULL) < 0) {
         Py_DECREF(made);
         return OG_SEEN_ERROR;

@@ -27,35 +27,58 @@ storage_of(og_walk *walk, PyObject *tensor, uintptr_t *address)
 }
 
 static int
-own_tensors(og_walk *walk, PyObject *dict, Py_ssize_t *room)
+own_tensor(og_walk *walk, PyObject *tensor, Py_ssize_t *room)
 {
-    PyObject *name, *tensor;
-    Py_ssize_t place = 0;
-    while (PyDict_Next(dict, &place, &name, &tensor)) {
-        uintptr_t address = 0;
-        if (!PyObject_TypeCheck(
-                tensor, (PyTypeObject *)walk->state->ops.tensor_type)) {
-            continue;
-        }
-        if (storage_of(walk, tensor, &address) < 0) {
+    uintptr_t address = 0;
+    if (!PyObject_TypeCheck(tensor,
+                            (PyTypeObject *)walk->state->ops.tensor_type)) {
+        return 0;
+    }
+    if (storage_of(walk, tensor, &address) < 0) {
+        return -1;
+    }
+    if (walk->owned_count == *room) {
+        Py_ssize_t more = *room == 0 ? 64 : *room * 2;
+        uintptr_t *grown =
+            PyMem_Realloc(walk->owned, (size_t)more * sizeof *grown);
+        if (grown == NULL) {
+            PyErr_NoMemory();
             return -1;
         }
-        if (walk->owned_count == *room) {
-            Py_ssize_t more = *room == 0 ? 64 : *room * 2;
-            uintptr_t *grown =
-                PyMem_Realloc(walk->owned, (size_t)more * sizeof *grown);
-            if (grown == NULL) {
-                PyErr_NoMemory();
-                return -1;
-            }
-            walk->owned = grown;
-            *room = more;
-        }
-        if (address != 0) {
-            walk->owned[walk->owned_count++] = address;
-        }
+        walk->owned = grown;
+        *room = more;
+    }
+    if (address != 0) {
+        walk->owned[walk->owned_count++] = address;
     }
     return 0;
+}
+
+static int
+queue_module(PyObject *module, PyObject *queue, PyObject *seen)
+{
+    PyObject *id = module == Py_None ? NULL : PyLong_FromVoidPtr(module);
+    if (id == NULL) {
+        return PyErr_Occurred() ? -1 : 0;
+    }
+    int known = PySet_Contains(seen, id);
+    int result =
+        known < 0 || (known == 0 && (PySet_Add(seen, id) < 0 ||
+                                     PyList_Append(queue, module) < 0))
+            ? -1
+            : 0;
+    Py_DECREF(id);
+    return result;
+}
+
+/* A new list of the values of a dict among a module's attributes, because a
+ * tensor subclass may run Python when asked; empty when there is none. */
+static PyObject *
+members_of(PyObject *names, const char *name)
+{
+    PyObject *dict = PyDict_GetItemString(names, name);
+    return dict != NULL && PyDict_Check(dict) ? PyDict_Values(dict)
+                                              : PyList_New(0);
 }
 
 /* Queues the submodules of module and notes its parameters and buffers. */
@@ -63,36 +86,31 @@ static int
 own_module(og_walk *walk, PyObject *module, PyObject *queue, PyObject *seen,
            Py_ssize_t *room)
 {
+    static const char *const members[] = {"_parameters", "_buffers",
+                                          "_modules"};
     PyObject *names = PyObject_GenericGetDict(module, NULL);
-    PyObject *child, *name;
-    Py_ssize_t place = 0;
-    int result = names == NULL || !PyDict_Check(names) ? -1 : 0;
-    if (result < 0) {
+    int result = 0;
+    if (names == NULL && !PyErr_ExceptionMatches(PyExc_AttributeError)) {
+        return -1;
+    }
+    if (names == NULL || !PyDict_Check(names)) {
+        Py_XDECREF(names);
         PyErr_Format(PyExc_TypeError,
                      "expected models to be modules, got %.150R",
                      (PyObject *)Py_TYPE(module));
+        return -1;
     }
-    PyObject *inside[3] = {NULL, NULL, NULL};
-    static const char *const members[] = {"_parameters", "_buffers",
-                                          "_modules"};
     for (int i = 0; result == 0 && i < 3; i++) {
-        PyObject *dict = PyDict_GetItemString(names, members[i]);
-        inside[i] = dict != NULL && PyDict_Check(dict) ? dict : NULL;
-    }
-    for (int i = 0; result == 0 && i < 2; i++) {
-        result = inside[i] == NULL ? 0 : own_tensors(walk, inside[i], room);
-    }
-    while (result == 0 && inside[2] != NULL &&
-           PyDict_Next(inside[2], &place, &name, &child)) {
-        PyObject *id = child == Py_None ? NULL : PyLong_FromVoidPtr(child);
-        int known = id == NULL ? 1 : PySet_Contains(seen, id);
-        if (known < 0 || (known == 0 && (PySet_Add(seen, id) < 0 ||
-                                         PyList_Append(queue, child) < 0))) {
-            result = -1;
+        PyObject *list = members_of(names, members[i]);
+        result = list == NULL ? -1 : 0;
+        for (Py_ssize_t j = 0; result == 0 && j < PyList_Size(list); j++) {
+            PyObject *one = PyList_GetItem(list, j);
+            result = i < 2 ? own_tensor(walk, one, room)
+                           : queue_module(one, queue, seen);
         }
-        Py_XDECREF(id);
+        Py_XDECREF(list);
     }
-    Py_XDECREF(names);
+    Py_DECREF(names);
     return result;
 }
 

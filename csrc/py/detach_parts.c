@@ -196,15 +196,16 @@ expand_dict_attributes(og_node *node)
     }
     while (result == 0 && PyDict_Next(dict, &place, &name, &value)) {
         /* A name that is no exact str could run code when it is compared. */
+        Py_INCREF(name);
+        Py_INCREF(value);
         int there = PyUnicode_CheckExact(name) ? is_there(node, name) : 0;
-        if (there != 0) {
-            result = there < 0 ? -1 : 0;
-            continue;
-        }
-        if (PyList_Append(node->extra, name) < 0 ||
-            push_new(node, value) < 0) {
+        if (there < 0 ||
+            (there == 0 && (PyList_Append(node->extra, name) < 0 ||
+                            push_new(node, value) < 0))) {
             result = -1;
         }
+        Py_DECREF(name);
+        Py_DECREF(value);
     }
     Py_XDECREF(dict);
     return result;

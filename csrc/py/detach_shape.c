@@ -48,16 +48,22 @@ og_shape_release(og_shape *shape)
     }
 }
 
+static void
+entry_clear(og_shape_entry *entry)
+{
+    og_shape_entry old = *entry;
+    *entry = (og_shape_entry){NULL, NULL, NULL};
+    if (old.shape != NULL) {
+        og_shape_release(old.shape);
+    }
+    Py_XDECREF(old.weak);
+}
+
 void
 og_shape_cache_clear(og_detach_state *detach)
 {
     for (size_t i = 0; i < OG_SHAPE_CACHE; i++) {
-        og_shape_entry old = detach->cache[i];
-        detach->cache[i] = (og_shape_entry){NULL, NULL, NULL};
-        if (old.shape != NULL) {
-            og_shape_release(old.shape);
-        }
-        Py_XDECREF(old.weak);
+        entry_clear(&detach->cache[i]);
     }
 }
 
@@ -370,13 +376,12 @@ og_shape_of(og_state *state, PyObject *value)
         }
         return NULL;
     }
-    /* decide may have run Python, which may have changed the cache. */
+    /* decide may have run Python, which may have changed the cache, and so
+     * may releasing what is there: what comes in comes in last. */
     entry = &detach->cache[where];
-    og_shape_entry old = *entry;
-    *entry = (og_shape_entry){type, weak, shape};
-    if (old.shape != NULL) {
-        og_shape_release(old.shape);
+    while (entry->type != NULL) {
+        entry_clear(entry);
     }
-    Py_XDECREF(old.weak);
+    *entry = (og_shape_entry){type, weak, shape};
     return shape;
 }

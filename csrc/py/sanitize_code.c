@@ -90,7 +90,7 @@ instructions(og_state *state, PyObject *code)
 
 /* A position as co_linetable holds it; columns are one more than theirs. */
 typedef struct position {
-    int line, end_line;
+    int64_t line, end_line; /* wide: a crafted table may say anything */
     unsigned column, end_column;
     bool known;
 } position;
@@ -130,7 +130,7 @@ read_delta(const unsigned char **at, const unsigned char *end)
 
 /* Reads the entry at *at and goes on to the next; line is the running one. */
 static position
-read_entry(const unsigned char **at, const unsigned char *end, int *line)
+read_entry(const unsigned char **at, const unsigned char *end, int64_t *line)
 {
     position result = {0, 0, 0, 0, false};
     int kind = (*(*at)++ >> 3) & 15;
@@ -140,7 +140,7 @@ read_entry(const unsigned char **at, const unsigned char *end, int *line)
     }
     result.line = result.end_line = *line;
     if (kind == LINES_LONG) {
-        result.end_line += (int)read_number(at, end);
+        result.end_line += read_number(at, end);
         result.column = read_number(at, end);
         result.end_column = read_number(at, end);
     }
@@ -175,7 +175,8 @@ line_table(PyObject *code, int lasti)
         const unsigned char *at = begin, *end = begin + PyBytes_Size(table);
         unsigned char more[32], *out = more;
         position found = {0, 0, 0, 0, false};
-        int line = (int)PyLong_AsLong(first), unit = 0;
+        int64_t line = PyLong_AsLong(first);
+        Py_ssize_t unit = 0;
         while (at < end) {
             int units = (*at & 7) + 1;
             position here = read_entry(&at, end, &line);
@@ -187,7 +188,7 @@ line_table(PyObject *code, int lasti)
         int kind = found.known ? LINES_LONG : LINES_NONE;
         *out++ = (unsigned char)(128 | kind << 3 | 1); /* two units */
         if (found.known) {
-            int delta = found.line - line;
+            int64_t delta = found.line - line;
             write_number(&out, delta < 0 ? ((unsigned)-delta << 1) | 1
                                          : (unsigned)delta << 1);
             write_number(&out, (unsigned)(found.end_line - found.line));

@@ -93,14 +93,6 @@ tensor_extent(void *impl, int64_t *storage_bytes, int64_t *element_bytes,
 }
 
 static og_status
-tensor_data(void *impl, void **data)
-{
-    AtenTensorHandle handle = (AtenTensorHandle)(void *)&impl;
-    return aoti_torch_get_data_ptr(handle, data) == 0 ? OG_OK
-                                                      : OG_TORCH_FAILED;
-}
-
-static og_status
 tensor_storage(void *impl, void **data)
 {
     AtenTensorHandle handle = (AtenTensorHandle)(void *)&impl;
@@ -123,7 +115,6 @@ og_ops_table(void)
     static const og_ops table = {
         .size = sizeof(og_ops),
         .tensor_extent = tensor_extent,
-        .tensor_data = tensor_data,
         .device_type_cpu = 0,
         .cpu_isa = og_cpu_isa,
         .cuda_ready = og_cuda_ready,

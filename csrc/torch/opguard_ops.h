@@ -20,8 +20,6 @@ typedef struct og_ops {
      * numbers it. OG_TORCH_FAILED for tensors without a storage (sparse). */
     og_status (*tensor_extent)(void *impl, int64_t *storage_bytes,
                                int64_t *element_bytes, int32_t *device_type);
-    /* Address of the first element, NULL where there is none. */
-    og_status (*tensor_data)(void *impl, void **data);
     int32_t device_type_cpu;
     const char *(*cpu_isa)(void);
     /* OG_OK when the CUDA kernels can be loaded; err says why not. */

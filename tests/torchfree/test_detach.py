@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import enum
 import gc
@@ -786,3 +787,57 @@ def test_class_change_during_detach(C):
     value = Pretender()
     assert C.detach([value])[0] is value
     assert C.detach(types.SimpleNamespace(a=value)).a is value
+
+
+def test_what_is_met_again_by_another_way_is_one(C):
+    """Held by one container only, a tensor can still be met through a proxy or a function."""
+    inner = {"a": leaf()}
+    outer = [inner, MappingProxyType(inner)]
+    made = C.detach(outer)
+    assert made[0]["a"] is made[1]["a"]
+
+    class Holder:
+        def __init__(self, items):
+            self.items = items
+
+    C.register_detach(Holder, lambda value, detach: detach(value.items[0]))
+    try:
+        items = [leaf()]
+        made = C.detach([items, Holder(items)])
+        assert made[0][0] is made[1]
+        items.append(Holder(items))
+        made = C.detach(items)
+        assert made[0] is made[1]
+    finally:
+        C.register_detach(Holder, None)
+
+
+def test_what_fails_is_not_handed_out_half_made(C):
+    """A registered function that swallows an error and asks again is told so."""
+
+    class Holder:
+        def __init__(self, part):
+            self.part = part
+
+    def twice(value, detach):
+        with contextlib.suppress(TypeError):
+            detach(value.part)
+        return detach(value.part)
+
+    C.register_detach(Holder, twice)
+    try:
+        bad = {Hashed(): leaf()}
+        next(iter(bad)).broken = True
+        with pytest.raises((RuntimeError, TypeError)):
+            C.detach([Holder(bad)])
+    finally:
+        C.register_detach(Holder, None)
+
+
+class Hashed:
+    broken = False
+
+    def __hash__(self):
+        if self.broken:
+            raise LookupError("no hash")
+        return 1
