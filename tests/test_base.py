@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -421,6 +422,31 @@ def test_first_call_of_many_threads_loads_once():
     assert not model.is_loaded
 
 
+def test_threads_that_wait_for_the_first_load_share_it():
+    loads = []
+
+    class Slow(Plain):
+        def _load_detector(self, **kwargs):
+            loads.append(threading.get_ident())
+            end = time.monotonic() + 30
+            while len(loads) == 1 and self._coming < 4 and time.monotonic() < end:
+                time.sleep(0.001)
+            return super()._load_detector(**kwargs)
+
+    instance, answers = Slow(**CPU), []
+    threads = [
+        threading.Thread(target=lambda: answers.append(instance(input_raw=torch.ones(1, 4))))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(answers) == 4
+    assert len(loads) == 1
+    assert not instance.is_loaded
+
+
 def test_lazy_calls_of_many_threads():
     """D8: 4 threads load, use and free one lazily managed instance."""
     model, errors = Plain(**CPU), []
@@ -677,6 +703,11 @@ def test_nothing_leaks_by_slope():
 
 
 # Choices
+
+
+def test_instance_to_match_that_is_none_is_one_sentence():
+    with pytest.raises(TypeError, match=r"^instance_to_match: expected an instance .*; leave it"):
+        Plain(instance_to_match=3, **CPU)
 
 
 def test_instance_to_match_copies_the_choices():

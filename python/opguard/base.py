@@ -121,6 +121,7 @@ class OpGuardBase:
     _is_loaded: bool = False
     _is_loading: bool = False
     _users: int = 0
+    _coming: int = 0
     _detector: Any = None
     _processor: Any = None
     _chosen: InitValues
@@ -176,6 +177,7 @@ class OpGuardBase:
             cls._routes_of_class = Routes.of(cls, OpGuardBase)
         self._routes = cls._routes_of_class
         self._lock = threading.RLock()
+        self._door = threading.Lock()
         self._entries: list[tuple[int, BaseException | None]] = []
         self._free_wanted = False
         self._model_id = os.fspath(cls.MODEL_ID)
@@ -358,17 +360,28 @@ class OpGuardBase:
                 self._free()
 
     def _join(self) -> None:
-        """Becomes a user of the model, which is loaded when this returns."""
-        with self._lock:
-            if not self._is_loaded:
-                self._load()
-            self._users += 1
+        """Becomes a user of the model, which is loaded when this returns.
+
+        Who waits for another's load is counted too, or each of a few threads that call at once
+        would free what the next one has to load again.
+        """
+        with self._door:
+            self._coming += 1
+        try:
+            with self._lock:
+                if not self._is_loaded:
+                    self._load()
+                self._users += 1
+        finally:
+            with self._door:
+                self._coming -= 1
 
     def _leave(self) -> None:
         """Stops being a user; the last one frees what nobody asked to keep."""
         with self._lock:
             self._users -= 1
-            if self._users == 0 and (self._free_wanted or not self._keep_warm):
+            last = self._users == 0 and not (self._coming and not self._free_wanted)
+            if last and (self._free_wanted or not self._keep_warm):
                 self._free()
 
     def _leave_quietly(self) -> None:
@@ -497,6 +510,11 @@ class OpGuardBase:
     def _choose(self, given: dict[str, Any], match: OpGuardBase | None, local_only: bool) -> None:
         """Settles devices, dtype, variant and quantization, once."""
         if match is not None:
+            if not isinstance(match, OpGuardBase):
+                raise TypeError(
+                    f"instance_to_match: expected an instance of an OpGuardBase, got "
+                    f"{type(match).__name__}; leave it out to choose by the overrides"
+                )
             matched = {
                 "device": match.device,
                 "dtype": match.dtype,
