@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import itertools
 import subprocess
 import sys
 import threading
@@ -477,6 +478,34 @@ def test_leases_left_out_of_order():
     assert model[1].training
     inner.__exit__(None, None, None)
     assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_modes_left_in_any_order_end_with_the_last(order):
+    guards = [call_guard(), autocast_guard(dtype="bfloat16"), grad_guard(need_grads=True)]
+    for guard in guards:
+        guard.__enter__()
+    for at in order:
+        guards[at].__exit__(None, None, None)
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_tasks_that_await_inside_overlapping_guards_leave_no_mode():
+    async def task(begin, end):
+        for _ in range(begin):
+            await asyncio.sleep(0)
+        with call_guard():
+            for _ in range(end):
+                await asyncio.sleep(0)
+
+    async def both():
+        await asyncio.gather(task(0, 3), task(1, 5))
+
+    with pytest.warns(AwaitInsideGuardWarning):
+        asyncio.run(both())
+    assert not torch.is_inference_mode_enabled()
 
 
 def test_part_of_a_model_is_handed_over():

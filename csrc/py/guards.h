@@ -63,6 +63,8 @@ typedef struct og_guards_state {
     PyThread_type_lock lock; /* held while a tree is being switched */
     unsigned long lock_owner;
     int lock_depth;
+    struct og_entry *entries; /* all that are entered, the newest first */
+    size_t steps;             /* bodies that run a step now, in any thread */
 } og_guards_state;
 
 extern const og_family og_guards_family;

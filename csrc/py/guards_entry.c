@@ -110,11 +110,91 @@ og_guard_measure(GuardObject *self, og_guards_state *guards, og_entry *entry)
     return 0;
 }
 
+/* Modes of an entry that was left before one entered after it. */
+typedef struct og_late {
+    og_modes modes;
+    struct og_late *next;
+} og_late;
+
+static bool
+has_modes(const og_entry *entry)
+{
+    return entry->modes.inference != NULL || entry->modes.autocast != NULL ||
+           entry->modes.grad_before != 0;
+}
+
+/* Takes entry off the list; returns the one of its thread whose modes lie
+ * directly above its own, or NULL. Modes that steps of a body have set aside
+ * meanwhile are in no such order. */
+static og_entry *
+unlink_entry(og_guards_state *guards, og_entry *entry)
+{
+    og_entry *above = NULL;
+    og_entry **at = &guards->entries;
+    for (; *at != NULL && *at != entry; at = &(*at)->older) {
+        if ((*at)->thread == entry->thread && !(*at)->in_step &&
+            has_modes(*at)) {
+            above = *at;
+        }
+    }
+    if (*at == NULL) {
+        return NULL;
+    }
+    *at = entry->older;
+    return entry->in_step ? NULL : above;
+}
+
+/* torch's modes are put back by what each remembers from its entry, so they
+ * must be left from the top: what is left earlier waits for what is above. */
+static bool
+leave_later(og_entry *entry, og_entry *above)
+{
+    og_late **end = &above->late;
+    while (*end != NULL) {
+        end = &(*end)->next;
+    }
+    if (has_modes(entry)) {
+        og_late *late = PyMem_Malloc(sizeof *late);
+        if (late == NULL) {
+            return false;
+        }
+        *late = (og_late){entry->modes, NULL};
+        entry->modes = (og_modes){NULL, NULL, NULL, 0, 0};
+        *end = late;
+        end = &late->next;
+    }
+    *end = entry->late;
+    entry->late = NULL;
+    return true;
+}
+
+static int
+leave_modes(og_guards_state *guards, og_entry *entry)
+{
+    og_entry *above = unlink_entry(guards, entry);
+    if (above != NULL && leave_later(entry, above)) {
+        return 0;
+    }
+    int result = og_modes_leave(guards, &entry->modes);
+    while (entry->late != NULL) {
+        saved_error first;
+        og_late *late = entry->late;
+        entry->late = late->next;
+        PyErr_Fetch(&first.type, &first.value, &first.trace);
+        if (og_modes_leave(guards, &late->modes) < 0) {
+            PyErr_WriteUnraisable(guards->guard_type);
+        }
+        PyErr_Restore(first.type, first.value, first.trace);
+        PyMem_Free(late);
+    }
+    return result;
+}
+
 /* Leaves modes and leases. 0, or -1 with the first exception set. */
 static int
 leave(og_guards_state *guards, og_entry *entry)
 {
-    int result = og_modes_leave(guards, &entry->modes);
+    int result = leave_modes(guards, entry);
     if (entry->lease != NULL) {
         saved_error first = {NULL, NULL, NULL};
         PyErr_Fetch(&first.type, &first.value, &first.trace);
@@ -164,6 +244,9 @@ og_guard_enter(GuardObject *self, og_state *state, bool watch)
         0) {
         goto failed;
     }
+    entry->in_step = guards->steps > 0;
+    entry->older = guards->entries;
+    guards->entries = entry;
     return entry;
 failed:;
     saved_error error;
@@ -289,6 +372,7 @@ og_guard_abandon(GuardObject *self)
         self->top = entry->below;
         if (entry->thread != PyThread_get_thread_ident()) {
             entry->modes = (og_modes){NULL, NULL, NULL, 0, 0};
+            entry->late = NULL;
         }
         (void)loop_ran(entry);
         if (leave(guards, entry) < 0) {

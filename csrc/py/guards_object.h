@@ -16,6 +16,9 @@ typedef struct og_entry {
     PyObject *handle;  /* the loop's handle of that */
     PyObject *memory;
     unsigned long thread;
+    struct og_entry *older; /* of all guards and threads; see state */
+    struct og_late *late;
+    bool in_step;
 } og_entry;
 
 typedef struct {

@@ -186,7 +186,9 @@ step(StepperObject *self, step_kind kind, PyObject *arg, PyObject **result)
         return PYGEN_ERROR;
     }
     PyObject *inner = Py_NewRef(self->inner);
+    state->guards.steps++;
     PySendResult outcome = advance(inner, kind, arg, result);
+    state->guards.steps--;
     outcome = leave(self, &state->guards, lease, &settings, outcome, result);
     self->running = false;
     if (outcome != PYGEN_NEXT) {
