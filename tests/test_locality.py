@@ -255,6 +255,14 @@ def test_last_line_refuses_any_connection_to_another_machine(sockets):
     assert sockets == []
 
 
+@pytest.mark.parametrize("lookup", ["getaddrinfo", "gethostbyname", "gethostbyname_ex"])
+def test_no_name_of_another_machine_is_looked_up(lookup):
+    real = getattr(socket, lookup)
+    with local_guard(), pytest.raises(LocalityError, match=r"'example\.org'; load from a local"):
+        getattr(socket, lookup)("example.org", *([80] if lookup == "getaddrinfo" else []))
+    assert getattr(socket, lookup) is real
+
+
 def test_this_machine_can_be_reached():
     with socket.create_server(("127.0.0.1", 0)) as server, local_guard():
         address = server.getsockname()

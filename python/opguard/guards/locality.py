@@ -6,8 +6,8 @@ layers ask it, and all of them are taken down when the last guard of the process
 1. `huggingface_hub.constants.HF_HUB_OFFLINE`, which huggingface_hub, transformers and diffusers
    ask before each request and each cache decision, becomes an object whose truth is the user's own
    value or, inside a guard, True. No environment variable is touched.
-2. `socket.getaddrinfo` and `socket.socket.connect` refuse to leave this machine inside a guard, for
-   what does not ask layer 1.
+2. `socket.getaddrinfo`, its elders and `socket.socket.connect` refuse to leave this machine inside
+   a guard, for what does not ask layer 1.
 3. A failure that means "not on this machine" leaves the guard as one sentence.
 
 A thread started inside a guard has a context of its own: run it in `contextvars.copy_context()`, or
@@ -183,18 +183,19 @@ class _Patches:
         else:
             own = getattr(constants, "HF_HUB_OFFLINE", False)
             self._replace(constants, "HF_HUB_OFFLINE", _Offline(own))
-        self._replace(socket, "getaddrinfo", _guarded_lookup(socket.getaddrinfo))
+        for name in ("getaddrinfo", "gethostbyname", "gethostbyname_ex"):
+            self._replace(socket, name, _guarded_lookup(getattr(socket, name)))
         for name in ("connect", "connect_ex"):
             self._replace(socket.socket, name, _guarded_connect(getattr(socket.socket, name)))
 
 
 def _guarded_lookup(real: Callable[..., Any]) -> Callable[..., Any]:
-    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+    def lookup(host: Any, *args: Any, **kwargs: Any) -> Any:
         if _depth.get() > 0 and host is not None and _leaves_machine(host):
             _refuse(host)
         return real(host, *args, **kwargs)
 
-    return getaddrinfo
+    return lookup
 
 
 def _guarded_connect(real: Callable[..., Any]) -> Callable[..., Any]:
