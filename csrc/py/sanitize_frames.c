@@ -119,11 +119,15 @@ og_code_entry_of(og_state *state, PyObject *frame, int lasti)
     if (failed) {
         return NULL;
     }
-    og_code_entry old = set[WAYS - 1];
+    /* Before it comes in: what is released may run code that comes here. */
+    while (set[WAYS - 1].code != NULL) {
+        og_code_entry old = set[WAYS - 1];
+        set[WAYS - 1] = (og_code_entry){0};
+        Py_DECREF(old.code);
+        Py_XDECREF(old.make);
+    }
     memmove(&set[1], &set[0], (WAYS - 1) * sizeof *set);
     set[0] = made;
-    Py_XDECREF(old.code);
-    Py_XDECREF(old.make);
     return &set[0];
 }
 
