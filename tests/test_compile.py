@@ -116,6 +116,20 @@ def test_autocast_is_traced_in_a_with(graphs):
     assert not torch.is_autocast_enabled("cpu")
 
 
+def test_guards_of_several_kinds_are_traced_in_one_process():
+    # Dynamo compiles the one wrapper again for each, and takes the numbers that differ for symbols.
+    x = torch.ones(3, 3)
+    for guard, dtype in (
+        (autocast_guard(dtype="bf16", device_list="cpu"), torch.bfloat16),
+        (call_guard(effective_dtype="bf16", device_list="cpu"), torch.bfloat16),
+        (call_guard(need_grads=True), torch.float32),
+        (vram_guard(), torch.float32),
+        (grad_guard(), torch.float32),
+    ):
+        function = guard(lambda x: x @ x)
+        assert torch.compile(function, backend="eager", fullgraph=True)(x).dtype is dtype
+
+
 @pytest.mark.parametrize("guard", [free_guard, local_guard])
 def test_guards_of_what_is_no_graph_are_passed_over(graphs, guard):
     def function(x):

@@ -133,7 +133,7 @@ def _finish(target: Any, options: Any, build: Callable[..., tuple[Any, ...]], mo
         )
     if _is_compiling():
         kind, flags, roots, autocast, _, caller, _, _ = settings
-        return _traced_guard((kind, flags, roots, caller), autocast)
+        return _traced_guard((*_traced_choices(kind, flags), roots, caller), autocast)
     return Guard(*settings)
 
 
@@ -550,13 +550,22 @@ def _decorate(guard: Any, function: Any) -> Any:
 
 def _traced_run(function: Any, settings: tuple[Any, ...]) -> Callable[..., Any]:
     kind, flags, roots, autocast, caller = settings
+    grad, train, detach = _traced_choices(kind, flags)
 
     def traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with _traced_guard((kind, flags, roots, caller), autocast):
+        with _traced_guard((grad, train, detach, roots, caller), autocast):
             value = function(*args, **kwargs)
-        return _traced_detach(value) if flags & _DETACH else value
+        return _traced_detach(value) if detach else value
 
     return traced
+
+
+def _traced_choices(kind: int, flags: int) -> tuple[bool | None, bool, bool]:
+    """Grad on (None: as it is), train mode, and whether results are detached.
+
+    No numbers: where guards of two kinds decorate, Dynamo takes a number for a symbol.
+    """
+    return None if kind == _AS_IS else kind == _GRAD, bool(flags & _TRAIN), bool(flags & _DETACH)
 
 
 def _traced_detach(value: Any) -> Any:
@@ -573,34 +582,34 @@ class _TracedGuard:
     """
 
     def __init__(self, settings: tuple[Any, ...]) -> None:
-        self.kind, self.flags, self.models, self.caller = settings
+        self.grad, self.train, self.detach, self.models, self.caller = settings
         self.before = True
         self.modes: list[Any] = []
 
     def __enter__(self) -> Any:
         self.before = torch.is_grad_enabled()
-        if self.kind != _AS_IS:
-            torch._C._set_grad_enabled(self.kind == _GRAD)
-        self.modes = _traced_switch(self.models or (), bool(self.flags & _TRAIN))
+        if self.grad is not None:
+            torch._C._set_grad_enabled(self.grad)
+        self.modes = _traced_switch(self.models or (), self.train)
         return self
 
     def __exit__(self, *error: Any) -> None:
         _traced_put_back(self.modes)
-        if self.kind != _AS_IS:
+        if self.grad is not None:
             torch._C._set_grad_enabled(self.before)
 
     def __call__(self, first: Any, *args: Any, **kwargs: Any) -> Any:
         if self.caller is not None:
             value = self.caller(first, *args, **kwargs)
         elif isinstance(first, torch.nn.Module):
-            modes = _traced_switch((first,), bool(self.flags & _TRAIN))
+            modes = _traced_switch((first,), self.train)
             value = first(*args, **kwargs)
             _traced_put_back(modes)
         elif callable(first):
             value = first(*args, **kwargs)
         else:
             return _traced_detach(first)
-        return _traced_detach(value) if self.flags & _DETACH else value
+        return _traced_detach(value) if self.detach else value
 
 
 def _traced_guard(settings: tuple[Any, ...], autocast: tuple[str, torch.dtype] | None) -> Any:
