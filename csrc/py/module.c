@@ -1,7 +1,6 @@
 /* opguard._C: puts the families together. What a family offers is in its own
  * file; nothing but the module's life cycle is here. */
 #include "py/state.h"
-#include "py/util.h"
 
 static const og_family *const families[] = {
     &og_ops_family,

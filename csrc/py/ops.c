@@ -1,7 +1,6 @@
 /* load_ops, ops_info: the ops library seen from Python. It is opened here and
  * not linked, so that sanitizing and the container walk work without torch. */
 #include "py/state.h"
-#include "py/util.h"
 
 #include <dlfcn.h>
 
@@ -47,7 +46,8 @@ load_ops(PyObject *module, PyObject *path)
         return NULL;
     }
     if (registered(&err) != OG_OK) {
-        return og_raise(&err);
+        PyErr_SetString(PyExc_ImportError, err.message);
+        return NULL;
     }
     ops->table = table();
     Py_RETURN_NONE;
