@@ -1,6 +1,7 @@
 """The ``opguard`` command."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -71,6 +72,15 @@ def test_info_says_versions_devices_isa_and_floors(capsys):
         "audited, not run",
     ):
         assert wanted in out
+
+
+def test_a_reader_that_has_read_enough_is_no_failure_to_trace():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "opguard.cli", "info"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_info_as_json(capsys):
