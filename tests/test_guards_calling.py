@@ -769,9 +769,16 @@ def test_empty_cache_and_gc_only_where_needed(monkeypatch):
     monkeypatch.setattr(calling.devices, "synchronize", lambda d=None: calls.append("sync"))
     monkeypatch.setattr(calling.devices, "empty_cache", lambda d=None: calls.append("empty"))
     monkeypatch.setattr(calling.gc, "collect", lambda: calls.append("gc"))
+    cached = 0
+    monkeypatch.setattr(calling.devices, "memory_cached", lambda device: cached)
     with call_guard() as g:
         g(torch.ones(1))
     assert calls == []
+    with pytest.raises(ValueError, match="x"), call_guard():
+        raise ValueError("x")
+    assert calls == ["sync"]  # no memory was released
+    calls.clear()
+    cached = 1
     with pytest.raises(ValueError, match="x"), call_guard():
         raise ValueError("x")
     assert calls == ["sync", "empty"]

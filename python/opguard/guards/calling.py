@@ -508,7 +508,11 @@ class _Memory(Mapping[DeviceLike, MemoryUse]):
 
 
 def _release(wanted: tuple[torch.device, ...] | None, collect: bool) -> None:
-    """After a failure: waits for the devices, collects if asked, gives cached memory back."""
+    """After a failure: waits for the devices, collects if asked, empties caches that hold memory.
+
+    What the failed call held lies in the allocator's cache by now; a device whose cache is empty
+    has nothing to give back.
+    """
     chosen = devices.list_devices() if wanted is None else list(wanted)
     # A device whose queue ended in an error raises it here again: the user has it already.
     with suppress(Exception):
@@ -516,7 +520,9 @@ def _release(wanted: tuple[torch.device, ...] | None, collect: bool) -> None:
     if collect:
         gc.collect()
     with suppress(Exception):
-        devices.empty_cache(chosen)
+        released = [device for device in chosen if devices.memory_cached(device) > 0]
+        if released:
+            devices.empty_cache(released)
 
 
 def _is_oom(error: BaseException) -> bool:
