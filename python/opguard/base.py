@@ -37,13 +37,17 @@ __all__ = ["OpGuardBase"]
 HALF = (torch.float16, torch.bfloat16)
 
 
+# Since when a library's from_pretrained takes dtype=; torch_dtype=, its older name, then warns.
+_DTYPE_SINCE = {"transformers": (4, 56), "diffusers": (0, 42)}
+
+
 def _dtype_keyword(kind: Any) -> str:
-    """How ``kind.from_pretrained`` calls its dtype; transformers renamed its own in 4.56."""
+    """How ``kind.from_pretrained`` calls its dtype; transformers and diffusers renamed theirs."""
     roots = {base.__module__.partition(".")[0] for base in getattr(kind, "__mro__", ())}
-    if "transformers" not in roots:
-        return "torch_dtype"
-    found = metadata.version("transformers").split(".")[:2]
-    return "dtype" if tuple(map(int, found)) >= (4, 56) else "torch_dtype"
+    for library in roots & _DTYPE_SINCE.keys():
+        found = metadata.version(library).split(".")[:2]
+        return "dtype" if tuple(map(int, found)) >= _DTYPE_SINCE[library] else "torch_dtype"
+    return "torch_dtype"
 
 
 class _Free(Releasing):
