@@ -642,7 +642,7 @@ def test_a_failure_to_clean_up_hides_no_failure_of_the_model(monkeypatch):
             raise OSError("device lost")
 
     kind = type("Kind", (Failing,), {"where": "predict"})
-    monkeypatch.setattr("opguard.base._Free", Broken)
+    monkeypatch.setattr("opguard._lifecycle._Free", Broken)
     assert str(caught(lambda: kind([])(input_raw=torch.ones(3, 4)))) == "in predict"
 
     def block():
@@ -676,7 +676,7 @@ def test_del_never_raises(monkeypatch):
     unraisable = []
     monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
     model = Plain(keep_warm=True, **CPU)
-    monkeypatch.setattr("opguard.base._Free", None)
+    monkeypatch.setattr("opguard._lifecycle._Free", None)
     del model
     gc.collect()
     assert unraisable == []

@@ -1,0 +1,236 @@
+"""What a subclass of ``OpGuardBase`` says about its model, and what is chosen from that.
+
+The class attributes, checked when a class is made and when an instance is; the choice of devices,
+dtype, variant and quantization, made once an instance, before anything is loaded; and the keywords
+with which the model's library is then asked for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any, ClassVar
+
+import torch
+
+from opguard.devices import normalize_dtype
+from opguard.guards.initial import InitValues, device_guard, init_guard
+
+__all__ = ["Contract"]
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+# Since when a library's from_pretrained takes dtype=; torch_dtype=, its older name, then warns.
+_DTYPE_SINCE = {"transformers": (4, 56), "diffusers": (0, 42)}
+
+
+def _dtype_keyword(kind: Any) -> str:
+    """How ``kind.from_pretrained`` calls its dtype; transformers and diffusers renamed theirs."""
+    roots = {base.__module__.partition(".")[0] for base in getattr(kind, "__mro__", ())}
+    for library in roots & _DTYPE_SINCE.keys():
+        found = metadata.version(library).split(".")[:2]
+        return "dtype" if tuple(map(int, found)) >= _DTYPE_SINCE[library] else "torch_dtype"
+    return "torch_dtype"
+
+
+class Contract:
+    """The class attributes of ``OpGuardBase`` and the choices made from them."""
+
+    NAME: ClassVar[str]
+    MODEL_ID: ClassVar[str | os.PathLike[str]]
+    REVISION: ClassVar[str | None] = None
+    DETECTOR_TYPE: ClassVar[Any]
+
+    DEFAULT_DEVICE: ClassVar[Any] = None  # None: the best there is
+    DEFAULT_DEVICE_MAP: ClassVar[Any] = None
+    DTYPE_PREFERENCE: ClassVar[torch.dtype | str] = torch.bfloat16
+    USE_SAFETENSORS: ClassVar[bool] = True
+    NEED_GRADS: ClassVar[bool] = False
+    IS_CALLABLE: ClassVar[bool] = True
+    SKIP_TO_DEVICE: ClassVar[bool] = False
+    SKIP_TO_DTYPE: ClassVar[bool] = False
+    FROM_PRETRAINED_SKIP_KWARGS: ClassVar[tuple[str, ...]] = ()
+    FROM_PRETRAINED_ADDITIONAL_KWARGS: ClassVar[Mapping[str, Any]] = {}
+    DEFAULT_QUANT_TYPE: ClassVar[str | None] = None
+    DEFAULT_QUANT_USE_DOUBLE: ClassVar[bool] = False
+
+    _chosen: InitValues
+    _model_id: str
+    _local_files_only: bool
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        skip = cls.FROM_PRETRAINED_SKIP_KWARGS
+        if not isinstance(skip, tuple):
+            raise TypeError(
+                f"{cls.__name__}.FROM_PRETRAINED_SKIP_KWARGS: expected a tuple of names, "
+                f"got {type(skip).__name__}; write ('name',)"
+            )
+        if not isinstance(cls.FROM_PRETRAINED_ADDITIONAL_KWARGS, Mapping):
+            raise TypeError(
+                f"{cls.__name__}.FROM_PRETRAINED_ADDITIONAL_KWARGS: expected a mapping, got "
+                f"{type(cls.FROM_PRETRAINED_ADDITIONAL_KWARGS).__name__}; write {{'name': value}}"
+            )
+        for name in ("NAME", "MODEL_ID", "REVISION", "DETECTOR_TYPE"):
+            value = cls.__dict__.get(name, ...)
+            if isinstance(value, str) and not value:
+                raise ValueError(f"{cls.__name__}.{name}: expected a value, got an empty string")
+
+    def _check_class(self) -> None:
+        cls = type(self)
+        ways = {
+            "NAME": "a short name such as 'tiny-vae'",
+            "MODEL_ID": "a hub id such as 'org/name', or a local folder",
+            "DETECTOR_TYPE": "a class with from_pretrained, or a callable that gets the model id",
+        }
+        for name, meaning in ways.items():
+            if getattr(cls, name, None) is None:
+                raise ValueError(
+                    f"{cls.__name__}.{name}: expected {meaning}, it is not set; set it in the class"
+                )
+        if not isinstance(cls.MODEL_ID, str | os.PathLike):
+            raise TypeError(
+                f"{cls.__name__}.MODEL_ID: expected a hub id such as 'org/name' or a local "
+                f"folder, got {type(cls.MODEL_ID).__name__}"
+            )
+
+    def _revision_in_use(self) -> str | None:
+        """The revision of a hub id; None for a local folder, which has none.
+
+        Raises what is wrong with the model id before any library is asked to load it.
+        """
+        if not hasattr(self.DETECTOR_TYPE, "from_pretrained"):
+            return self.REVISION
+        name, where = type(self).__name__, self._model_id
+        if os.path.isdir(where):
+            return None
+        if where.startswith((os.sep, ".", "~")) or where.count("/") > 1:
+            raise FileNotFoundError(
+                f"{name}.MODEL_ID: expected a folder, {where!r} is none; "
+                "give an existing folder, or a hub id such as 'org/name'"
+            )
+        if not self.REVISION:
+            raise ValueError(
+                f"{name}.REVISION: expected a commit, tag or branch of the hub id {where!r}, "
+                "it is not set; set it in the class"
+            )
+        return self.REVISION
+
+    def _choose(self, given: dict[str, Any], match: Any, local_only: bool) -> None:
+        """Settles devices, dtype, variant and quantization, once."""
+        if match is not None:
+            if not isinstance(match, Contract):
+                raise TypeError(
+                    f"instance_to_match: expected an instance of an OpGuardBase, got "
+                    f"{type(match).__name__}; leave it out to choose by the overrides"
+                )
+            matched = {
+                "device": match.device,
+                "dtype": match.dtype,
+                "device_map": match.device_map,
+                "quant_config": match.quant_config,
+            }
+            given = {key: matched.get(key) if given[key] is None else given[key] for key in given}
+        double = given["quant_use_double"]
+        place: dict[str, Any] = {
+            "device": self._default(given["device"], self.DEFAULT_DEVICE),
+            "device_map": self._default(given["device_map"], self.DEFAULT_DEVICE_MAP),
+        }
+        with device_guard(**place) as device:
+            # On the cpu half precision is somebody's choice for this instance, not a preference.
+            wish = normalize_dtype(self.DTYPE_PREFERENCE)
+            preferred = torch.float32 if device.type == "cpu" and wish in HALF else wish
+        with init_guard(
+            **place,
+            dtype=self._default(given["dtype"], preferred),
+            model_type=self.DETECTOR_TYPE,
+            model_id=self._model_id,
+            revision=self._revision_in_use(),
+            local_hfhub_variant_check_only=local_only,
+            local_files_only=self._local_files_only,
+            quant_config=given["quant_config"],
+            quant_type=self._default(given["quant_type"], self.DEFAULT_QUANT_TYPE),
+            quant_use_double=self._default(double, self.DEFAULT_QUANT_USE_DOUBLE),
+        ) as chosen:
+            self._chosen = chosen
+
+    @staticmethod
+    def _default(given: Any, otherwise: Any) -> Any:
+        return otherwise if given is None else given
+
+    def _from_pretrained_kwargs(self) -> dict[str, Any]:
+        chosen = self._chosen
+        kwargs: dict[str, Any] = {
+            "revision": self._revision_in_use(),
+            _dtype_keyword(self.DETECTOR_TYPE): chosen.dtype,
+            "variant": chosen.variant,
+            "use_safetensors": self.use_safetensors or None,
+            "local_files_only": self._local_files_only or None,
+            "device_map": chosen.device_map,
+            "quantization_config": chosen.quant_config,
+        }
+        skip = self.FROM_PRETRAINED_SKIP_KWARGS
+        kept = {key: kwargs[key] for key in kwargs if kwargs[key] is not None and key not in skip}
+        return kept | dict(self.FROM_PRETRAINED_ADDITIONAL_KWARGS)
+
+    def _place(self, detector: Any) -> Any:
+        """Moves the model to the chosen device and dtype, unless its loader has settled those."""
+        chosen = self._chosen
+        to: dict[str, Any] = {}
+        if not self.SKIP_TO_DEVICE and chosen.device_map is None and chosen.quant_config is None:
+            to["device"] = chosen.device
+        if not self.SKIP_TO_DTYPE and chosen.quant_config is None:
+            to["dtype"] = chosen.dtype
+        return detector.to(**to) if to and hasattr(detector, "to") else detector
+
+    @property
+    def model_id(self) -> str:
+        """The hub id or folder to load; set it on an instance before that loads."""
+        return self._model_id
+
+    @model_id.setter
+    def model_id(self, value: str | os.PathLike[str]) -> None:
+        self._model_id = os.fspath(value)
+
+    @property
+    def use_safetensors(self) -> bool:
+        """Whether weights come from safetensors files only."""
+        return self.USE_SAFETENSORS
+
+    @use_safetensors.setter
+    def use_safetensors(self, value: bool) -> None:
+        if not value:
+            raise ValueError(
+                "use_safetensors: expected True, other weight files run code when they are "
+                "opened; a class that must read them sets USE_SAFETENSORS = False"
+            )
+
+    @property
+    def classname(self) -> str:
+        return type(self).__name__
+
+    @property
+    def device(self) -> torch.device:
+        return self._chosen.device
+
+    @property
+    def device_list(self) -> list[torch.device]:
+        return list(self._chosen.device_list)
+
+    @property
+    def device_map(self) -> Any:
+        return self._chosen.device_map
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._chosen.dtype
+
+    @property
+    def variant(self) -> str | None:
+        return self._chosen.variant
+
+    @property
+    def quant_config(self) -> Any:
+        return self._chosen.quant_config

@@ -1,0 +1,262 @@
+"""Who holds the model of an ``OpGuardBase``, and with that when it is loaded and freed.
+
+``with`` blocks and running calls are counted as its users under one lock. The first user loads,
+the last one frees, so that no thread frees under another. Whether it is loaded is a flag of its
+own and never judged by an object's truth value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from opguard._contract import HALF, Contract
+from opguard.guards._base import _sanitize
+from opguard.guards.calling import _call_settings
+from opguard.guards.freeing import Releasing
+from opguard.guards.loading import load_guard
+
+__all__ = ["Lifecycle"]
+
+
+class _Free(Releasing):
+    """Gives an accelerator's memory back; collects garbage only where cycles keep the model."""
+
+    def __init__(self, model: Any, device_list: list[torch.device]) -> None:
+        self._device_list = device_list
+        self._model: Callable[[], Any] = lambda: None
+        if any(device.type != "cpu" for device in device_list):
+            with contextlib.suppress(TypeError):  # not every detector can be referred to weakly
+                self._model = weakref.ref(model)
+
+    def _collects(self, error: BaseException | None) -> bool:
+        return self._model() is not None
+
+
+class Lifecycle(Contract):
+    """Loads for the first user of the model and frees after the last."""
+
+    # On the class, so that __del__ of a half-made instance finds them.
+    _is_loaded: bool = False
+    _is_loading: bool = False
+    _users: int = 0
+    _coming: int = 0
+    _detector: Any = None
+    _processor: Any = None
+    _guarding: tuple[tuple[Any, ...], tuple[torch.nn.Module, ...]]
+    _keep_warm: bool
+    _sanitizes: bool
+    _detach: bool
+    _only_load_export: bool
+    _force_export_refresh: bool
+
+    def _prepare(self) -> None:
+        self._lock = threading.RLock()
+        self._door = threading.Lock()
+        self._entries: list[tuple[int, BaseException | None]] = []
+        self._free_wanted = False
+        self._extra_info: dict[str, Any] = {}
+
+    # What a subclass overrides
+
+    def _load_detector(self, **kwargs: Any) -> Any:
+        """Returns the model, placed on ``self.device`` as ``self.dtype``.
+
+        The default calls ``DETECTOR_TYPE.from_pretrained`` with the model id, the revision, the
+        dtype, the variant, the device map, the quantization config and the locality, less
+        ``FROM_PRETRAINED_SKIP_KWARGS``, plus ``FROM_PRETRAINED_ADDITIONAL_KWARGS`` and
+        ``kwargs``; a ``DETECTOR_TYPE`` without ``from_pretrained`` gets the model id alone.
+        """
+        loader = getattr(self.DETECTOR_TYPE, "from_pretrained", None)
+        if loader is None:
+            detector = self.DETECTOR_TYPE(str(self.model_id), **kwargs)
+        else:
+            detector = loader(str(self.model_id), **(self._from_pretrained_kwargs() | kwargs))
+        return self._place(detector)
+
+    def _load_processor(self) -> Any:
+        """Returns what the steps need beside the model (a tokenizer ...); None by default."""
+        return None
+
+    # Users
+
+    def __enter__(self) -> Self:
+        handled = sys.exception()
+        try:
+            self._join()
+        except BaseException as error:
+            self._scrub(error, handled)
+            raise
+        with self._lock:
+            self._entries.append((threading.get_ident(), handled))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            here = threading.get_ident()
+            mine = [i for i, entry in enumerate(self._entries) if entry[0] == here]
+            _, handled = self._entries.pop(mine[-1] if mine else -1)
+            if not self._entries:
+                self._free_wanted = True
+        if error is None:
+            self._leave()
+        else:
+            self._scrub(error, handled)
+            self._leave_quietly()
+
+    def free(self) -> bool:
+        """Frees the model; returns whether it is free now.
+
+        False while a call or a ``with`` still uses it: the last of them frees it then.
+        """
+        with self._lock:
+            self._free_wanted = self._users > 0
+            if not self._free_wanted:
+                self._free()
+            return not self._is_loaded
+
+    def __del__(self) -> None:
+        # Also runs for half-made instances and while the interpreter ends.
+        with contextlib.suppress(BaseException):
+            if self._is_loaded:
+                self._free()
+
+    def _join(self) -> None:
+        """Becomes a user of the model, which is loaded when this returns.
+
+        Who waits for another's load is counted too, or each of a few threads that call at once
+        would free what the next one has to load again.
+        """
+        with self._door:
+            self._coming += 1
+        try:
+            with self._lock:
+                if not self._is_loaded:
+                    self._load()
+                self._users += 1
+        finally:
+            with self._door:
+                self._coming -= 1
+
+    def _leave(self) -> None:
+        """Stops being a user; the last one frees what nobody asked to keep."""
+        with self._lock:
+            self._users -= 1
+            last = self._users == 0 and not (self._coming and not self._free_wanted)
+            if last and (self._free_wanted or not self._keep_warm):
+                self._free()
+
+    def _leave_quietly(self) -> None:
+        """Leaves while a failure is under way, which a failure to clean up must not hide."""
+        with contextlib.suppress(Exception):
+            self._leave()
+
+    def _part(self, name: str) -> Any:
+        with self._lock:
+            if not self._is_loaded and not (self._is_loading and name == "_processor"):
+                self._load()
+            return getattr(self, name)
+
+    def _load(self) -> None:
+        with self._lock:
+            if self._is_loading:
+                raise RuntimeError(
+                    f"{type(self).__name__}: expected the loading steps not to use the model, "
+                    "it was asked for while it loads; build what you need from self.model_id"
+                )
+            self._is_loading = True
+            try:
+                self._load_parts()
+                self._is_loaded = True
+            except BaseException:
+                self._forget()
+                raise
+            finally:
+                self._is_loading = False
+
+    def _load_parts(self) -> None:
+        exports = self._only_load_export or self._force_export_refresh
+        with load_guard(
+            device_list=self._chosen.device_list,
+            local_files_only=self._local_files_only,
+            base_export_name=f"{self.NAME}-detector" if exports else None,
+            only_load_export=self._only_load_export,
+            force_export_refresh=self._force_export_refresh,
+            sanitize_all_exceptions=self._sanitizes,
+        ) as load:
+            self._processor = self._load_processor()
+            if exports:
+                self._detector = self._place(self._load_export(load))
+            else:
+                self._detector = load(self._load_detector)
+        settings = _call_settings(
+            models=(self._processor, self._detector),
+            need_grads=self.NEED_GRADS,
+            effective_dtype=self._chosen.dtype if self._chosen.dtype in HALF else None,
+            device_list=self._chosen.device_list,
+            sanitize_all_exceptions=self._sanitizes,
+            detach_outputs=self._detach,
+        )
+        # Without the devices to measure: that would cost more than the guard itself.
+        self._guarding = (*settings[:4], None, *settings[5:]), settings[2] or ()
+
+    def _load_export(self, load: Callable[..., Any]) -> Any:
+        loader = getattr(self.DETECTOR_TYPE, "from_pretrained", None)
+        if loader is None or type(self)._load_detector is not Lifecycle._load_detector:
+            raise TypeError(
+                f"{type(self).__name__}: expected a DETECTOR_TYPE with from_pretrained, loaded by "
+                "the default _load_detector, to keep an export of it; leave only_load_export and "
+                "force_export_refresh out"
+            )
+        return load(loader, self.model_id, **self._from_pretrained_kwargs())
+
+    def _forget(self) -> None:
+        self._is_loaded = False
+        self._free_wanted = False
+        self._detector = None
+        self._processor = None
+        self._guarding = (), ()
+        self._extra_info.clear()
+
+    def _free(self) -> None:
+        if self._is_loaded:
+            with _Free(self._detector, self._chosen.device_list):
+                self._forget()
+
+    def _scrub(self, error: BaseException, handled: BaseException | None) -> None:
+        if self._sanitizes:
+            _sanitize(error, handled, ())
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._is_loaded
+
+    @property
+    def detector(self) -> Any:
+        """The model, loaded when it is not yet.
+
+        Outside any ``with`` it is freed after the next call, or by ``free()``.
+        """
+        return self._part("_detector")
+
+    @property
+    def processor(self) -> Any:
+        """What ``_load_processor`` returned; loads the model when it is not loaded yet."""
+        return self._part("_processor")
+
+    @property
+    def extra_info(self) -> dict[str, Any]:
+        """Free for the subclass's own use; emptied when the model is freed."""
+        return self._extra_info
