@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,8 +24,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread: the machine may have few cores, and timings and sums then repeat."""
-    del config
+    """One thread: the machine may have few cores, and timings and sums then repeat.
+
+    Exports go to a folder of this run's own: none of a user's is read, replaced or left behind.
+    """
+    if "OPGUARD_EXPORTS" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="opguard-exports-")
+        os.environ["OPGUARD_EXPORTS"] = folder
+        config.add_cleanup(lambda: os.environ.pop("OPGUARD_EXPORTS", None))
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     try:
         import torch
     except ImportError:  # the torch-free tests run where there is none

@@ -59,6 +59,8 @@ class Contract:
     _chosen: InitValues
     _model_id: str
     _local_files_only: bool
+    _only_load_export: bool
+    _settings: dict[str, Any]  # the constructor's keywords that are not at their defaults
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -118,47 +120,51 @@ class Contract:
             )
         return self.REVISION
 
-    def _choose(self, given: dict[str, Any], match: Any, local_only: bool) -> None:
-        """Settles devices, dtype, variant and quantization, once."""
+    def _choose(self, match: Any) -> None:
+        """Settles devices, dtype, variant and quantization, once, from the settings and ``match``.
+
+        What comes from ``match`` joins the settings: the instance itself is not kept.
+        """
         if match is not None:
-            if not isinstance(match, Contract):
-                raise TypeError(
-                    f"instance_to_match: expected an instance of an OpGuardBase, got "
-                    f"{type(match).__name__}; leave it out to choose by the overrides"
-                )
-            matched = {
-                "device": match.device,
-                "dtype": match.dtype,
-                "device_map": match.device_map,
-                "quant_config": match.quant_config,
-            }
-            given = {key: matched.get(key) if given[key] is None else given[key] for key in given}
-        double = given["quant_use_double"]
+            self._settings = self._matched(match) | self._settings
+        given = self._settings.get
         place: dict[str, Any] = {
-            "device": self._default(given["device"], self.DEFAULT_DEVICE),
-            "device_map": self._default(given["device_map"], self.DEFAULT_DEVICE_MAP),
+            "device": given("device_override", self.DEFAULT_DEVICE),
+            "device_map": given("device_map_override", self.DEFAULT_DEVICE_MAP),
         }
         with device_guard(**place) as device:
             # On the cpu half precision is somebody's choice for this instance, not a preference.
             wish = normalize_dtype(self.DTYPE_PREFERENCE)
             preferred = torch.float32 if device.type == "cpu" and wish in HALF else wish
+        local = self._local_files_only or self._only_load_export
         with init_guard(
             **place,
-            dtype=self._default(given["dtype"], preferred),
+            dtype=given("dtype_override", preferred),
             model_type=self.DETECTOR_TYPE,
             model_id=self._model_id,
             revision=self._revision_in_use(),
-            local_hfhub_variant_check_only=local_only,
-            local_files_only=self._local_files_only,
-            quant_config=given["quant_config"],
-            quant_type=self._default(given["quant_type"], self.DEFAULT_QUANT_TYPE),
-            quant_use_double=self._default(double, self.DEFAULT_QUANT_USE_DOUBLE),
+            local_hfhub_variant_check_only=local or given("local_hfhub_variant_check_only", False),
+            local_files_only=local,
+            quant_config=given("quant_config_override"),
+            quant_type=given("quant_type_override", self.DEFAULT_QUANT_TYPE),
+            quant_use_double=given("quant_use_double_override", self.DEFAULT_QUANT_USE_DOUBLE),
         ) as chosen:
             self._chosen = chosen
 
     @staticmethod
-    def _default(given: Any, otherwise: Any) -> Any:
-        return otherwise if given is None else given
+    def _matched(match: Any) -> dict[str, Any]:
+        """The settings that make the choices of ``match``, also where it chose nothing."""
+        if not isinstance(match, Contract):
+            raise TypeError(
+                f"instance_to_match: expected an instance of an OpGuardBase, got "
+                f"{type(match).__name__}; leave it out to choose by the overrides"
+            )
+        return {
+            "device_override": match.device,
+            "dtype_override": match.dtype,
+            "device_map_override": match.device_map,
+            "quant_config_override": match.quant_config,
+        }
 
     def _from_pretrained_kwargs(self) -> dict[str, Any]:
         chosen = self._chosen

@@ -11,7 +11,7 @@ import contextlib
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -54,8 +54,8 @@ class Lifecycle(Contract):
     _keep_warm: bool
     _sanitizes: bool
     _detach: bool
-    _only_load_export: bool
     _force_export_refresh: bool
+    _local_files_only_on_refresh: bool
 
     def _prepare(self) -> None:
         self._lock = threading.RLock()
@@ -84,6 +84,14 @@ class Lifecycle(Contract):
     def _load_processor(self) -> Any:
         """Returns what the steps need beside the model (a tokenizer ...); None by default."""
         return None
+
+    def _export_identity(self) -> Mapping[str, Any]:
+        """Returns what changes the weights beside the class attributes and the settings.
+
+        Such as the files of an adapter that ``_load_detector`` fuses: another value, and the
+        export is made anew. The values are what JSON can hold.
+        """
+        return {}
 
     # Users
 
@@ -194,6 +202,7 @@ class Lifecycle(Contract):
             base_export_name=f"{self.NAME}-detector" if exports else None,
             only_load_export=self._only_load_export,
             force_export_refresh=self._force_export_refresh,
+            local_files_only_on_refresh=self._local_files_only_on_refresh,
             sanitize_all_exceptions=self._sanitizes,
         ) as load:
             self._processor = self._load_processor()

@@ -9,7 +9,6 @@ it is loaded and freed in ``_lifecycle``; here are the constructor and the call.
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from collections.abc import Mapping
@@ -55,6 +54,7 @@ class OpGuardBase(Lifecycle):
         local_files_only: never touch the network.
         only_load_export: load from the local export or not at all.
         force_export_refresh: make the local export anew.
+        local_files_only_on_refresh: make it anew without the network.
         instance_to_match: take device, device map, dtype and quantization from this instance.
 
     Raises:
@@ -80,15 +80,17 @@ class OpGuardBase(Lifecycle):
         local_files_only: bool = False,
         only_load_export: bool = False,
         force_export_refresh: bool = False,
+        local_files_only_on_refresh: bool = False,
         instance_to_match: OpGuardBase | None = None,
         **unknown: Any,
     ) -> None:
+        given = locals()
         cls = type(self)
+        defaults = OpGuardBase.__init__.__kwdefaults__ or {}
         if unknown:
-            known = set(inspect.signature(OpGuardBase.__init__).parameters)
             raise TypeError(
                 f"{cls.__name__}(): expected keywords of OpGuardBase, got "
-                f"{near_miss(unknown, known - {'self', 'unknown'})}"
+                f"{near_miss(unknown, defaults)}"
             )
         self._check_class()
         if "_routes_of_class" not in cls.__dict__:
@@ -102,20 +104,13 @@ class OpGuardBase(Lifecycle):
         self._local_files_only = local_files_only
         self._only_load_export = only_load_export
         self._force_export_refresh = force_export_refresh
+        self._local_files_only_on_refresh = local_files_only_on_refresh
+        self._settings = {
+            name: given[name] for name in defaults if given[name] is not defaults[name]
+        }
         handled = sys.exception()
         try:
-            self._choose(
-                {
-                    "device": device_override,
-                    "dtype": dtype_override,
-                    "device_map": device_map_override,
-                    "quant_config": quant_config_override,
-                    "quant_type": quant_type_override,
-                    "quant_use_double": quant_use_double_override,
-                },
-                instance_to_match,
-                local_hfhub_variant_check_only or local_files_only,
-            )
+            self._choose(self._settings.pop("instance_to_match", None))
             if keep_warm:
                 self._load()
         except BaseException as error:
@@ -153,6 +148,14 @@ class OpGuardBase(Lifecycle):
         proc = self._preprocess(input_raw=input_raw, **pre)
         output = self._predict(input_proc=proc, **predict)
         return self._postprocess(output_raw=output, **post)
+
+    def example_inputs(self) -> dict[str, Any]:
+        """Returns keywords with which this model can be called, for ``opguard profile``."""
+        name = type(self).__name__
+        raise NotImplementedError(
+            f"{name}.example_inputs: expected a method that returns the keywords of a call, the "
+            f"class has none; define it, such as: return {{'input_raw': ...}}"
+        )
 
     # Calling
 
