@@ -1,0 +1,38 @@
+"""Class attributes that are imported when they are first read.
+
+The classes a task wraps come from libraries that take seconds to import; naming one is to cost
+nothing until an instance of the task is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = ["Late"]
+
+
+class Late:
+    """Reads as ``module.name``, from the class and from its instances.
+
+    Raises:
+        ImportError: the library is not installed; the sentence says which extra brings it.
+    """
+
+    def __init__(self, module: str, name: str, *, extra: str) -> None:
+        self._module = module
+        self._name = name
+        self._extra = extra
+
+    def __repr__(self) -> str:
+        return f"{self._module}.{self._name}"
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        try:
+            return getattr(importlib.import_module(self._module), self._name)
+        except ModuleNotFoundError as error:
+            task = "a task" if owner is None else owner.__name__
+            raise ImportError(
+                f"{task}: expected the library {self._module}, it is not installed; "
+                f"install opguard[{self._extra}]"
+            ) from error
