@@ -22,6 +22,8 @@ __all__ = ["Contract"]
 HALF = (torch.float16, torch.bfloat16)
 
 
+DTYPE_KEYWORDS = {"dtype", "torch_dtype"}
+
 # Since when a library's from_pretrained takes dtype=; torch_dtype=, its older name, then warns.
 _DTYPE_SINCE = {"transformers": (4, 56), "diffusers": (0, 42)}
 
@@ -58,6 +60,8 @@ class Contract:
 
     _chosen: InitValues
     _model_id: str
+    _use_safetensors: bool = False
+    _is_loaded: bool = False
     _local_files_only: bool
     _only_load_export: bool
     _settings: dict[str, Any]  # the constructor's keywords that are not at their defaults
@@ -120,13 +124,8 @@ class Contract:
             )
         return self.REVISION
 
-    def _choose(self, match: Any) -> None:
-        """Settles devices, dtype, variant and quantization, once, from the settings and ``match``.
-
-        What comes from ``match`` joins the settings: the instance itself is not kept.
-        """
-        if match is not None:
-            self._settings = self._matched(match) | self._settings
+    def _choose(self) -> None:
+        """Settles devices, dtype, variant and quantization from the settings."""
         given = self._settings.get
         place: dict[str, Any] = {
             "device": given("device_override", self.DEFAULT_DEVICE),
@@ -151,20 +150,30 @@ class Contract:
         ) as chosen:
             self._chosen = chosen
 
-    @staticmethod
-    def _matched(match: Any) -> dict[str, Any]:
-        """The settings that make the choices of ``match``, also where it chose nothing."""
+    def _match(self, match: Any) -> None:
+        """Joins the choices of ``match`` to the settings, also those where it chose nothing.
+
+        What was given by keyword goes first. The instance itself is not kept.
+        """
         if not isinstance(match, Contract):
             raise TypeError(
                 f"instance_to_match: expected an instance of an OpGuardBase, got "
                 f"{type(match).__name__}; leave it out to choose by the overrides"
             )
-        return {
+        matched = {
             "device_override": match.device,
             "dtype_override": match.dtype,
             "device_map_override": match.device_map,
-            "quant_config_override": match.quant_config,
         }
+        if not self._settings.keys() & {"quant_config_override", "quant_type_override"}:
+            # By its type where it has one: the two models may be of different libraries.
+            kind = getattr(match._chosen, "quant_type", None)
+            matched |= {
+                "quant_type_override": kind,
+                "quant_use_double_override": getattr(match._chosen, "quant_use_double", None),
+                "quant_config_override": None if kind else match.quant_config,
+            }
+        self._settings = matched | self._settings
 
     def _from_pretrained_kwargs(self) -> dict[str, Any]:
         chosen = self._chosen
@@ -177,9 +186,12 @@ class Contract:
             "device_map": chosen.device_map,
             "quantization_config": chosen.quant_config,
         }
-        skip = self.FROM_PRETRAINED_SKIP_KWARGS
+        extra = dict(self.FROM_PRETRAINED_ADDITIONAL_KWARGS)
+        skip = {*self.FROM_PRETRAINED_SKIP_KWARGS, *extra}
+        if not skip.isdisjoint(DTYPE_KEYWORDS):  # two names of one thing
+            skip |= DTYPE_KEYWORDS
         kept = {key: kwargs[key] for key in kwargs if kwargs[key] is not None and key not in skip}
-        return kept | dict(self.FROM_PRETRAINED_ADDITIONAL_KWARGS)
+        return kept | extra
 
     def _place(self, detector: Any) -> Any:
         """Moves the model to the chosen device and dtype, unless its loader has settled those."""
@@ -198,12 +210,22 @@ class Contract:
 
     @model_id.setter
     def model_id(self, value: str | os.PathLike[str]) -> None:
-        self._model_id = os.fspath(value)
+        if self._is_loaded:
+            raise RuntimeError(
+                f"model_id: expected to be set before the model is loaded, {self._model_id!r} is "
+                "loaded; call free() first, or set it on a new instance"
+            )
+        before, self._model_id = self._model_id, os.fspath(value)
+        try:
+            self._choose()  # another model has other variants
+        except BaseException:
+            self._model_id = before
+            raise
 
     @property
     def use_safetensors(self) -> bool:
-        """Whether weights come from safetensors files only."""
-        return self.USE_SAFETENSORS
+        """Whether weights come from safetensors files only; set it to True on an instance."""
+        return self.USE_SAFETENSORS or self._use_safetensors
 
     @use_safetensors.setter
     def use_safetensors(self, value: bool) -> None:
@@ -212,6 +234,7 @@ class Contract:
                 "use_safetensors: expected True, other weight files run code when they are "
                 "opened; a class that must read them sets USE_SAFETENSORS = False"
             )
+        self._use_safetensors = True
 
     @property
     def classname(self) -> str:

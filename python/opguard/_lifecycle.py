@@ -44,7 +44,6 @@ class Lifecycle(Contract):
     """Loads for the first user of the model and frees after the last."""
 
     # On the class, so that __del__ of a half-made instance finds them.
-    _is_loaded: bool = False
     _is_loading: bool = False
     _users: int = 0
     _coming: int = 0
@@ -124,6 +123,13 @@ class Lifecycle(Contract):
             self._scrub(error, handled)
             self._leave_quietly()
 
+    def lazy_loader_context(self) -> Held:
+        """A block in which the model is loaded; after it as after a call: freed, or kept warm.
+
+        ``with model:`` frees at its end also what ``keep_warm`` would keep.
+        """
+        return Held(self)
+
     def free(self) -> bool:
         """Frees the model; returns whether it is free now.
 
@@ -196,15 +202,19 @@ class Lifecycle(Contract):
 
     def _load_parts(self) -> None:
         exports = self._only_load_export or self._force_export_refresh
-        with load_guard(
-            device_list=self._chosen.device_list,
-            local_files_only=self._local_files_only,
-            base_export_name=f"{self.NAME}-detector" if exports else None,
-            only_load_export=self._only_load_export,
-            force_export_refresh=self._force_export_refresh,
-            local_files_only_on_refresh=self._local_files_only_on_refresh,
-            sanitize_all_exceptions=self._sanitizes,
-        ) as load:
+        # Weights made in somebody's inference mode could never be part of a graph.
+        with (
+            torch.inference_mode(False),
+            load_guard(
+                device_list=self._chosen.device_list,
+                local_files_only=self._local_files_only,
+                base_export_name=f"{self.NAME}-detector" if exports else None,
+                only_load_export=self._only_load_export,
+                force_export_refresh=self._force_export_refresh,
+                local_files_only_on_refresh=self._local_files_only_on_refresh,
+                sanitize_all_exceptions=self._sanitizes,
+            ) as load,
+        ):
             self._processor = self._load_processor()
             if exports:
                 self._detector = self._place(self._load_export(load))
@@ -269,3 +279,34 @@ class Lifecycle(Contract):
     def extra_info(self) -> dict[str, Any]:
         """Free for the subclass's own use; emptied when the model is freed."""
         return self._extra_info
+
+
+class Held:
+    """Keeps a model loaded for a block, see ``lazy_loader_context``."""
+
+    def __init__(self, owner: Lifecycle) -> None:
+        self._owner = owner
+        self._handled: list[BaseException | None] = []
+
+    def __enter__(self) -> Any:
+        handled = sys.exception()
+        try:
+            self._owner._join()
+        except BaseException as error:
+            self._owner._scrub(error, handled)
+            raise
+        self._handled.append(handled)
+        return self._owner
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        handled = self._handled.pop()
+        if error is None:
+            self._owner._leave()
+        else:
+            self._owner._scrub(error, handled)
+            self._owner._leave_quietly()

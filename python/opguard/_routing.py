@@ -14,17 +14,23 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
 class Step(NamedTuple):
-    """Which keywords a step takes beside its input; ``open`` when it takes any (``**kwargs``)."""
+    """Which keywords a step takes beside its input, which of them have no default.
+
+    ``open``: it takes any (``**kwargs``).
+    """
 
     names: frozenset[str]
+    required: frozenset[str]
     open: bool
 
     @classmethod
     def of(cls, function: Callable[..., Any], *skip: str) -> Step:
         parameters = inspect.signature(function).parameters.values()
-        names = {each.name for each in parameters if each.kind in NAMED}
+        named = [each for each in parameters if each.kind in NAMED]
+        names = frozenset(each.name for each in named) - {"self", *skip}
+        without = frozenset(each.name for each in named if each.default is each.empty)
         anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
-        return cls(frozenset(names.difference(skip, {"self"})), anything)
+        return cls(names, names & without, anything)
 
     def pick(self, given: Mapping[str, Any]) -> dict[str, Any]:
         return {name: given[name] for name in given if self.open or name in self.names}
@@ -35,16 +41,21 @@ class Routes(NamedTuple):
 
     steps: tuple[Step, Step, Step]
     accepted: frozenset[str] | None  # None: anything goes
+    required: frozenset[str]
 
     @classmethod
     def of(cls, owner: Any, base: Any) -> Routes:
         steps = [Step.of(getattr(owner, name), main) for name, main in STEPS.items()]
         caller = Step.of(owner._caller)
         accepted: frozenset[str] | None = caller.names
+        required = caller.required
+        ours = owner._caller is base._caller
+        if ours:
+            required = required.union(*(step.required for step in steps))
         if caller.open:
-            known = owner._caller is base._caller and not any(step.open for step in steps)
+            known = ours and not any(step.open for step in steps)
             accepted = caller.names.union(*(step.names for step in steps)) if known else None
-        return cls((steps[0], steps[1], steps[2]), accepted)
+        return cls((steps[0], steps[1], steps[2]), accepted, required)
 
 
 def near_miss(wrong: Iterable[str], known: Iterable[str]) -> str:

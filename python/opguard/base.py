@@ -108,9 +108,11 @@ class OpGuardBase(Lifecycle):
         self._settings = {
             name: given[name] for name in defaults if given[name] is not defaults[name]
         }
+        if self._settings.pop("instance_to_match", None) is not None:
+            self._match(instance_to_match)
         handled = sys.exception()
         try:
-            self._choose(self._settings.pop("instance_to_match", None))
+            self._choose()
             if keep_warm:
                 self._load()
         except BaseException as error:
@@ -163,10 +165,11 @@ class OpGuardBase(Lifecycle):
         """Runs the model on ``input_raw`` under guard and returns what ``_postprocess`` makes.
 
         Raises:
-            TypeError: an unknown keyword, or the class is not callable (``IS_CALLABLE``).
+            TypeError: an unknown or missing keyword, or a class that is not callable.
         """
-        accepted = self._routes.accepted
-        if args or not self.IS_CALLABLE or not (accepted is None or kwargs.keys() <= accepted):
+        routes, given = self._routes, kwargs.keys()
+        fits = routes.accepted is None or given <= routes.accepted
+        if args or not (fits and given >= routes.required and self.IS_CALLABLE):
             raise self._refusal(args, kwargs)
         handled = sys.exception()
         try:
@@ -203,6 +206,9 @@ class OpGuardBase(Lifecycle):
         accepted = self._routes.accepted
         if accepted is None:  # _caller is overridden and passed these on
             accepted = frozenset({"input_raw"}).union(*(step.names for step in self._routes.steps))
+        missing = self._routes.required - kwargs.keys()
+        if missing and kwargs.keys() <= accepted:
+            return TypeError(f"{name}(): expected {'=..., '.join(sorted(missing))}=..., got none")
         wrong = near_miss(kwargs.keys() - accepted, accepted)
         return TypeError(
             f"{name}(): expected keywords that a step names ({', '.join(sorted(accepted))}), "

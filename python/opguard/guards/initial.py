@@ -134,7 +134,11 @@ def choose_dtype(device_list: Iterable[DeviceLike], dtype_desired: DtypeLike | N
         )
     if all(devices.device_supports_dtype(place, wanted) for place in places):
         return wanted
-    taken = torch.float16 if wanted is torch.bfloat16 else torch.float32
+    taken = torch.float32
+    if wanted is torch.bfloat16 and all(
+        devices.device_supports_dtype(place, torch.float16) for place in places
+    ):
+        taken = torch.float16
     if dtype_desired is not None:
         logger.warning("dtype_guard: %s is not supported here, %s is used", wanted, taken)
     return taken
