@@ -1,6 +1,5 @@
 """device_guard, dtype_guard, variant_guard, quant_guard and init_guard, on a machine with a cpu."""
 
-import importlib.util
 import socket
 
 import pytest
@@ -226,57 +225,6 @@ def test_variant_probe_survives_a_hub_that_cannot_be_reached(tmp_path, monkeypat
     with variant_guard(**ask) as variant:
         assert variant is None
     assert "could not be listed" in caplog.text
-
-
-def test_quant_needs_its_library_before_the_load(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"expected the package bitsandbytes for 'nf4'"):
-        quant_guard(quant_type="nf4").__enter__()
-
-
-def test_quant_hardware_and_types(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    with pytest.raises(ValueError, match=r"expected cpu, cuda or xpu for 'i8', got mps:0"):
-        quant_guard(quant_type="i8", device="mps").__enter__()
-    with pytest.raises(ValueError, match="quant_type: expected None or one of i8, fp4, nf4"):
-        quant_guard(quant_type="int3").__enter__()
-    with pytest.raises(ValueError, match="model_type: expected a class of transformers"):
-        quant_guard(quant_type="i8", model_type=torch.nn.Linear).__enter__()
-    with pytest.raises(ValueError, match="backend: expected 'bnb'"):
-        quant_guard(backend="x")
-
-
-@pytest.mark.parametrize("library", ["transformers", "diffusers"])
-def test_quant_config_of_the_models_own_library(monkeypatch, library):
-    module = pytest.importorskip(library)
-    base = module.PreTrainedModel if library == "transformers" else module.ModelMixin
-
-    class Mine(base):
-        """A user's subclass: the library is that of the base."""
-
-    made = []
-
-    def config(**arguments):
-        made.append(arguments)
-        return library
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(module, "BitsAndBytesConfig", config)
-    with quant_guard(quant_type="i8", model_type=Mine, device="cpu") as found:
-        assert found == library
-    with quant_guard(
-        quant_type="nf4", model_type=Mine, compute_dtype="bf16", quant_use_double=True, device="cpu"
-    ):
-        pass
-    assert made == [
-        {"load_in_8bit": True},
-        {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_compute_dtype": torch.bfloat16,
-            "bnb_4bit_use_double_quant": True,
-        },
-    ]
 
 
 def test_init_guard_opens_no_socket_under_local_files_only(monkeypatch):

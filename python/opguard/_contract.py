@@ -16,6 +16,7 @@ import torch
 
 from opguard.devices import normalize_dtype
 from opguard.guards.initial import InitValues, device_guard, init_guard
+from opguard.guards.quantizing import QUANT_TYPES, same_config, settle
 
 __all__ = ["Contract"]
 
@@ -147,6 +148,8 @@ class Contract:
             quant_config=given("quant_config_override"),
             quant_type=given("quant_type_override", self.DEFAULT_QUANT_TYPE),
             quant_use_double=given("quant_use_double_override", self.DEFAULT_QUANT_USE_DOUBLE),
+            use_safetensors=self.use_safetensors,
+            subfolder=self.FROM_PRETRAINED_ADDITIONAL_KWARGS.get("subfolder"),
         ) as chosen:
             self._chosen = chosen
 
@@ -166,14 +169,20 @@ class Contract:
             "device_map_override": match.device_map,
         }
         if not self._settings.keys() & {"quant_config_override", "quant_type_override"}:
-            # By its type where it has one: the two models may be of different libraries.
-            kind = getattr(match._chosen, "quant_type", None)
-            matched |= {
-                "quant_type_override": kind,
-                "quant_use_double_override": getattr(match._chosen, "quant_use_double", None),
-                "quant_config_override": None if kind else match.quant_config,
-            }
+            matched |= self._matched_quant(match)
         self._settings = matched | self._settings
+
+    def _matched_quant(self, match: Contract) -> dict[str, Any]:
+        chosen = match._chosen
+        alike = same_config(match.DETECTOR_TYPE, self.DETECTOR_TYPE)
+        if alike or chosen.quant_type not in QUANT_TYPES:
+            return {"quant_type_override": None, "quant_config_override": chosen.quant_config}
+        # A configuration is one library's own; what it means can be had from the other too.
+        return {
+            "quant_type_override": chosen.quant_type,
+            "quant_use_double_override": chosen.quant_use_double,
+            "quant_config_override": None,
+        }
 
     def _from_pretrained_kwargs(self) -> dict[str, Any]:
         chosen = self._chosen
@@ -197,9 +206,11 @@ class Contract:
         """Moves the model to the chosen device and dtype, unless its loader has settled those."""
         chosen = self._chosen
         to: dict[str, Any] = {}
-        if not self.SKIP_TO_DEVICE and chosen.device_map is None and chosen.quant_config is None:
+        if not self.SKIP_TO_DEVICE and chosen.device_map is None:
             to["device"] = chosen.device
-        if not self.SKIP_TO_DTYPE and chosen.quant_config is None:
+        if chosen.quant_config is not None:
+            return settle(detector, to.get("device"))
+        if not self.SKIP_TO_DTYPE:
             to["dtype"] = chosen.dtype
         return detector.to(**to) if to and hasattr(detector, "to") else detector
 

@@ -7,18 +7,18 @@ was taken instead; what cannot be meant is an error of one sentence.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from opguard import devices
 from opguard.devices import DeviceLike, DtypeLike
-from opguard.guards import locality
+from opguard.guards import locality, quantizing
 from opguard.guards._base import Guard
 
 __all__ = [
@@ -45,6 +45,21 @@ class InitValues(NamedTuple):
     variant: str | None
     device_map: str | dict[str, Any] | None
     quant_config: Any
+
+    @property
+    def quant_type(self) -> str | None:
+        """The quantization in effect, whatever was asked for: "i8", "fp4", "nf4", or its name."""
+        return quantizing.describe_quant(self.quant_config).quant_type
+
+    @property
+    def quant_use_double(self) -> bool:
+        """Whether the scales of the quantized weights are quantized too."""
+        return quantizing.describe_quant(self.quant_config).use_double
+
+    @property
+    def quant_backend(self) -> str | None:
+        """What holds the quantized weights: "bnb", "torchao", None for none or another one."""
+        return quantizing.describe_quant(self.quant_config).backend
 
 
 def _available(device: DeviceLike | None) -> torch.device:
@@ -144,105 +159,80 @@ def choose_dtype(device_list: Iterable[DeviceLike], dtype_desired: DtypeLike | N
     return taken
 
 
-_HALF_FILE = r"\.fp16(\.|-\d)"
+# In order of preference. Values of either half precision are cast to the other while they load.
+_VARIANTS = {torch.float16: ("fp16", "bf16"), torch.bfloat16: ("bf16", "fp16")}
 
 
-def _has_half_files(names: Iterable[str]) -> bool:
-    return any(re.search(_HALF_FILE, name.rpartition("/")[2]) for name in names)
+def _has_variant(names: Iterable[str], variant: str, safetensors: bool) -> bool:
+    """Returns whether weight files of the variant are among `names`, whole or in shards.
+
+    Shards are model.fp16-00001-of-00002.safetensors for transformers and
+    model-00001-of-00002.fp16.safetensors for diffusers.
+    """
+    end = "safetensors" if safetensors else "(safetensors|bin)"
+    pattern = re.compile(rf"\.{variant}(-\d+-of-\d+)?\.{end}")
+    return any(pattern.search(name, name.rfind("/") + 1) for name in names)
+
+
+def _looked_at(names: Iterable[str], model_type: type | None, subfolder: str | None) -> list[str]:
+    """Returns the names, relative to the repo, that a load of `model_type` looks at.
+
+    A pipeline has its weights in folders, one for each part; a model of transformers or diffusers
+    in its subfolder or at the top. Of other classes nothing is known.
+    """
+    library = None if model_type is None else quantizing.library_of(model_type)
+    if library not in ("transformers", "diffusers") and not subfolder:
+        return list(names)
+    folder = (subfolder or "").strip("/")
+    return [name for name in names if name.rpartition("/")[0] == folder]
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Returns the files below `folder`, as "unet/model.safetensors"; no broken links."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def _listed(name: str, revision: str | None) -> list[str]:
+    """Returns the names that the hub lists; none where it cannot or may not be asked."""
+    if locality.is_offline() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return []
+    from huggingface_hub import HfApi
+
+    try:
+        return list(HfApi().list_repo_files(name, revision=revision))
+    except Exception as error:
+        # The listing is a convenience: the load that follows says what is wrong with the repo.
+        logger.warning("variant_guard: %s could not be listed (%s)", name, type(error).__name__)
+        return []
 
 
 def choose_variant(
+    *,
     dtype: DtypeLike | None,
     model_id: str | os.PathLike[str] | None,
     revision: str | None,
     ask: bool,
+    use_safetensors: bool = True,
+    model_type: type | None = None,
+    subfolder: str | None = None,
 ) -> str | None:
-    """Returns "fp16" where half precision is wanted and the model has such files, else None."""
+    """Returns the variant to ask for where half precision is wanted and has files, else None."""
     if dtype is None or model_id is None:
         return None
-    if devices.normalize_dtype(dtype) not in (torch.float16, torch.bfloat16):
+    wanted = _VARIANTS.get(devices.normalize_dtype(dtype))
+    if wanted is None:
         return None
     name = os.fspath(model_id)
     folder = locality.local_folder(name, revision)
-    if folder is not None:
-        return "fp16" if _has_half_files(path.name for path in folder.rglob("*")) else None
-    if not ask or locality.is_offline() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        return None
-    from huggingface_hub import HfApi
-
-    try:
-        listed = HfApi().list_repo_files(name, revision=revision)
-    except Exception as error:
-        # The listing is a convenience: the load that follows says what is wrong with the repo.
-        logger.warning("variant_guard: %s could not be listed (%s)", name, type(error).__name__)
-        return None
-    return "fp16" if _has_half_files(listed) else None
-
-
-QUANT_TYPES = ("i8", "fp4", "nf4")
-
-
-def _quant_library(model_type: type | None) -> str:
-    """Returns which library's configuration `model_type` takes, by its own or a base's module."""
-    if model_type is None:
-        return "transformers"
-    for base in getattr(model_type, "__mro__", (model_type,)):
-        root = str(getattr(base, "__module__", "")).partition(".")[0]
-        if root in ("transformers", "diffusers"):
-            return root
-    raise ValueError(
-        "model_type: expected a class of transformers or diffusers to quantize, got "
-        f"{getattr(model_type, '__qualname__', model_type)!r}; leave quant_type out for others"
-    )
-
-
-def _check_quant_hardware(quant_type: str, device: torch.device) -> None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(
-            f"quant_type: expected the package bitsandbytes for {quant_type!r}, it is not "
-            "installed; run: python -m pip install bitsandbytes"
-        )
-    if device.type not in ("cpu", "cuda", "xpu"):
-        raise ValueError(
-            f"quant_type: expected cpu, cuda or xpu for {quant_type!r}, got {device}; "
-            "leave quant_type out there"
-        )
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
-        needed = (7, 5) if quant_type == "i8" else (6, 0)
-        found = torch.cuda.get_device_capability(device)
-        if found < needed:
-            raise ValueError(
-                f"quant_type: expected a gpu of compute capability {needed[0]}.{needed[1]} for "
-                f"{quant_type!r}, got {found[0]}.{found[1]} on {device}; leave quant_type out there"
-            )
-
-
-def choose_quant(
-    *,
-    compute_dtype: DtypeLike | None,
-    model_type: type | None,
-    quant_type: str | None,
-    quant_use_double: bool,
-    device: torch.device,
-) -> Any:
-    """Returns the library's quantization configuration for `quant_type`, None for None."""
-    if quant_type is None:
-        return None
-    if quant_type not in QUANT_TYPES:
-        raise ValueError(
-            f"quant_type: expected None or one of {', '.join(QUANT_TYPES)}, got {quant_type!r:.80}"
-        )
-    library = _quant_library(model_type)
-    _check_quant_hardware(quant_type, device)
-    module = importlib.import_module(library)
-    if quant_type == "i8":
-        return module.BitsAndBytesConfig(load_in_8bit=True)
-    return module.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_compute_dtype=devices.normalize_dtype(compute_dtype or torch.float32),
-        bnb_4bit_use_double_quant=quant_use_double,
-    )
+    found = _names_in(folder) if folder is not None else []
+    if folder is None and ask:
+        found = _listed(name, revision)
+    names = _looked_at(found, model_type, subfolder)
+    for variant in wanted:
+        if _has_variant(names, variant, use_safetensors):
+            return variant
+    return None
 
 
 class device_guard(Guard):
@@ -305,7 +295,11 @@ class dtype_guard(Guard):
 
 
 class variant_guard(Guard):
-    """Enters to "fp16" where half precision is wanted and the model has such files, else None.
+    """Enters to the variant of weight files to load, "fp16" or "bf16", None for the plain ones.
+
+    Where half precision is wanted and the model has files of it: those of the dtype itself first,
+    else those of the other half precision. use_safetensors=False counts other weight files too;
+    model_type and subfolder narrow the search to the files that a load of that class reads.
 
     The model is a folder or a hub id, looked for on this machine. Only where it is not here and
     `local_hfhub_variant_check_only=False` is the hub asked, and never with `local_files_only`,
@@ -321,24 +315,40 @@ class variant_guard(Guard):
         local_hfhub_variant_check_only: bool = True,
         variant_override: str | None = None,
         local_files_only: bool = False,
+        use_safetensors: bool = True,
+        model_type: type | None = None,
+        subfolder: str | None = None,
     ) -> None:
-        self._arguments = (dtype, model_id, revision)
-        self._ask = not (local_hfhub_variant_check_only or local_files_only)
+        self._arguments: dict[str, Any] = {
+            "dtype": dtype,
+            "model_id": model_id,
+            "revision": revision,
+            "ask": not (local_hfhub_variant_check_only or local_files_only),
+            "use_safetensors": use_safetensors,
+            "model_type": model_type,
+            "subfolder": subfolder,
+        }
         self._override = variant_override
 
     def _enter(self) -> str | None:
         if self._override is not None:
             return self._override
-        return choose_variant(*self._arguments, ask=self._ask)
+        return choose_variant(**self._arguments)
 
 
 class quant_guard(Guard):
     """Enters to the quantization configuration with which to load, None for none.
 
-    quant_type: None, "i8", "fp4" or "nf4"; the configuration is the `BitsAndBytesConfig` of the
-    library that model_type (or a base of it) comes from, transformers where that is None. What
-    the hardware or the installation lacks is said before anything is loaded, by ValueError or
-    ImportError. quant_config_override is taken as it is.
+    quant_type: None, "i8", "fp4" or "nf4". The configuration is what `model_type.from_pretrained`
+    takes: that of the library the class (or a base of it) comes from, transformers where it is
+    None; a `PipelineQuantizationConfig` for pipelines of diffusers, whose parts are read from the
+    folder of model_id and revision where that is on this machine.
+
+    backend: "bnb" (bitsandbytes), "torchao", or None for what this machine can run. With None, what
+    the hardware or the installation lacks becomes i8 by torchao or no quantization, said by a
+    WARNING; with a name it is a ValueError or an ImportError, before anything is loaded. The table
+    at the head of `opguard.guards.quantizing` says what needs what. quant_config_override is taken
+    as it is.
     """
 
     def __init__(
@@ -349,11 +359,15 @@ class quant_guard(Guard):
         quant_type: str | None = None,
         quant_config_override: Any = None,
         quant_use_double: bool = False,
-        backend: str = "bnb",
+        backend: str | None = None,
         device: DeviceLike | None = None,
+        model_id: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
     ) -> None:
-        if backend != "bnb":
-            raise ValueError(f"backend: expected 'bnb' (bitsandbytes), got {backend!r:.80}")
+        if backend is not None and backend not in quantizing.BACKENDS:
+            raise ValueError(
+                f"backend: expected None, 'bnb' (bitsandbytes) or 'torchao', got {backend!r:.80}"
+            )
         self._override = quant_config_override
         self._device = device
         self._arguments: dict[str, Any] = {
@@ -361,20 +375,25 @@ class quant_guard(Guard):
             "model_type": model_type,
             "quant_type": quant_type,
             "quant_use_double": quant_use_double,
+            "backend": backend,
+            "model_id": model_id,
+            "revision": revision,
         }
 
     def _enter(self) -> Any:
         if self._override is not None:
+            quantizing.import_backend_of(self._override)
             return self._override
         device = devices.normalize_device(self._device)
-        return choose_quant(device=device, **self._arguments)
+        return quantizing.choose_quant(device=device, **self._arguments)
 
 
 class init_guard(Guard):
     """Enters to `InitValues`: what the four guards of this module choose, each from the one before.
 
-    Takes their parameters: `dtype` is the one desired, `quant_config` overrides. `local_files_only`
-    keeps the variant probe off the network.
+    Takes their parameters: `dtype` is the one desired, `quant_config` overrides, `quant_backend` is
+    quant_guard's `backend`. `local_files_only` keeps the variant probe off the network. A quantized
+    model is loaded where it is to be, so that device_map is set for it where none was given.
     """
 
     def __init__(
@@ -394,7 +413,10 @@ class init_guard(Guard):
         quant_config: Any = None,
         quant_type: str | None = None,
         quant_use_double: bool = False,
+        quant_backend: str | None = None,
         local_files_only: bool = False,
+        use_safetensors: bool = True,
+        subfolder: str | None = None,
     ) -> None:
         self._dtype = {"dtype_desired": dtype, "dtype_override": dtype_override}
         self._device: dict[str, Any] = {
@@ -409,12 +431,18 @@ class init_guard(Guard):
             "local_hfhub_variant_check_only": local_hfhub_variant_check_only,
             "variant_override": variant_override,
             "local_files_only": local_files_only,
+            "use_safetensors": use_safetensors,
+            "model_type": model_type,
+            "subfolder": subfolder,
         }
         self._quant: dict[str, Any] = {
             "model_type": model_type,
+            "model_id": model_id,
+            "revision": revision,
             "quant_type": quant_type,
             "quant_config_override": quant_config,
             "quant_use_double": quant_use_double,
+            "backend": quant_backend,
         }
 
     def _enter(self) -> InitValues:
@@ -425,6 +453,6 @@ class init_guard(Guard):
             pass
         with quant_guard(compute_dtype=dtype, device=chosen.device, **self._quant) as quant:
             pass
-        return InitValues(
-            chosen.device_list, chosen.device, dtype, variant, chosen.device_map, quant
-        )
+        kind = self._quant["model_type"]
+        device_map = quantizing.load_map(quant, chosen.device_map, chosen.device, kind)
+        return InitValues(chosen.device_list, chosen.device, dtype, variant, device_map, quant)
