@@ -39,8 +39,8 @@ def build_llama(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     vocabulary = llama_vocabulary()
     sizes = {
         "vocab_size": len(vocabulary),
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
@@ -60,8 +60,8 @@ def build_bert(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
 
     sizes = {
         "vocab_size": len(bert_vocabulary()),
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "max_position_embeddings": 64,
@@ -77,16 +77,16 @@ def build_blip(folder: Path, *, seed: int = 0) -> Path:
 
     vocabulary = bert_vocabulary()
     small = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "projection_dim": 32,
+        "projection_dim": 64,
     }
     text = {
         **small,
         "vocab_size": len(vocabulary),
-        "encoder_hidden_size": 32,
+        "encoder_hidden_size": 64,
         "max_position_embeddings": 64,
         "bos_token_id": vocabulary["[CLS]"],
         "eos_token_id": vocabulary["[SEP]"],
@@ -94,7 +94,7 @@ def build_blip(folder: Path, *, seed: int = 0) -> Path:
         "sep_token_id": vocabulary["[SEP]"],
     }
     vision = {**small, "image_size": SIDE, "patch_size": 8}
-    config = BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=32)
+    config = BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=64)
     _save(lambda: BlipForConditionalGeneration(config), folder, seed)
     BlipProcessor(_image_processor(), _bert_tokenizer()).save_pretrained(folder)
     return folder
@@ -112,15 +112,16 @@ def build_blip2(folder: Path, *, seed: int = 0) -> Path:
     )
 
     vocabulary = llama_vocabulary()
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = Blip2VisionConfig(**small, intermediate_size=64, image_size=SIDE, patch_size=8)
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = Blip2VisionConfig(**small, intermediate_size=128, image_size=SIDE, patch_size=8)
     qformer = Blip2QFormerConfig(
-        **small, intermediate_size=64, encoder_hidden_size=32, vocab_size=len(vocabulary)
+        **small, intermediate_size=128, encoder_hidden_size=64, vocab_size=len(vocabulary)
     )
     text = OPTConfig(
         **small,
-        ffn_dim=64,
-        word_embed_proj_dim=32,
+        ffn_dim=128,
+        word_embed_proj_dim=64,
+        tie_word_embeddings=False,  # tied random ones say the same word again and again
         vocab_size=len(vocabulary),
         max_position_embeddings=64,
         pad_token_id=vocabulary["<pad>"],
@@ -132,7 +133,7 @@ def build_blip2(folder: Path, *, seed: int = 0) -> Path:
         qformer_config=qformer,
         text_config=text,
         num_query_tokens=4,
-        image_text_hidden_size=32,
+        image_text_hidden_size=64,
         image_token_index=vocabulary["<image>"],
     )
     _save(lambda: Blip2ForConditionalGeneration(config), folder, seed)
