@@ -157,3 +157,19 @@ def test_a_missing_file_is_said_without_the_network(tmp_path):
 
     with pytest.raises(OSError, match=r"expected .*nobody/nothing-of-this-name"):
         Missing(device_override="cpu", local_files_only=True)(input_raw=1)
+
+
+def test_parts_that_a_model_keeps_in_float32_stay_so(tmp_path):
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 9}
+    transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(tmp_path)
+
+    class T5(OpGuardBase):
+        NAME = "tiny-t5"
+        MODEL_ID = tmp_path
+        DETECTOR_TYPE = transformers.T5EncoderModel
+
+    with T5(device_override="cpu", dtype_override="fp16") as model:
+        block = model.detector.encoder.block[0]
+        assert block.layer[0].SelfAttention.q.weight.dtype == torch.float16
+        assert block.layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+        assert model(input_raw={"input_ids": torch.ones(1, 3, dtype=torch.long)})

@@ -210,7 +210,9 @@ class Contract:
             to["device"] = chosen.device
         if chosen.quant_config is not None:
             return settle(detector, to.get("device"))
-        if not self.SKIP_TO_DTYPE:
+        # Loaded as asked, a model may have kept some parts in float32 because they need it.
+        settled = getattr(detector, "dtype", None) == chosen.dtype
+        if not self.SKIP_TO_DTYPE and not settled:
             to["dtype"] = chosen.dtype
         return detector.to(**to) if to and hasattr(detector, "to") else detector
 
