@@ -157,7 +157,7 @@ def build_controlnet(folder: str | Path, *, seed: int = 0) -> Path:
         )
         # A fresh ControlNet adds zeros everywhere, which would hide that it is not used at all.
         for block in [*model.controlnet_down_blocks, model.controlnet_mid_block]:
-            torch.nn.init.normal_(block.weight, std=0.5)
-        torch.nn.init.normal_(model.controlnet_cond_embedding.conv_out.weight, std=0.5)
+            torch.nn.init.normal_(block.weight, std=2.0)
+        torch.nn.init.normal_(model.controlnet_cond_embedding.conv_out.weight, std=2.0)
     model.save_pretrained(folder)
     return Path(folder)

@@ -1,0 +1,231 @@
+"""Stable diffusion: text to pictures, with parts of the pipeline swapped for other models.
+
+A part is swapped in two ways: ``VAE_TYPE``, an ``OpGuardBase`` class of which the pipeline makes
+an instance of its own, or ``swap_in(vae=instance)``, an instance that others use too. Either way
+the pipeline is one more user of that instance while it is loaded: the part is loaded before it,
+stays as long as it, and goes with its last user.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+
+from opguard._routing import near_miss
+from opguard.base import OpGuardBase
+from opguard.tasks._late import Late
+from opguard.tasks.vae import VaeSdxlFp16Fix
+
+__all__ = ["SdTinyNanoTextToImage", "SdxlTextToImage", "StableDiffusionBase"]
+
+# What an instance that the pipeline makes of VAE_TYPE is to be told as the pipeline was.
+HANDED_ON = (
+    "local_hfhub_variant_check_only",
+    "local_files_only",
+    "only_load_export",
+    "force_export_refresh",
+    "local_files_only_on_refresh",
+    "sanitize_all_exceptions",
+)
+
+
+class Request(NamedTuple):
+    """A call on its way to the pipeline."""
+
+    arguments: dict[str, Any]  # by the pipeline's names
+    pictures: int
+    one: bool  # a prompt came, and no list
+
+
+class StableDiffusionBase(OpGuardBase):
+    """Text to pictures over a diffusers pipeline::
+
+        with SdTinyNanoTextToImage() as sd:
+            picture = sd(input_raw="a red house", seed=1)
+
+    Call keywords:
+        input_raw: a prompt, or a list of prompts.
+        negative_prompt: what is not wanted: one for all, or a list with one for each prompt.
+        seed: an integer, or a list with one for each prompt. Picture i of a list is made with
+            ``seed + i``, and is the picture that its prompt gives alone with that seed.
+        num_inference_steps, guidance_scale: instead of the class's ``NUM_INFERENCE_STEPS`` and
+            ``GUIDANCE_SCALE``.
+        height, width: in pixels; the model's own by default.
+        latents: the noise to begin with, of shape (channels, height, width) or one more.
+
+    Returns a PIL picture for a prompt, and a list of PIL pictures for a list.
+    """
+
+    DETECTOR_TYPE = Late("diffusers", "StableDiffusionPipeline", extra="diffusion")
+    VAE_TYPE: ClassVar[type[OpGuardBase] | None] = None
+    NUM_INFERENCE_STEPS: ClassVar[int] = 30
+    GUIDANCE_SCALE: ClassVar[float] = 7.5
+
+    # On the class, so that __del__ of a half-made instance finds them.
+    _swapped: dict[str, OpGuardBase] = {}  # noqa: RUF012 - replaced, never written to
+    _held: tuple[OpGuardBase, ...] = ()
+
+    def swap_in(self, **parts: OpGuardBase) -> Self:
+        """Lets the pipeline take the detectors of these instances, by names of its parts.
+
+        Returns the pipeline itself. Raises RuntimeError when it is loaded already, and TypeError
+        for a part that it does not have.
+        """
+        with self._lock:
+            if self._is_loaded:
+                raise RuntimeError(
+                    f"{self.classname}.swap_in: expected a pipeline that is not loaded yet, it is; "
+                    "call free() first"
+                )
+            self._check_parts(parts)
+            self._swapped = self._swapped | parts
+        return self
+
+    def _check_parts(self, parts: dict[str, OpGuardBase]) -> None:
+        known = self._part_names()
+        if wrong := parts.keys() - known:
+            raise TypeError(
+                f"{self.classname}.swap_in: expected parts of the pipeline "
+                f"({', '.join(sorted(known))}), got {near_miss(sorted(wrong), known)}"
+            )
+        for name, part in parts.items():
+            if not isinstance(part, OpGuardBase):
+                raise TypeError(
+                    f"{self.classname}.swap_in: expected {name}= an instance of an OpGuardBase, "
+                    f"got {type(part).__name__}; wrap the model in one"
+                )
+
+    def _part_names(self) -> set[str]:
+        return set(inspect.signature(self.DETECTOR_TYPE.__init__).parameters) - {"self"}
+
+    # Loading
+
+    def _part_types(self) -> dict[str, type[OpGuardBase] | None]:
+        """The classes of the parts to swap in, by their names in the pipeline."""
+        return {"vae": self.VAE_TYPE}
+
+    def _load_detector(self, **kwargs: Any) -> Any:
+        parts = {name: self._made(kind) for name, kind in self._part_types().items() if kind}
+        for name, part in (parts | self._swapped).items():
+            kwargs[name] = self._hold(name, part)
+        pipeline = super()._load_detector(**kwargs)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _made(self, kind: type[OpGuardBase]) -> OpGuardBase:
+        settings = {name: self._settings[name] for name in HANDED_ON if name in self._settings}
+        return kind(device_override=self.device, dtype_override=self.dtype, **settings)
+
+    def _hold(self, name: str, part: OpGuardBase) -> Any:
+        """Becomes a user of the part until the pipeline is freed; returns its model."""
+        if (part.device, part.dtype) != (self.device, self.dtype):
+            raise ValueError(
+                f"{self.classname}: expected its {name} on {self.device} as {self.dtype}, like the "
+                f"pipeline, got {part.classname} on {part.device} as {part.dtype}; "
+                "make it with device_override= and dtype_override="
+            )
+        part._join()
+        self._held += (part,)
+        return part.detector
+
+    def _forget(self) -> None:
+        super()._forget()
+        held, self._held = self._held, ()
+        for part in reversed(held):
+            part._leave_quietly()
+
+    # Calling
+
+    def _preprocess(
+        self, *, input_raw: Any, negative_prompt: str | Sequence[str] | None = None
+    ) -> Request:
+        """Returns what the pipeline is called with; a subclass adds to it."""
+        one = isinstance(input_raw, str)
+        prompts = [input_raw] if one else input_raw
+        if not isinstance(prompts, list | tuple) or not prompts or not _are(prompts, str):
+            raise TypeError(
+                f"{self.classname}: expected input_raw= a prompt or a list of prompts, "
+                f"got {input_raw!r:.150}"
+            )
+        unwanted = self._one_each(negative_prompt, "negative_prompt", len(prompts))
+        return Request({"prompt": list(prompts), "negative_prompt": unwanted}, len(prompts), one)
+
+    def _predict(
+        self,
+        *,
+        input_proc: Request,
+        seed: int | Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> Any:
+        found = self._detector(
+            **input_proc.arguments,
+            generator=self._generators(seed, input_proc.pictures),
+            num_inference_steps=num_inference_steps or self.NUM_INFERENCE_STEPS,
+            guidance_scale=self.GUIDANCE_SCALE if guidance_scale is None else guidance_scale,
+            height=height,
+            width=width,
+            latents=self._noise(latents, input_proc.pictures),
+        ).images
+        return found[0] if input_proc.one else found
+
+    def _one_each(self, given: Any, name: str, prompts: int) -> list[Any] | None:
+        """Returns one value for each prompt; a value that is no list stands for each of them."""
+        if given is None:
+            return None
+        values = list(given) if isinstance(given, list | tuple) else [given] * prompts
+        if len(values) != prompts:
+            raise ValueError(
+                f"{self.classname}: expected {name}= one for all or a list of {prompts}, one for "
+                f"each prompt, got {len(values)}"
+            )
+        return values
+
+    def _generators(self, seed: Any, prompts: int) -> list[torch.Generator] | None:
+        # Generators of the cpu draw the same numbers whatever device the model is on.
+        seeds = [seed + at for at in range(prompts)] if isinstance(seed, int) else seed
+        seeds = self._one_each(seeds, "seed", prompts)
+        return None if seeds is None else [torch.Generator().manual_seed(each) for each in seeds]
+
+    def _noise(self, latents: torch.Tensor | None, prompts: int) -> torch.Tensor | None:
+        if latents is None:
+            return None
+        noise = latents.unsqueeze(0) if latents.ndim == 3 else latents
+        if noise.ndim != 4 or len(noise) != prompts:
+            raise ValueError(
+                f"{self.classname}: expected latents= of shape (channels, height, width), for "
+                f"several ({prompts}, channels, height, width), got {tuple(latents.shape)}"
+            )
+        return noise.to(self.device, self.dtype)
+
+    def example_inputs(self) -> dict[str, Any]:
+        """Call keywords to profile with: one prompt, four steps."""
+        return {"input_raw": "a red house", "seed": 0, "num_inference_steps": 4}
+
+
+class SdTinyNanoTextToImage(StableDiffusionBase):
+    """A small model for pictures of 128 x 128 pixels."""
+
+    NAME = "sd-nano-text-to-image"
+    MODEL_ID = "bguisard/stable-diffusion-nano-2-1"
+    REVISION = "main"
+
+
+class SdxlTextToImage(StableDiffusionBase):
+    """SDXL with the autoencoder that stays finite in float16."""
+
+    NAME = "sdxl-text-to-image"
+    MODEL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
+    REVISION = "main"
+    DETECTOR_TYPE = Late("diffusers", "StableDiffusionXLPipeline", extra="diffusion")
+    VAE_TYPE = VaeSdxlFp16Fix
+
+
+def _are(values: Any, kind: type) -> bool:
+    return all(isinstance(each, kind) for each in values)

@@ -1,0 +1,298 @@
+"""opguard.tasks.sd over a tiny pipeline: pictures, seeds, and who owns a part swapped in."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+
+from opguard.tasks import sd, vae
+from tiny_diffusion import (
+    PROMPT,
+    SIZE,
+    build_autoencoder_tiny,
+    build_stable_diffusion,
+)
+
+diffusers = pytest.importorskip("diffusers")
+numpy = pytest.importorskip("numpy")
+Image = pytest.importorskip("PIL.Image")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU = {"device_override": "cpu"}
+
+
+class Plain(sd.StableDiffusionBase):
+    NAME = "tiny-sd"
+    MODEL_ID = "."
+    NUM_INFERENCE_STEPS = 2
+
+
+class Vae(vae.AutoencoderTinyBase):
+    NAME = "tiny-vae"
+    MODEL_ID = "."
+    SCALE_FACTOR = 2
+
+
+class Swapped(Plain):
+    NAME = "tiny-sd-swapped"
+    VAE_TYPE = Vae
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    Plain.MODEL_ID = build_stable_diffusion(root / "sd")
+    Vae.MODEL_ID = build_autoencoder_tiny(root / "vae")
+    return root
+
+
+@pytest.fixture(scope="module")
+def opened(models):
+    with Plain(**CPU) as made:
+        yield made
+
+
+def values(picture):
+    return numpy.asarray(picture).astype(float)
+
+
+def test_a_prompt_gives_a_picture(opened):
+    made = opened(input_raw=PROMPT, seed=1)
+    assert isinstance(made, Image.Image)
+    assert made.size == (SIZE, SIZE)
+
+
+def test_it_is_what_the_pipeline_itself_makes(opened, models):
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(models / "sd")
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    bare = pipeline(PROMPT, num_inference_steps=3, guidance_scale=2.0, generator=generator)
+    ours = opened(input_raw=PROMPT, num_inference_steps=3, guidance_scale=2.0, seed=3)
+    assert ours.tobytes() == bare.images[0].tobytes()
+
+
+def test_a_seed_repeats_a_picture(opened):
+    one, same, other = (opened(input_raw=PROMPT, seed=seed).tobytes() for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+
+
+def test_without_a_seed_pictures_differ(opened):
+    assert opened(input_raw=PROMPT).tobytes() != opened(input_raw=PROMPT).tobytes()
+
+
+def test_several_prompts_give_what_each_gives_alone(opened):
+    prompts = [PROMPT, "a blue sea", "xyz"]
+    together = opened(input_raw=prompts, seed=7)
+    assert [each.size for each in together] == [(SIZE, SIZE)] * 3
+    for at, prompt in enumerate(prompts):
+        alone = opened(input_raw=prompt, seed=7 + at)
+        assert abs(values(alone) - values(together[at])).max() <= 1
+    again = opened(input_raw=prompts[::-1], seed=[9, 8, 7])
+    assert abs(values(again[2]) - values(together[0])).max() <= 1
+
+
+def test_a_list_of_one_is_a_list(opened):
+    (made,) = opened(input_raw=[PROMPT], seed=1)
+    assert made.tobytes() == opened(input_raw=PROMPT, seed=1).tobytes()
+
+
+def test_the_keywords_reach_the_pipeline(opened):
+    given = {"input_raw": PROMPT, "seed": 1, "guidance_scale": 20.0}
+    plain = opened(**given)
+    assert opened(**given, negative_prompt="zzz").tobytes() != plain.tobytes()
+    assert opened(**given, num_inference_steps=5).tobytes() != plain.tobytes()
+    assert opened(**given, height=16, width=48).size == (48, 16)
+    both = opened(input_raw=[PROMPT] * 2, seed=1, guidance_scale=20.0, negative_prompt="zzz")
+    first = opened(**given, negative_prompt="zzz")
+    assert abs(values(both[0]) - values(first)).max() <= 1
+
+
+def test_the_noise_can_be_given(opened):
+    noise = torch.randn(4, SIZE // 2, SIZE // 2)
+    one, same = (opened(input_raw=PROMPT, latents=given) for given in (noise, noise[None]))
+    assert one.tobytes() == same.tobytes()
+    assert opened(input_raw=PROMPT, latents=-noise).tobytes() != one.tobytes()
+    with pytest.raises(ValueError, match=r"expected latents= of shape .* got \(4, 16, 16\)"):
+        opened(input_raw=[PROMPT] * 2, latents=noise)
+
+
+@pytest.mark.parametrize("given", [3, [], [PROMPT, 3]], ids=["number", "empty", "mixed"])
+def test_what_is_no_prompt_is_refused(opened, given):
+    with pytest.raises(TypeError, match="expected input_raw= a prompt or a list of prompts"):
+        opened(input_raw=given)
+
+
+def test_one_for_each_prompt(opened):
+    with pytest.raises(ValueError, match="expected seed= one for all or a list of 2"):
+        opened(input_raw=[PROMPT] * 2, seed=[1])
+    with pytest.raises(ValueError, match="expected negative_prompt= one for all or a list of 1"):
+        opened(input_raw=PROMPT, negative_prompt=["a", "b"])
+    with pytest.raises(TypeError, match="did you mean 'guidance_scale'"):
+        opened(input_raw=PROMPT, guidence_scale=1)
+
+
+@pytest.mark.parametrize("kind", [Plain, Swapped])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype(kind, dtype):
+    with kind(**CPU) as full:
+        expected = values(full(input_raw=PROMPT, seed=1))
+    with kind(**CPU, dtype_override=dtype) as made:
+        pipeline = made.detector
+        parts = [pipeline.unet, pipeline.vae, pipeline.text_encoder]
+        assert {part.dtype for part in parts} == {made.dtype} == {DTYPES[dtype]}
+        found = values(made(input_raw=PROMPT, seed=1))
+    # Noise is drawn in the model's dtype, so half precision begins with other numbers.
+    assert found.shape == expected.shape
+    assert abs(found - expected).mean() < 12
+
+
+# --- a part swapped in ----------------------------------------------------------------------------
+
+
+def test_the_swapped_part_is_the_one_that_is_used(models):
+    bare = diffusers.StableDiffusionPipeline.from_pretrained(
+        models / "sd", vae=diffusers.AutoencoderTiny.from_pretrained(models / "vae")
+    )
+    bare.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(1)
+    expected = bare(PROMPT, num_inference_steps=2, guidance_scale=7.5, generator=generator)
+    with Swapped(**CPU) as made:
+        assert type(made.detector.vae).__name__ == "AutoencoderTiny"
+        found = made(input_raw=PROMPT, seed=1)
+    assert found.tobytes() == expected.images[0].tobytes()
+    with Plain(**CPU) as plain:
+        assert plain(input_raw=PROMPT, seed=1).tobytes() != found.tobytes()
+
+
+@pytest.mark.parametrize("make", [lambda: Swapped(**CPU), lambda: Plain(**CPU)])
+def test_nothing_stays_after_the_pipeline_is_freed(make, collected):
+    with make() as made:
+        parts = [made.detector, made.detector.vae, made.detector.unet]
+        alive = [weakref.ref(part) for part in parts]
+        del parts
+        made(input_raw=PROMPT, seed=1)
+    assert [part() for part in alive] == [None] * 3
+
+
+def test_a_lone_call_loads_and_frees_both(collected):
+    made = Swapped(**CPU)
+    made(input_raw=PROMPT, seed=1)
+    assert not made.is_loaded
+    assert made._held == ()
+    assert [each for each in gc.get_objects() if type(each) is Vae] == []
+
+
+def test_a_shared_part_lives_as_long_as_its_last_user():
+    shared = Vae(**CPU)
+    with Plain(**CPU).swap_in(vae=shared) as made:
+        assert shared.is_loaded
+        assert made.detector.vae is shared.detector
+        assert shared.free() is False  # the pipeline uses it
+        assert made(input_raw=PROMPT, seed=1).size == (SIZE, SIZE)
+        assert shared.is_loaded
+    assert not shared.is_loaded
+
+
+def test_a_pipeline_leaves_a_shared_part_to_others():
+    with Vae(**CPU) as shared:
+        model = shared.detector
+        with Plain(**CPU).swap_in(vae=shared) as made:
+            assert made.detector.vae is model
+        assert shared.is_loaded
+        assert shared.detector is model
+    assert not shared.is_loaded
+
+
+def test_two_pipelines_share_a_part():
+    shared = Vae(**CPU)
+    with Plain(**CPU).swap_in(vae=shared) as one:
+        with Plain(**CPU).swap_in(vae=shared) as two:
+            assert one.detector.vae is two.detector.vae
+        assert shared.is_loaded
+        assert one(input_raw=PROMPT).size == (SIZE, SIZE)
+    assert not shared.is_loaded
+
+
+def test_a_part_called_beside_the_pipeline_stays():
+    """A lone call of the shared part must not free it under the pipeline."""
+    shared = Vae(**CPU)
+    with Plain(**CPU).swap_in(vae=shared) as made:
+        model = made.detector.vae
+        latent = shared(input_raw=made(input_raw=PROMPT, seed=1), mode="encode")
+        assert latent.shape == (4, SIZE // 2, SIZE // 2)
+        assert shared.detector is model
+
+
+def test_a_pipeline_that_fails_to_load_lets_go_of_its_parts(tmp_path):
+    shared = Vae(**CPU)
+    broken = Plain(**CPU).swap_in(vae=shared)
+    broken.model_id = tmp_path
+    with pytest.raises(OSError, match="model_index"):
+        broken(input_raw=PROMPT)
+    assert not shared.is_loaded
+    assert broken._held == ()
+
+
+def test_a_pipeline_that_goes_lets_go_of_its_parts(collected):
+    shared = Vae(**CPU)
+    made = Plain(**CPU, keep_warm=False).swap_in(vae=shared)
+    assert made.detector.vae is shared.detector
+    del made
+    assert not shared.is_loaded
+
+
+def test_threads_that_call_at_once_share_one_load():
+    made, found = Swapped(**CPU), []
+    expected = made(input_raw=PROMPT, seed=1).tobytes()
+
+    def call():
+        with made:
+            found.append(made.detector.vae)
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert not made.is_loaded
+    assert made(input_raw=PROMPT, seed=1).tobytes() == expected
+
+
+def test_settings_reach_a_part_the_pipeline_makes():
+    with Swapped(**CPU, dtype_override="bf16", local_files_only=True) as made:
+        (part,) = made._held
+        assert part._settings["local_files_only"] is True
+        assert part.dtype == torch.bfloat16
+
+
+def test_a_part_of_another_dtype_is_refused():
+    shared = Vae(**CPU, dtype_override="bf16")
+    made = Plain(**CPU).swap_in(vae=shared)
+    with pytest.raises(ValueError, match=r"expected its vae on cpu as torch.float32, like the"):
+        made(input_raw=PROMPT)
+    assert not shared.is_loaded
+
+
+def test_what_cannot_be_swapped_in_is_said(opened):
+    with pytest.raises(TypeError, match="did you mean 'unet'"):
+        Plain(**CPU).swap_in(unett=Vae(**CPU))
+    with pytest.raises(TypeError, match=r"expected vae= an instance of an OpGuardBase, got"):
+        Plain(**CPU).swap_in(vae=torch.nn.Identity())
+    with pytest.raises(RuntimeError, match="expected a pipeline that is not loaded yet"):
+        opened.swap_in(vae=Vae(**CPU))
+
+
+def test_the_examples_run(opened):
+    assert opened(**opened.example_inputs()).size == (SIZE, SIZE)
+
+
+@pytest.mark.parametrize("name", ["SdTinyNanoTextToImage", "SdxlTextToImage"])
+def test_the_ready_made_say_where_they_come_from(name):
+    ready = getattr(sd, name)
+    assert ready.MODEL_ID.count("/") == 1
+    assert ready.REVISION == "main"
+    assert "Pipeline" in ready.DETECTOR_TYPE.__name__
