@@ -173,3 +173,25 @@ def test_parts_that_a_model_keeps_in_float32_stay_so(tmp_path):
         assert block.layer[0].SelfAttention.q.weight.dtype == torch.float16
         assert block.layer[1].DenseReluDense.wo.weight.dtype == torch.float32
         assert model(input_raw={"input_ids": torch.ones(1, 3, dtype=torch.long)})
+
+
+def test_a_model_without_files_has_no_variants_to_look_for(monkeypatch):
+    """Its id is no hub id: nobody is to ask the hub about it."""
+
+    calls = []
+
+    def asked(*args, **kwargs):
+        calls.append(args)
+        raise OSError("no network here")
+
+    class Plain(OpGuardBase):
+        NAME = "plain"
+        MODEL_ID = "none"
+        DETECTOR_TYPE = staticmethod(lambda model_id: torch.nn.Linear(2, 2))
+
+    monkeypatch.setattr("socket.getaddrinfo", asked)
+    monkeypatch.setattr("socket.socket.connect", asked)
+    with Plain(device_override="cpu", dtype_override="bf16") as model:
+        assert model.variant is None
+        assert model(input_raw=torch.ones(1, 2)).shape == (1, 2)
+    assert calls == []

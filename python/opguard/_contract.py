@@ -137,11 +137,13 @@ class Contract:
             wish = normalize_dtype(self.DTYPE_PREFERENCE)
             preferred = torch.float32 if device.type == "cpu" and wish in HALF else wish
         local = self._local_files_only or self._only_load_export
+        # What is not loaded from files has no weights of several variants to look for.
+        is_loaded_from = hasattr(self.DETECTOR_TYPE, "from_pretrained")
         with init_guard(
             **place,
             dtype=given("dtype_override", preferred),
             model_type=self.DETECTOR_TYPE,
-            model_id=self._model_id,
+            model_id=self._model_id if is_loaded_from else None,
             revision=self._revision_in_use(),
             local_hfhub_variant_check_only=local or given("local_hfhub_variant_check_only", False),
             local_files_only=local,
