@@ -312,16 +312,21 @@ def source(bert_folder, tmp_path):
     return folder
 
 
-def loaded_from(monkeypatch):
+SEEN = []
+
+
+def load_bert(model_id, **kwargs):
     """A loader that notes which folder it was given."""
-    transformers = pytest.importorskip("transformers")
-    seen = []
+    from transformers import BertModel
 
-    def loader(model_id, **kwargs):
-        seen.append(str(model_id))
-        return transformers.BertModel.from_pretrained(model_id, **kwargs)
+    SEEN.append(str(model_id))
+    return BertModel.from_pretrained(model_id, **kwargs)
 
-    return loader, seen
+
+def loaded_from(monkeypatch):
+    pytest.importorskip("transformers")
+    SEEN.clear()
+    return load_bert, SEEN
 
 
 def test_export_is_made_then_read(exports, source, monkeypatch):
@@ -331,11 +336,12 @@ def test_export_is_made_then_read(exports, source, monkeypatch):
             model = load(loader, str(source))
     folder = exports / "models--a--b"
     assert seen == [str(source), str(folder)]
-    assert [path.name for path in exports.iterdir()] == [folder.name]
+    assert sorted(path.name for path in exports.iterdir()) == [".locks", folder.name]
     meta = json.loads((folder / "metadata.json").read_text())
-    assert meta["model"] == str(source)
-    assert meta["revision"] is None
-    assert meta["versions"]["torch"] == torch.__version__
+    made_from = meta["made_from"]
+    assert made_from["source"]["model"] == str(source)
+    assert made_from["source"]["revision"] is None
+    assert made_from["versions"]["torch"] == torch.__version__
     assert list(folder.glob("*.safetensors"))
     assert not list(folder.glob("*.bin"))
     with load_guard(base_export_name="a/b", only_load_export=True) as load:
@@ -360,7 +366,7 @@ def test_export_is_made_anew_when_anything_differs(exports, source, monkeypatch,
         extra = {"attn_implementation": "eager"}
     elif change == "weights":
         path = source / "model.safetensors"
-        path.write_bytes(path.read_bytes())
+        path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0@")
     elif change == "loader":
         old = loader
         loader = lambda model_id: [old(model_id)][0]
@@ -375,7 +381,7 @@ def test_export_is_made_anew_when_anything_differs(exports, source, monkeypatch,
     if change not in ("force", "corrupt"):
         (exports / "models--x" / "metadata.json").write_text("{broken")
         with (
-            pytest.raises(LocalFileMissing, match="only_load_export: expected an export of"),
+            pytest.raises(LocalFileMissing, match="only_load_export: expected an export in"),
             cache_guard(base_export_name="x", only_load_export=True) as load,
         ):
             load(loader, str(source), **extra)
@@ -396,7 +402,7 @@ def test_a_failing_save_leaves_the_load_and_the_old_export(exports, source, monk
         assert load(loader, str(source)) is not None
     assert "no space left on device" in caplog.text
     assert (exports / "models--x" / "metadata.json").read_text() == before
-    assert len(list(exports.iterdir())) == 1
+    assert sorted(path.name for path in exports.iterdir()) == [".locks", "models--x"]
 
 
 def test_what_cannot_be_exported_is_said(exports, caplog):

@@ -7,6 +7,7 @@ static const og_family *const families[] = {
     &og_sanitize_family,
     &og_detach_family,
     &og_guards_family,
+    &og_files_family,
 };
 
 #define FAMILY_COUNT (sizeof families / sizeof *families)

@@ -3,6 +3,7 @@
 #define OPGUARD_PY_STATE_H
 
 #include "py/detach.h"
+#include "py/files.h"
 #include "py/guards.h"
 #include "py/ops.h"
 #include "py/sanitize.h"

@@ -1,6 +1,7 @@
 """Types of the C core; its docstrings are in the module itself."""
 
 from collections.abc import Callable
+from os import PathLike
 from types import TracebackType
 from typing import Any, Final, TypeVar, final
 
@@ -14,6 +15,10 @@ _T = TypeVar("_T")
 def load_ops(path: str, /) -> None: ...
 def ops_info() -> dict[str, str]: ...
 def bind_types(tensor: type, parameter: type, /) -> None: ...
+
+# --- files --------------------------------------------------------------------------------------
+
+def exchange_paths(first: str | PathLike[str], second: str | PathLike[str], /) -> None: ...
 
 # --- sanitizing ---------------------------------------------------------------------------------
 

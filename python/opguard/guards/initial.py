@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from opguard import devices
+from opguard import devices, hub
 from opguard.devices import DeviceLike, DtypeLike
 from opguard.guards import locality, quantizing
 from opguard.guards._base import Guard
@@ -224,7 +224,7 @@ def choose_variant(
     if wanted is None:
         return None
     name = os.fspath(model_id)
-    folder = locality.local_folder(name, revision)
+    folder = hub.local_folder(name, revision)
     found = _names_in(folder) if folder is not None else []
     if folder is None and ask:
         found = _listed(name, revision)

@@ -28,8 +28,9 @@ from types import TracebackType
 from typing import Any, Final
 
 from opguard.guards._base import Guard, _is_compiling
+from opguard.hub import LocalFileMissing, cache_in_use
 
-__all__ = ["LocalFileMissing", "LocalityError", "hub_cache_dir", "is_local", "local_guard"]
+__all__ = ["LocalFileMissing", "LocalityError", "is_local", "local_guard"]
 
 _depth: ContextVar[int] = ContextVar("opguard_local_depth", default=0)
 
@@ -38,51 +39,9 @@ class LocalityError(ConnectionError):
     """Something inside a `local_guard` tried to reach another machine."""
 
 
-class LocalFileMissing(FileNotFoundError):
-    """A file that a `local_guard` allowed to be read only here is not here.
-
-    The failure of the library that looked for it is the `__cause__`.
-    """
-
-
 def is_local() -> bool:
     """Returns whether the current context is inside a strict `local_guard`."""
     return _depth.get() > 0
-
-
-def hub_cache_dir() -> Path:
-    """Returns the folder of the Hugging Face hub cache, whether or not it exists."""
-    direct = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    if direct:
-        return Path(direct).expanduser()
-    home = os.environ.get("HF_HOME")
-    if home:
-        return Path(home).expanduser() / "hub"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface/hub"
-
-
-def cache_in_use() -> str:
-    """Returns the cache folder that huggingface_hub uses, as a program may have changed it."""
-    try:
-        from huggingface_hub import constants
-    except ImportError:
-        return str(hub_cache_dir())
-    return str(constants.HF_HUB_CACHE)
-
-
-def local_folder(model_id: str, revision: str | None) -> Path | None:
-    """Returns the folder with the files of `model_id` on this machine, None where there is none."""
-    direct = Path(model_id).expanduser()
-    if direct.is_dir():
-        return direct
-    repo = Path(cache_in_use()) / ("models--" + model_id.replace("/", "--"))
-    name = revision or "main"
-    try:
-        commit = (repo / "refs" / name).read_text().strip()
-    except (OSError, ValueError):
-        commit = name
-    folder = repo / "snapshots" / commit
-    return folder if folder.is_dir() else None
 
 
 def is_offline() -> bool:

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from opguard import devices
+from opguard import devices, hub
 from opguard.devices import DtypeLike
 from opguard.guards import locality
 
@@ -229,7 +229,7 @@ def _is_model(kind: Any) -> bool:
 
 def _saved_parts(model_id: str | os.PathLike[str] | None, revision: str | None) -> dict[str, str]:
     """Returns {part: library} of the models in a pipeline's folder on this machine, if any."""
-    folder = None if model_id is None else locality.local_folder(os.fspath(model_id), revision)
+    folder = None if model_id is None else hub.local_folder(os.fspath(model_id), revision)
     if folder is None:
         return {}
     try:

@@ -1,0 +1,272 @@
+"""What a model is made from, as values a person can read in metadata.json and a program compare.
+
+A value that cannot be told apart from another is never left out: at worst an export is made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import hashlib
+import inspect
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from opguard import hub
+from opguard.exports.hashing import hash_files
+
+__all__ = [
+    "describe_function",
+    "describe_model",
+    "describe_type",
+    "describe_value",
+    "describe_versions",
+]
+
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+_SOURCES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".py"}) | _PICKLES
+_LIBRARIES = ("transformers", "diffusers")
+_QUANTIZERS = ("bitsandbytes", "torchao")
+_VERSIONED = frozenset({"builtins", "torch", *_LIBRARIES, *sys.stdlib_module_names})
+_DEEP = 12
+
+
+def describe_versions(quantized: bool = False) -> dict[str, str]:
+    """Returns the versions that decide what a load makes: opguard, torch, and the hub's libraries.
+
+    quantized: those of the quantizing libraries as well. What is not installed is left out.
+    """
+    import torch
+
+    import opguard
+
+    found = {"opguard": str(opguard.__version__), "torch": str(torch.__version__)}
+    for name in _LIBRARIES + (_QUANTIZERS if quantized else ()):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _source_files(folder: Path) -> list[Path]:
+    """Returns the files a load may read: no pickles in a folder that has safetensors."""
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in _SOURCES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    safe = {path.parent for path in files if path.suffix == ".safetensors"}
+    return [path for path in files if path.suffix not in _PICKLES or path.parent not in safe]
+
+
+def describe_model(
+    model_id: str | os.PathLike[str], revision: str | None = None, *, network: bool = False
+) -> dict[str, Any]:
+    """Returns which weights a hub id or a folder stands for.
+
+    ``model`` and ``revision`` as asked for; ``commit``: the one that the revision names, asked of
+    the hub where `network` allows it and the revision is not a commit itself, otherwise the one in
+    the local cache, None for a folder or where nothing is known; ``files``: SHA-256 of each file on
+    this machine by its name, None where the model is not here.
+    """
+    name = os.fspath(model_id)
+    described: dict[str, Any] = {"model": name, "revision": revision, "commit": None}
+    at = revision
+    if not Path(name).expanduser().is_dir():
+        commit = None
+        if network and not hub.is_commit(revision):
+            commit = hub.upstream_commit(name, revision)
+        described["commit"] = at = commit or hub.local_commit(name, revision)
+    folder = hub.local_folder(name, at)
+    if folder is None:
+        return described | {"files": None}
+    digests = hash_files(_source_files(folder))
+    files = {path.relative_to(folder).as_posix(): found for path, found in digests.items()}
+    return described | {"files": files}
+
+
+def _sha(text: str | bytes) -> str:
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
+
+
+def _name_of(found: Any) -> str:
+    name = getattr(found, "__qualname__", None) or getattr(found, "__name__", type(found).__name__)
+    return f"{getattr(found, '__module__', None) or 'builtins'}.{name}"
+
+
+def _constants(code: CodeType) -> list[Any]:
+    described = []
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            described.append(_code(value))
+        elif isinstance(value, frozenset):  # its order is another in each process
+            described.append(["frozenset", *sorted(map(repr, value))])
+        else:
+            described.append([type(value).__name__, repr(value)])
+    return described
+
+
+def _code(code: CodeType) -> list[Any]:
+    return [
+        code.co_code.hex(),
+        list(code.co_names),
+        list(code.co_varnames),
+        list(code.co_freevars),
+        _constants(code),
+    ]
+
+
+def _source_text(function: Any) -> str | None:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return None
+
+
+def describe_function(function: Callable[..., Any], depth: int = 0) -> dict[str, Any]:
+    """Returns what tells this function from every other: its name, text, code and what it holds.
+
+    The code counts beside the text, because the text is read from the file as it is now. Functions
+    without text (made by exec, typed at a prompt) have their code, so two do not pass for one.
+    """
+    if isinstance(function, functools.partial):
+        return {
+            "partial": describe_function(function.func, depth + 1),
+            "arguments": describe_value([function.args, function.keywords], depth + 1),
+        }
+    owner = getattr(function, "__self__", None)
+    inner = inspect.unwrap(getattr(function, "__func__", function))
+    described: dict[str, Any] = {"name": _name_of(inner)}
+    if isinstance(owner, type):
+        described["of"] = _name_of(owner)
+    elif owner is not None and not inspect.ismodule(owner):
+        described["of"] = describe_value(owner, depth + 1)
+    code = getattr(inner, "__code__", None)
+    if code is None:
+        if isinstance(inner, type) or not inspect.isroutine(inner):
+            return described | {"value": describe_value(inner, depth + 1)}
+        return described
+    text = _source_text(inner)
+    if text is not None:
+        described["text"] = _sha(text)
+    python = "{}.{}".format(*sys.version_info)
+    described["code"] = {python: _sha(json.dumps(_code(code)))}
+    if inner.__defaults__ or inner.__kwdefaults__:
+        described["defaults"] = describe_value(
+            [inner.__defaults__, inner.__kwdefaults__], depth + 1
+        )
+    held = {}
+    for name, cell in zip(code.co_freevars, inner.__closure__ or (), strict=True):
+        # The class of super() is named already; a cell may not be set yet.
+        with contextlib.suppress(ValueError):
+            if name != "__class__":
+                held[name] = cell.cell_contents
+    if held:
+        described["holds"] = describe_value(held, depth + 1)
+    return described
+
+
+def describe_type(kind: type) -> dict[str, Any]:
+    """Returns a class's name and, where no library's version stands for it, its code."""
+    described: dict[str, Any] = {"class": _name_of(kind)}
+    functions = {}
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in _VERSIONED:
+            continue
+        for name, value in vars(base).items():
+            code = getattr(inspect.unwrap(getattr(value, "__func__", value)), "__code__", None)
+            if isinstance(code, CodeType):
+                functions[f"{base.__qualname__}.{name}"] = _code(code)
+    if functions:
+        described["code"] = _sha(json.dumps(functions, sort_keys=True))
+    return described
+
+
+def _describe_tensor(value: Any) -> dict[str, Any]:
+    import torch
+
+    whole = value.detach().to("cpu").contiguous()
+    data = whole.reshape(-1).view(torch.uint8).numpy() if whole.numel() else b""
+    return {"tensor": _sha(bytes(data)), "shape": list(whole.shape), "dtype": str(whole.dtype)}
+
+
+def _items(value: Any, depth: int) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            name if isinstance(name, str) else repr(name): describe_value(item, depth + 1)
+            for name, item in value.items()
+        }
+    if isinstance(value, set | frozenset):
+        return sorted((describe_value(item, depth + 1) for item in value), key=repr)
+    return [describe_value(item, depth + 1) for item in value]
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value without parts as JSON has it, `_plain` itself for any other."""
+    import torch
+
+    described: Any = _plain
+    if isinstance(value, enum.Enum):
+        described = f"{_name_of(type(value))}.{value.name}"
+    elif value is None or isinstance(value, bool | int | str):
+        described = value
+    elif isinstance(value, float):
+        described = value if math.isfinite(value) else repr(value)
+    elif isinstance(value, complex | range | torch.dtype | torch.device):
+        described = repr(value)
+    elif isinstance(value, bytes | bytearray):
+        described = {"bytes": _sha(bytes(value))}
+    elif isinstance(value, os.PathLike):
+        described = os.fspath(value)
+    elif inspect.ismodule(value):
+        described = {"module": value.__name__}
+    return described
+
+
+def describe_value(value: Any, depth: int = 0) -> Any:
+    """Returns a value as JSON can carry it: the same for equal ones in every process.
+
+    Objects are described by their class and what they hold, not by where they are in memory.
+    """
+    import torch
+
+    described = _plain(value)
+    if described is not _plain:
+        return described
+    if depth >= _DEEP:
+        described = {"object": _name_of(type(value))}
+    elif isinstance(value, Mapping | list | tuple | set | frozenset):
+        described = _items(value, depth)
+    elif isinstance(value, torch.Tensor):
+        described = _describe_tensor(value)
+    elif isinstance(value, type):
+        described = describe_type(value)
+    elif inspect.isroutine(value) or isinstance(value, functools.partial):
+        described = describe_function(value, depth)
+    else:
+        described = _describe_object(value, depth)
+    return described
+
+
+def _describe_object(value: Any, depth: int) -> dict[str, Any]:
+    described: dict[str, Any] = {"object": _name_of(type(value))}
+    if callable(getattr(type(value), "to_dict", None)):
+        # Where it fails, what the object holds says as much.
+        with contextlib.suppress(Exception):
+            return described | {"holds": _items(value.to_dict(), depth)}
+    holds = getattr(value, "__dict__", None)
+    if isinstance(holds, dict):
+        return described | {"holds": _items(holds, depth)}
+    text = repr(value)
+    return described if " at 0x" in text else described | {"is": text}

@@ -1,0 +1,110 @@
+"""The Hugging Face hub as opguard sees it: where its cache is, what is in it, what it has now.
+
+Only `upstream_commit` opens a connection, and only its caller knows whether it may.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from pathlib import Path
+
+__all__ = [
+    "LocalFileMissing",
+    "cache_in_use",
+    "hub_cache_dir",
+    "is_commit",
+    "local_commit",
+    "local_folder",
+    "upstream_commit",
+]
+
+logger = logging.getLogger("opguard")
+
+UPSTREAM_TIMEOUT_S = 5.0
+UPSTREAM_KEPT_S = 60.0
+
+_upstream: dict[tuple[str, str, str], tuple[float, str | None]] = {}
+_upstream_lock = threading.Lock()
+
+
+class LocalFileMissing(FileNotFoundError):
+    """A file, or an export, that may only be read on this machine is not on it.
+
+    The failure of the library that looked for it, where there is one, is the `__cause__`.
+    """
+
+
+def hub_cache_dir() -> Path:
+    """Returns the folder of the Hugging Face hub cache, whether or not it exists."""
+    direct = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if direct:
+        return Path(direct).expanduser()
+    home = os.environ.get("HF_HOME")
+    if home:
+        return Path(home).expanduser() / "hub"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface/hub"
+
+
+def cache_in_use() -> str:
+    """Returns the cache folder that huggingface_hub uses, as a program may have changed it."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return str(hub_cache_dir())
+    return str(constants.HF_HUB_CACHE)
+
+
+def is_commit(revision: str | None) -> bool:
+    """Returns whether a revision is a full commit, which names its content for ever."""
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def local_commit(model_id: str, revision: str | None) -> str | None:
+    """Returns the commit that `revision` (None: main) names in the cache, None where it is not."""
+    if revision is not None and is_commit(revision):
+        return revision
+    repo = Path(cache_in_use()) / ("models--" + model_id.replace("/", "--"))
+    try:
+        return (repo / "refs" / (revision or "main")).read_text().strip() or None
+    except (OSError, ValueError):
+        return None
+
+
+def local_folder(model_id: str, revision: str | None) -> Path | None:
+    """Returns the folder with the files of `model_id` on this machine, None where there is none."""
+    direct = Path(model_id).expanduser()
+    if direct.is_dir():
+        return direct
+    repo = Path(cache_in_use()) / ("models--" + model_id.replace("/", "--"))
+    folder = repo / "snapshots" / (local_commit(model_id, revision) or revision or "main")
+    return folder if folder.is_dir() else None
+
+
+def upstream_commit(model_id: str, revision: str | None) -> str | None:
+    """Asks the hub for the commit that `revision` (None: main) names now; None: no answer.
+
+    Waits `UPSTREAM_TIMEOUT_S` at most, and asks again for the same after `UPSTREAM_KEPT_S` only.
+    """
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id):
+        return None
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    key = (str(api.endpoint), model_id, revision or "main")
+    with _upstream_lock:
+        asked, commit = _upstream.get(key, (float("-inf"), None))
+        if time.monotonic() - asked < UPSTREAM_KEPT_S:
+            return commit
+    try:
+        commit = api.model_info(model_id, revision=revision, timeout=UPSTREAM_TIMEOUT_S).sha
+    except Exception as error:
+        # Whatever is wrong with the hub: what is on this machine counts then.
+        logger.info("%s: the hub was not asked, %s: %s", model_id, type(error).__name__, error)
+        commit = None
+    with _upstream_lock:
+        _upstream[key] = time.monotonic(), commit
+    return commit
