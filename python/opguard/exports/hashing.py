@@ -44,7 +44,8 @@ def remember(digests: Mapping[str, Digest]) -> None:
 def collected() -> Iterator[dict[str, Digest]]:
     """Yields what `hash_files` comes to know or use in the block: stat signature -> digest."""
     outer = getattr(_collecting, "into", None)
-    _collecting.into = found = {}
+    found: dict[str, Digest] = {}
+    _collecting.into = found
     try:
         yield found
     finally:
