@@ -14,6 +14,7 @@ import torch
 from opguard import OpGuardBase
 from opguard.guards import quantizing
 from opguard.guards.initial import init_guard, quant_guard
+from opguard.guards.loading import load_guard
 
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
@@ -387,6 +388,18 @@ def test_layers_that_do_not_fit_the_packed_format(guarded, narrow_llama, kind, d
     assert cosine(found, logits(plain)) > 0.95
 
 
+def test_a_loader_of_the_users_own_is_settled_too(narrow_llama):
+    with (
+        quant_guard(quant_type="nf4", model_type=Llama, device="cpu") as config,
+        load_guard(local_files_only=True) as load,
+    ):
+        model = load(lambda: Llama.from_pretrained(narrow_llama, quantization_config=config))
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.in_features == 32
+    assert not layer.support_avx512bf16_for_cpu
+    assert torch.isfinite(logits(model)).all()
+
+
 def test_settling_touches_only_layers_that_do_not_fit():
     from bitsandbytes.nn import Linear4bit
 
@@ -398,3 +411,28 @@ def test_settling_touches_only_layers_that_do_not_fit():
     assert quantizing.settle(layers) is layers
     assert [layer.support_avx512bf16_for_cpu for layer in layers] == [True, False, False, True]
     assert quantizing.settle("no module") == "no module"
+
+
+# Matching another instance
+
+
+def test_a_match_of_the_other_library_is_made_by_type(llama, pipeline):
+    """A configuration is one library's own: the other would refuse it."""
+
+    class Unet(OpGuardBase):
+        NAME = "unet"
+        MODEL_ID = pipeline
+        DETECTOR_TYPE = UNet
+        FROM_PRETRAINED_ADDITIONAL_KWARGS = MappingProxyType({"subfolder": "unet"})
+
+    class Local(Tiny):
+        MODEL_ID = llama
+
+    small = Local(quant_type_override="i8", device_override="cpu")
+    with Unet(instance_to_match=small) as unet:
+        assert type(unet.quant_config) is diffusers.TorchAoConfig
+        assert quantized_parameters(unet.detector)
+    assert Local(instance_to_match=small).quant_config is small.quant_config
+    with Local(instance_to_match=unet) as back:
+        assert type(back.quant_config) is transformers.BitsAndBytesConfig
+        assert quantized_parameters(back.detector)

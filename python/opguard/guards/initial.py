@@ -166,8 +166,8 @@ _VARIANTS = {torch.float16: ("fp16", "bf16"), torch.bfloat16: ("bf16", "fp16")}
 def _has_variant(names: Iterable[str], variant: str, safetensors: bool) -> bool:
     """Returns whether weight files of the variant are among `names`, whole or in shards.
 
-    Shards are model.fp16-00001-of-00002.safetensors for transformers and
-    model-00001-of-00002.fp16.safetensors for diffusers.
+    Of shards both spellings are in use: model.fp16-00001-of-00002.safetensors and
+    model-00001-of-00002.fp16.safetensors.
     """
     end = "safetensors" if safetensors else "(safetensors|bin)"
     pattern = re.compile(rf"\.{variant}(-\d+-of-\d+)?\.{end}")

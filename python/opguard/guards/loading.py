@@ -17,6 +17,7 @@ from opguard.guards._base import Guard
 from opguard.guards.calling import _modules
 from opguard.guards.freeing import Releasing
 from opguard.guards.locality import Naming, enter_local, is_local, leave_local
+from opguard.guards.quantizing import settle
 
 __all__ = ["Load", "cache_guard", "load_guard"]
 
@@ -70,6 +71,7 @@ class Load:
         return self._finished(loaded)
 
     def _finished(self, loaded: Any) -> Any:
+        settle(loaded)
         modules = _modules(loaded) or ()
         if self._train is not None:
             for module in modules:

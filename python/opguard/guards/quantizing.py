@@ -27,6 +27,7 @@ import inspect
 import json
 import logging
 import os
+import sys
 import typing
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -395,16 +396,15 @@ def settle(model: Any, device: torch.device | None = None) -> Any:
     do not fit bitsandbytes' packed format for AVX512-BF16 are told to do without it, where their
     first call would fail.
     """
-    if library_of(type(model)) == _PIPELINE:
-        if device is not None and device.type != "cpu":
-            model = model.to(device)
-        parts = [part for part in model.components.values() if isinstance(part, torch.nn.Module)]
-    else:
-        parts = [model] if isinstance(model, torch.nn.Module) else []
-    for part in parts:
-        for layer in part.modules():
+    is_pipeline = library_of(type(model)) == _PIPELINE
+    if is_pipeline and device is not None and device.type != "cpu":
+        model = model.to(device)
+    if "bitsandbytes" not in sys.modules:
+        return model
+    for part in model.components.values() if is_pipeline else (model,):
+        for layer in part.modules() if isinstance(part, torch.nn.Module) else ():
             if getattr(layer, "support_avx512bf16_for_cpu", False) and not _packs(layer):
-                layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+                layer.support_avx512bf16_for_cpu = False
     return model
 
 

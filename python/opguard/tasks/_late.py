@@ -7,7 +7,10 @@ nothing until an instance of the task is made.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
+
+from opguard.guards.locality import enter_local, leave_local
 
 __all__ = ["Late"]
 
@@ -28,6 +31,9 @@ class Late:
         return f"{self._module}.{self._name}"
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
+        if self._name in vars(sys.modules.get(self._module, self)):
+            return getattr(sys.modules[self._module], self._name)
+        enter_local()  # importing diffusers imports bitsandbytes, which may ask the hub for code
         try:
             return getattr(importlib.import_module(self._module), self._name)
         except ModuleNotFoundError as error:
@@ -36,3 +42,5 @@ class Late:
                 f"{task}: expected the library {self._module}, it is not installed; "
                 f"install opguard[{self._extra}]"
             ) from error
+        finally:
+            leave_local()
