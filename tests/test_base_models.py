@@ -116,16 +116,6 @@ def test_the_export_keywords_are_respected(tiny_bert, tmp_path, monkeypatch):
     assert torch.equal(made.last_hidden_state, read.last_hidden_state)
 
 
-def test_the_export_keywords_need_from_pretrained():
-    class Plain(OpGuardBase):
-        NAME = "plain"
-        MODEL_ID = "."
-        DETECTOR_TYPE = torch.nn.Identity
-
-    with pytest.raises(TypeError, match="expected a DETECTOR_TYPE with from_pretrained"):
-        Plain(device_override="cpu", only_load_export=True)(input_raw=1)
-
-
 def test_a_failure_inside_a_real_model_frees_it(tiny_bert, collected):
     class Tiny(OpGuardBase):
         NAME = "tiny-bert"

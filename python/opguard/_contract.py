@@ -7,8 +7,10 @@ with which the model's library is then asked for it.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any, ClassVar
 
@@ -63,6 +65,7 @@ class Contract:
     _model_id: str
     _use_safetensors: bool = False
     _is_loaded: bool = False
+    _reading: tuple[int, str] | None = None
     _local_files_only: bool
     _only_load_export: bool
     _settings: dict[str, Any]  # the constructor's keywords that are not at their defaults
@@ -114,6 +117,8 @@ class Contract:
         if os.path.isdir(where):
             return None
         if where.startswith((os.sep, ".", "~")) or where.count("/") > 1:
+            if self._only_load_export:  # the source need not be here
+                return None
             raise FileNotFoundError(
                 f"{name}.MODEL_ID: expected a folder, {where!r} is none; "
                 "give an existing folder, or a hub id such as 'org/name'"
@@ -186,18 +191,40 @@ class Contract:
             "quant_config_override": None,
         }
 
+    @property
+    def _read(self) -> str | None:
+        """The export that this thread is loading the model from."""
+        reading = self._reading
+        return reading[1] if reading and reading[0] == threading.get_ident() else None
+
+    @contextlib.contextmanager
+    def _reading_from(self, folder: os.PathLike[str] | None) -> Iterator[None]:
+        before = self._reading
+        self._reading = (threading.get_ident(), os.fspath(folder)) if folder else before
+        try:
+            yield
+        finally:
+            self._reading = before
+
     def _from_pretrained_kwargs(self) -> dict[str, Any]:
         chosen = self._chosen
         kwargs: dict[str, Any] = {
-            "revision": self._revision_in_use(),
             _dtype_keyword(self.DETECTOR_TYPE): chosen.dtype,
-            "variant": chosen.variant,
             "use_safetensors": self.use_safetensors or None,
             "local_files_only": self._local_files_only or None,
             "device_map": chosen.device_map,
-            "quantization_config": chosen.quant_config,
         }
         extra = dict(self.FROM_PRETRAINED_ADDITIONAL_KWARGS)
+        of_source = {
+            "revision": self._revision_in_use(),
+            "variant": chosen.variant,
+            "quantization_config": chosen.quant_config,
+        }
+        if self._read is None:
+            kwargs |= of_source
+        else:  # an export is one folder, quantized already
+            kwargs["local_files_only"] = True
+            extra = {k: v for k, v in extra.items() if k not in {*of_source, "subfolder"}}
         skip = {*self.FROM_PRETRAINED_SKIP_KWARGS, *extra}
         if not skip.isdisjoint(DTYPE_KEYWORDS):  # two names of one thing
             skip |= DTYPE_KEYWORDS
@@ -220,8 +247,11 @@ class Contract:
 
     @property
     def model_id(self) -> str:
-        """The hub id or folder to load; set it on an instance before that loads."""
-        return self._model_id
+        """The hub id or folder to load; set it on an instance before that loads.
+
+        While the model is loaded from its export it is the export's folder, for the loading steps.
+        """
+        return self._model_id if self._read is None else self._read
 
     @model_id.setter
     def model_id(self, value: str | os.PathLike[str]) -> None:
@@ -250,6 +280,8 @@ class Contract:
                 "opened; a class that must read them sets USE_SAFETENSORS = False"
             )
         self._use_safetensors = True
+        if not self._is_loaded:
+            self._choose()  # a variant may be there in other files only
 
     @property
     def classname(self) -> str:
@@ -273,7 +305,7 @@ class Contract:
 
     @property
     def variant(self) -> str | None:
-        return self._chosen.variant
+        return self._chosen.variant if self._read is None else None
 
     @property
     def quant_config(self) -> Any:

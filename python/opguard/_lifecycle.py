@@ -201,25 +201,18 @@ class Lifecycle(Contract):
                 self._is_loading = False
 
     def _load_parts(self) -> None:
-        exports = self._only_load_export or self._force_export_refresh
+        from opguard._describe import Loading
+
         # Weights made in somebody's inference mode could never be part of a graph.
         with (
             torch.inference_mode(False),
             load_guard(
                 device_list=self._chosen.device_list,
-                local_files_only=self._local_files_only,
-                base_export_name=f"{self.NAME}-detector" if exports else None,
-                only_load_export=self._only_load_export,
-                force_export_refresh=self._force_export_refresh,
-                local_files_only_on_refresh=self._local_files_only_on_refresh,
+                local_files_only=self._local_files_only or self._only_load_export,
                 sanitize_all_exceptions=self._sanitizes,
             ) as load,
         ):
-            self._processor = self._load_processor()
-            if exports:
-                self._detector = self._place(self._load_export(load))
-            else:
-                self._detector = load(self._load_detector)
+            self._processor, self._detector = Loading(self, load).run()
         settings = _call_settings(
             models=(self._processor, self._detector),
             need_grads=self.NEED_GRADS,
@@ -230,16 +223,6 @@ class Lifecycle(Contract):
         )
         # Without the devices to measure: that would cost more than the guard itself.
         self._guarding = (*settings[:4], None, *settings[5:]), settings[2] or ()
-
-    def _load_export(self, load: Callable[..., Any]) -> Any:
-        loader = getattr(self.DETECTOR_TYPE, "from_pretrained", None)
-        if loader is None or type(self)._load_detector is not Lifecycle._load_detector:
-            raise TypeError(
-                f"{type(self).__name__}: expected a DETECTOR_TYPE with from_pretrained, loaded by "
-                "the default _load_detector, to keep an export of it; leave only_load_export and "
-                "force_export_refresh out"
-            )
-        return load(loader, self.model_id, **self._from_pretrained_kwargs())
 
     def _forget(self) -> None:
         self._is_loaded = False

@@ -1,0 +1,353 @@
+"""What the model of an ``OpGuardBase`` is made from, and its way into an export and back.
+
+The decision between source and export is ``opguard.exports.matching``'s; here is what it asks for:
+the description, the two ways to load, and how to save. While an export is read, ``self.model_id``
+is its folder for the thread that loads, and nothing else of the instance changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import CodeType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from opguard._contract import Contract
+from opguard.guards.calling import _modules
+from opguard.guards.locality import local_guard
+
+if TYPE_CHECKING:
+    from opguard._lifecycle import Lifecycle
+
+__all__ = ["Loading", "Parts", "export_folder_of", "made_from"]
+
+logger = logging.getLogger("opguard")
+
+NOTES = "opguard.json"
+PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+LIBRARIES = ("transformers", "diffusers")
+# What a loader that cannot read an export as it reads its source ends in.
+LOADER_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError)
+
+# (folder, inode) of exports that gave the weights that were saved, in this process.
+_proven: set[tuple[str, int]] = set()
+
+
+# What it is made from
+
+
+def made_from(owner: Lifecycle, network: bool) -> dict[str, Any]:
+    """Returns all that decides the weights; ``network``: the hub is asked for commits."""
+    from opguard.exports.identity import describe_value, describe_versions
+
+    chosen = owner._chosen
+    quantized = chosen.quant_config is not None
+    described = _describe_class(type(owner), network, ())
+    described["source"] = _describe_source(
+        type(owner), owner._model_id, owner._revision_in_use(), network
+    )
+    described |= {
+        "dtype": str(chosen.dtype),
+        "variant": chosen.variant,
+        "quantization": describe_value(chosen.quant_config),
+        "device": chosen.device.type if quantized else None,
+        "versions": describe_versions(quantized),
+        "identity": describe_value(owner._export_identity()),
+    }
+    if owner._only_load_export and described["source"].get("files") is None:
+        # Which variants a source has cannot be seen where it is not.
+        described["variant"] = _stored_variant(export_folder_of(owner))
+    return described
+
+
+def _stored_variant(folder: Path | None) -> Any:
+    from opguard.exports import store
+
+    with contextlib.suppress(OSError, store.BrokenExport):
+        return store.read(folder)["made_from"].get("variant") if folder else None
+    return None
+
+
+def _describe_class(cls: type[Contract], network: bool, outer: tuple[type, ...]) -> dict[str, Any]:
+    """Returns what a class says about its weights; the classes it names are described as well."""
+    from opguard.exports.identity import describe_function
+
+    loader = getattr(cls.DETECTOR_TYPE, "from_pretrained", None)
+    described: dict[str, Any] = {
+        "name": cls.NAME,
+        "class": f"{cls.__module__}.{cls.__qualname__}",
+        "attributes": {
+            name: _describe_attribute(getattr(cls, name), network, (*outer, cls))
+            for name in sorted(dir(cls))
+            if name.isupper() and name not in ("NAME", "MODEL_ID", "REVISION")
+        },
+        "loaders": {name: describe_function(each) for name, each in _loaders(cls)},
+        "from_pretrained": describe_function(loader) if loader else None,
+    }
+    if outer:
+        model_id = os.fspath(cls.MODEL_ID)
+        revision = None if os.path.isdir(model_id) else cls.REVISION
+        described["source"] = _describe_source(cls, model_id, revision, network)
+    return described
+
+
+def _describe_attribute(value: Any, network: bool, outer: tuple[type, ...]) -> Any:
+    from opguard.exports.identity import describe_value
+
+    if isinstance(value, type) and issubclass(value, Contract) and hasattr(value, "MODEL_ID"):
+        if value in outer:
+            return {"class": f"{value.__module__}.{value.__qualname__}"}
+        return _describe_class(value, network, outer)
+    if isinstance(value, Mapping):
+        return {str(key): _describe_attribute(value[key], network, outer) for key in value}
+    if isinstance(value, list | tuple):
+        return [_describe_attribute(each, network, outer) for each in value]
+    return describe_value(value)
+
+
+def _describe_source(
+    cls: type[Contract], model_id: str, revision: str | None, network: bool
+) -> dict[str, Any]:
+    from opguard.exports.identity import describe_model
+
+    if hasattr(cls.DETECTOR_TYPE, "from_pretrained"):
+        return describe_model(model_id, revision, network=network)
+    if os.path.isdir(model_id):
+        return describe_model(model_id, revision)
+    return {"model": model_id}  # a name that only the class's own loader understands
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            yield from _names(value)
+
+
+def _loaders(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Yields the loading steps of a class and the methods they name, each by its full name."""
+    ours = {"opguard._contract", "opguard._lifecycle", "opguard.base"}
+    pending, seen = ["_load_detector", "_load_processor"], set()
+    while pending:
+        name = pending.pop()
+        seen.add(name)
+        for base in cls.__mro__:
+            found = vars(base).get(name)
+            if base.__module__ in ours or found is None:
+                continue
+            found = getattr(found, "fget", None) or getattr(found, "__func__", found)
+            code = getattr(inspect.unwrap(found), "__code__", None)
+            if isinstance(code, CodeType):
+                yield f"{base.__qualname__}.{name}", found
+                pending += sorted(set(_names(code)) - seen - set(pending))
+
+
+# Where it is
+
+
+def export_folder_of(owner: Contract) -> Path | None:
+    """Returns the folder of this instance's export; None where exports are off."""
+    from opguard.exports.store import export_folder
+
+    chosen = owner._chosen
+    kind, double = _quantization_of(chosen)
+    return export_folder(
+        f"{owner.NAME}-detector",
+        precision=PRECISIONS.get(chosen.dtype),
+        quant_type=kind,
+        quant_use_double=double,
+    )
+
+
+def _quantization_of(chosen: Any) -> tuple[str | None, bool]:
+    """The type and whether twice; of a configuration given as it is, what it says."""
+    config, kind = chosen.quant_config, getattr(chosen, "quant_type", None)
+    if kind is not None:
+        return kind, bool(getattr(chosen, "quant_use_double", False))
+    if config is None:
+        return None, False
+    if getattr(config, "load_in_8bit", False):
+        return "i8", False
+    if getattr(config, "load_in_4bit", False):
+        return config.bnb_4bit_quant_type, bool(config.bnb_4bit_use_double_quant)
+    return "quantized", False
+
+
+# Loading and saving
+
+
+class Parts(NamedTuple):
+    """What an instance loads."""
+
+    processor: Any
+    detector: Any
+
+
+class Loading:
+    """One load of an instance's parts, by ``load`` of the guard around it."""
+
+    def __init__(self, owner: Lifecycle, load: Callable[..., Any]) -> None:
+        self._owner = owner
+        self._load = load
+        self._loaded: Parts | None = None
+
+    def run(self) -> Parts:
+        """Loads from the export that matches, or from the source and exports it."""
+        from opguard.exports.matching import Settings, load_or_refresh
+
+        owner, folder = self._owner, export_folder_of(self._owner)
+        only = owner._only_load_export
+        if not owner.use_safetensors:
+            if only:
+                raise ValueError(
+                    f"only_load_export: expected {owner.classname}.USE_SAFETENSORS to be True, "
+                    "exports are safetensors; leave only_load_export out"
+                )
+            return self.from_source()
+        if folder is not None and not (only or self._promises() or folder.exists()):
+            self._loaded = self.from_source()
+            if not self._can_be_exported(self._loaded.detector):
+                return self._loaded
+        return load_or_refresh(
+            folder=folder,
+            describe=lambda network: made_from(owner, network),
+            from_source=self.from_source,
+            from_export=self.from_export,
+            save=self.save,
+            settings=Settings(
+                only_load_export=only,
+                force_refresh=owner._force_export_refresh,
+                local_on_refresh=owner._local_files_only_on_refresh,
+                network=not (owner._local_files_only or only),
+            ),
+        )
+
+    def _promises(self) -> bool:
+        """Whether the detector will be one that can be saved, as far as its type tells.
+
+        Others are described, which reads every file of a folder, only if they can be.
+        """
+        kind = self._owner.DETECTOR_TYPE
+        root = str(getattr(kind, "__module__", "")).partition(".")[0]
+        return hasattr(kind, "save_pretrained") or root in LIBRARIES
+
+    def _can_be_exported(self, detector: Any) -> bool:
+        why = None
+        if not hasattr(detector, "save_pretrained"):
+            why = f"{type(detector).__name__} has no save_pretrained"
+        elif not self._promises() and not os.path.isdir(self._owner._model_id):
+            why = f"{self._owner._model_id!r} is no folder whose files can be compared"
+        elif any(tensor.is_meta for module in _modules(detector) or () for tensor in _all(module)):
+            why = "parts of it are not in memory"
+        if why is not None:
+            logger.info("exports: no export of %s, %s", self._owner.classname, why)
+        return why is None
+
+    def from_source(self) -> Parts:
+        if self._loaded is None:
+            owner, local = self._owner, self._owner._local_files_only_on_refresh
+            # None that does nothing: it would clear the frames by which the outer one names files.
+            with local_guard() if local else contextlib.nullcontext():
+                owner._processor = owner._load_processor()
+                return Parts(owner._processor, self._load(owner._load_detector))
+        return self._loaded
+
+    def from_export(self, folder: Path) -> Parts:
+        from opguard.exports.matching import ExportUnfit
+
+        owner, notes = self._owner, json.loads((folder / NOTES).read_text())
+        owner._processor = self._processor_from(folder if notes["processor"] else None)
+        try:
+            with local_guard(), owner._reading_from(folder):
+                detector = self._load(owner._load_detector)
+        except LOADER_ERRORS as error:  # the files are whole, so it is how they are read
+            raise ExportUnfit(f"{type(error).__name__}: {error}") from None
+        self._prove(detector, folder, notes["weights"])
+        return Parts(owner._processor, detector)
+
+    def _processor_from(self, folder: Path | None) -> Any:
+        if folder is not None:
+            try:
+                with local_guard(), self._owner._reading_from(folder):
+                    return self._owner._load_processor()
+            except LOADER_ERRORS as error:
+                logger.info("exports: the processor is read from the source (%s)", error)
+        return self._owner._load_processor()
+
+    def _prove(self, detector: Any, folder: Path, saved: Mapping[str, str] | None) -> None:
+        """Refuses a model that is not the one that was saved.
+
+        A loader of the user's own may do to the export what it did to the source, such as fusing
+        an adapter, a second time.
+        """
+        from opguard.exports.matching import ExportUnfit
+
+        known = (str(folder), folder.stat().st_ino)
+        if saved is None or known in _proven:
+            return
+        found = _digests(detector)
+        wrong = sorted(name for name in found.keys() | saved if found.get(name) != saved.get(name))
+        if wrong:
+            raise ExportUnfit(f"{wrong[0]} and {len(wrong) - 1} more of its weights differ")
+        _proven.add(known)
+
+    def save(self, parts: Parts, folder: Path) -> bool:
+        owner, detector = self._owner, parts.detector
+        if not self._can_be_exported(detector):
+            return False
+        detector.save_pretrained(str(folder))
+        own = type(owner)._load_detector.__module__ != "opguard._lifecycle"
+        own |= str(type(detector).__module__).partition(".")[0] not in LIBRARIES
+        notes = {
+            "processor": _save_processor(parts.processor, folder),
+            "weights": _digests(detector) if own and owner.quant_config is None else None,
+        }
+        (folder / NOTES).write_text(json.dumps(notes, indent=2) + "\n")
+        return True
+
+
+def _all(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _digests(detector: Any) -> dict[str, str]:
+    """SHA-256 of each weight by its name."""
+    found = {}
+    for index, module in enumerate(_modules(detector) or ()):
+        for name, value in module.state_dict().items():
+            if isinstance(value, torch.Tensor):
+                data = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+                digest = hashlib.sha256(data.numpy().data if data.numel() else b"")
+                found[f"{index}.{name}"] = f"{digest.hexdigest()} {value.dtype}"
+    return found
+
+
+def _save_processor(processor: Any, folder: Path) -> bool:
+    """Saves the processor beside the model, as the hub does, unless a file of it is the model's."""
+    if not hasattr(processor, "save_pretrained"):
+        return False
+    aside = folder / ".processor"
+    try:
+        processor.save_pretrained(str(aside))
+        files = [path.relative_to(aside) for path in aside.rglob("*") if path.is_file()]
+        if not files or any((folder / name).exists() for name in files):
+            return False
+        for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (aside / name).rename(folder / name)
+    except Exception as error:
+        logger.info("exports: the processor is not exported (%s)", error)
+        return False
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return True
