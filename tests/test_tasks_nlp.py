@@ -282,6 +282,49 @@ def test_generation_stops_when_every_sequence_has_broken(tiny):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("ways", [{}, {"do_sample": True}, {"num_beams": 3}])
+def test_an_encoder_and_decoder_model_is_guarded_the_same(tiny, tmp_path, ways):
+    folder = tiny_models.build_t5(tmp_path / "t5")
+
+    class Translation(nlp.TextGeneration):
+        DETECTOR_TYPE = transformers.AutoModelForSeq2SeqLM
+        MODEL_ID = folder
+
+    keywords = {"input_raw": PROMPTS, "max_new_tokens": 5, "settings": NO_CAT, **ways}
+    with Translation(device_override="cpu", local_files_only=True) as model:
+        torch.manual_seed(3)
+        sound = model(**keywords)
+        poison(model.detector.get_encoder(), CAT)
+        torch.manual_seed(3)
+        broken = model(**keywords)
+    assert [len(each.tokens) > 0 for each in sound] == [True] * 3
+    assert [broken[0], broken[2]] == [sound[0], sound[2]]
+    assert broken[1] == Generation("", (), "nonfinite", 0)
+
+
+@pytest.mark.parametrize("quant_type", ["i8", "nf4"])
+def test_a_poisoned_prompt_ends_alone_when_quantized(tiny, quant_type):
+    pytest.importorskip("bitsandbytes")
+    keywords = {"input_raw": PROMPTS, "max_new_tokens": 6, "do_sample": True, "settings": NO_CAT}
+    with tiny(nlp.TextGeneration, quant_type_override=quant_type) as model:
+        torch.manual_seed(3)
+        sound = model(**keywords)
+        poison(model.detector, CAT)
+        torch.manual_seed(3)
+        broken = model(**keywords)
+    assert [each.finish_reason == "nonfinite" for each in broken] == [False, True, False]
+    if quant_type == "nf4":  # of i8 the class says that one sequence's rounding depends on all
+        assert [broken[0], broken[2]] == [sound[0], sound[2]]
+
+
+def test_a_model_set_to_hide_nonfinite_values_does_not_hide_them(tiny):
+    with tiny(nlp.TextGeneration) as model:
+        model.detector.generation_config.remove_invalid_values = True
+        poison(model.detector, CAT)
+        answers = model(input_raw=PROMPTS, max_new_tokens=3, settings=NO_CAT)
+    assert [each.finish_reason == "nonfinite" for each in answers] == [False, True, False]
+
+
 def test_a_warning_says_which_sequence_broke_and_where(tiny, caplog):
     with tiny(nlp.TextGeneration) as model, caplog.at_level(logging.WARNING, "opguard"):
         model(input_raw=PROMPTS, max_new_tokens=2, settings=NO_CAT)

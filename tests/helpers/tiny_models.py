@@ -54,6 +54,27 @@ def build_llama(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
+def build_t5(folder: Path, *, seed: int = 0) -> Path:
+    """An encoder and decoder model of two layers each."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    vocabulary = llama_vocabulary()
+    config = T5Config(
+        vocab_size=len(vocabulary),
+        d_model=64,
+        d_kv=32,
+        d_ff=128,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=3,
+        decoder_start_token_id=0,
+    )
+    _save(lambda: T5ForConditionalGeneration(config), folder, seed)
+    _word_tokenizer(vocabulary).save_pretrained(folder)
+    return folder
+
+
 def build_bert(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """An encoder of two layers; ``changes`` go into its config."""
     from transformers import BertConfig, BertModel

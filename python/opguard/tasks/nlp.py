@@ -219,7 +219,8 @@ class TextGeneration(_OneOrMany):
 
     Returns a `Generation` for each prompt, or a list of them where ``num_return_sequences`` is
     more than 1. A step whose logits are NaN or infinite ends its own sequence with the
-    ``finish_reason`` "nonfinite"; what the others get is what they get without it, bit for bit.
+    ``finish_reason`` "nonfinite"; the others get, bit for bit, what they get beside a sound one.
+    (Not so with bitsandbytes' 8 bits, whose rounding of one sequence depends on all of its batch.)
     """
 
     NAME = "smollm2-135m"
