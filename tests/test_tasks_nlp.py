@@ -128,11 +128,15 @@ def test_a_string_gives_a_vector_and_a_list_a_matrix(tiny):
 
 
 def test_padding_has_no_part_in_a_vector(tiny):
+    def spoil(module, args, kwargs, output):
+        padded = kwargs["attention_mask"].unsqueeze(-1) == 0
+        assert padded.any()
+        output.last_hidden_state = output.last_hidden_state.masked_fill(padded, NAN)
+        return output
+
     with tiny(nlp.Embedding) as embedder:
         alone = embedder(input_raw="a cat")
-        pad = embedder.processor.pad_token_id
-        with torch.no_grad():
-            embedder.detector.embeddings.word_embeddings.weight[pad] = 9.0
+        embedder.detector.register_forward_hook(spoil, with_kwargs=True)
         beside = embedder(input_raw=["a cat", "the old man in a big house by sea"])[0]
     torch.testing.assert_close(beside, alone, atol=1e-6, rtol=0)
 
@@ -559,6 +563,24 @@ def test_beams_and_details(tiny):
 
 
 @pytest.mark.parametrize("owner", [nlp.Blip1, nlp.Blip2])
+def test_an_end_token_ends_a_caption(tiny, owner):
+    with tiny(owner) as captioner:
+        told = captioner(input_raw=pictures(*range(6)), max_new_tokens=6, details=True)
+        number, whole = next(
+            (at, each) for at, each in enumerate(told) if len(set(each.tokens)) > 1
+        )
+        step = next(at for at, each in enumerate(whole.tokens) if each != whole.tokens[0])
+        token = whole.tokens[step]
+        if owner is nlp.Blip1:
+            captioner.detector.config.text_config.sep_token_id = token
+        else:
+            captioner.detector.language_model.generation_config.eos_token_id = token
+        (ended,) = captioner(input_raw=pictures(number), max_new_tokens=6, details=True)
+    assert (whole.finish_reason, ended.finish_reason) == ("length", "eos")
+    assert ended.tokens == whole.tokens[:step]
+
+
+@pytest.mark.parametrize("owner", [nlp.Blip1, nlp.Blip2])
 def test_a_picture_that_breaks_is_said_and_harms_no_other(tiny, owner, caplog):
     with tiny(owner) as captioner:
         sound = captioner(input_raw=pictures(*range(4)), max_new_tokens=6, details=True)
@@ -615,6 +637,22 @@ def test_every_dtype_on_the_cpu(tiny, owner, dtype):
         assert first.dtype == torch.float32
     if isinstance(first, Generation):
         assert first.finish_reason in {"eos", "length"}
+
+
+@pytest.mark.parametrize("owner", PLAIN)
+def test_processor_and_model_are_of_one_revision(folders, owner):
+    """A processor of another commit than the model's would prepare other inputs than it learned."""
+    asked = []
+
+    class Asked:
+        @staticmethod
+        def from_pretrained(model_id, **kwargs):
+            asked.append((model_id, kwargs.get("revision")))
+            return owner.PROCESSOR_TYPE.from_pretrained(model_id)
+
+    changes = {"MODEL_ID": folders[KIND[owner]], "REVISION": "v9", "PROCESSOR_TYPE": Asked}
+    with type("Revised", (owner,), changes)(device_override="cpu"):
+        assert asked == [(str(folders[KIND[owner]]), "v9")]
 
 
 @pytest.mark.parametrize("owner", KIND)

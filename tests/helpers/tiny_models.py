@@ -110,7 +110,7 @@ def build_blip(folder: Path, *, seed: int = 0) -> Path:
         "encoder_hidden_size": 64,
         "max_position_embeddings": 64,
         "bos_token_id": vocabulary["[CLS]"],
-        "eos_token_id": vocabulary["[SEP]"],
+        "eos_token_id": vocabulary["[MASK]"],  # as in the real one it is not what ends a caption
         "pad_token_id": vocabulary["[PAD]"],
         "sep_token_id": vocabulary["[SEP]"],
     }

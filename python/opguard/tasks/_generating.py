@@ -140,6 +140,7 @@ def generate(
     inputs: Mapping[str, Any],
     *,
     decoder: Any = None,
+    ends: int | Sequence[int] | None = None,
     max_new_tokens: int,
     num_beams: int = 1,
     **settings: Any,
@@ -147,7 +148,8 @@ def generate(
     """Runs ``model.generate`` on ``inputs`` under a `RowGuard`.
 
     ``decoder`` is the part of the model whose ``generate`` makes the tokens, where the model's
-    own hands on to it; ``settings`` are keywords of transformers' ``generate``.
+    own hands on to it, and ``ends`` the tokens that end a sequence where that is not settled by
+    its generation config; ``settings`` are keywords of transformers' ``generate``.
 
     Raises:
         ValueError: a setting under which sequences cannot be kept apart.
@@ -173,7 +175,8 @@ def generate(
         stopping_criteria=StoppingCriteriaList(criteria),
     )
     assert guard.failed is not None  # generate makes one step at least
-    ends = settings.get("eos_token_id", config.eos_token_id)
+    if ends is None:
+        ends = settings.get("eos_token_id", config.eos_token_id)
     cut_short = len(criteria) > 1 or settings.get("stop_strings", config.stop_strings)
     return Sequences(
         tokens=tokens,

@@ -90,6 +90,7 @@ class Blip(_OneOrMany):
             self.detector,
             input_proc,
             decoder=self._decoder(),
+            ends=self._end_token(),
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
         )
@@ -101,6 +102,10 @@ class Blip(_OneOrMany):
     def _decoder(self) -> Any:
         """The part of the model that writes."""
         raise NotImplementedError
+
+    def _end_token(self) -> int | None:
+        """The token that ends a caption; None for the one the decoder's own settings name."""
+        return None
 
     def _text(self, tokens: Any) -> str:
         return str(self.processor.decode(tokens, skip_special_tokens=True)).strip()
@@ -122,6 +127,9 @@ class Blip1(Blip):
 
     def _decoder(self) -> Any:
         return self.detector.text_decoder
+
+    def _end_token(self) -> int:
+        return int(self.detector.config.text_config.sep_token_id)  # not its eos_token_id
 
 
 class Blip2(Blip):
@@ -254,8 +262,8 @@ class TextGeneration(_OneOrMany):
         num_return_sequences: int = 1,
         settings: Mapping[str, Any] | None = None,
     ) -> Sequences:
-        drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        drawing = {name: value for name, value in drawing.items() if value is not None}
+        ways = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        drawing: dict[str, Any] = {name: ways[name] for name in ways if ways[name] is not None}
         if drawing and not do_sample:
             raise ValueError(
                 f"{', '.join(drawing)}: expected do_sample=True beside what says how to draw, got "
