@@ -154,7 +154,7 @@ class _Loading(Generic[T]):
     # The export
 
     def _put_back(self) -> None:
-        if self._folder.exists() or not store._leftovers(self._folder, "old"):
+        if not store.needs_recovery(self._folder):
             return
         try:
             with store.lock(self._folder):

@@ -33,15 +33,17 @@ from opguard.exports import hashing
 __all__ = [
     "METADATA",
     "BrokenExport",
+    "discard",
     "export_folder",
     "exports_root",
     "key_of",
+    "leftovers",
     "lock",
     "mark_unfit",
     "read",
+    "needs_recovery",
     "recover",
     "stamp",
-    "sweep",
     "touch",
     "verify",
     "write",
@@ -180,11 +182,11 @@ def touch(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """Holds the right to write the export, across processes; a thread that has it keeps it.
 
     Raises:
-        OSError: no lock can be had there.
+        OSError: no lock can be had there, or without `wait` somebody else has it.
     """
     from filelock import FileLock, Timeout
 
@@ -198,6 +200,8 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         held.acquire(timeout=0)
     except Timeout:
+        if not wait:
+            raise BlockingIOError(f"{folder.name} is being written") from None
         logger.info("exports: waiting for another load that makes %s", folder)
         held.acquire()
     mine.add(folder)
@@ -208,7 +212,7 @@ def lock(folder: Path) -> Iterator[None]:
         held.release()
 
 
-def _leftovers(folder: Path, kind: str) -> list[Path]:
+def _leftovers_of(folder: Path, kind: str) -> list[Path]:
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.{kind}-\d+-[0-9a-f]{{8}}")
     try:
         return [path for path in folder.parent.iterdir() if pattern.fullmatch(path.name)]
@@ -228,11 +232,16 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
+def needs_recovery(folder: Path) -> bool:
+    """Whether the writer of an export was killed, or is just, between two renames."""
+    return not os.path.lexists(folder) and bool(_leftovers_of(folder, "old"))
+
+
 def recover(folder: Path) -> bool:
-    """Puts an export back whose writer was killed between two renames. Needs the lock."""
-    if os.path.lexists(folder):
+    """Puts such an export back. Needs the lock."""
+    if not needs_recovery(folder):
         return False
-    for old in _leftovers(folder, "old"):
+    for old in _leftovers_of(folder, "old"):
         with contextlib.suppress(OSError, BrokenExport):
             read(old)
             old.rename(folder)
@@ -240,13 +249,21 @@ def recover(folder: Path) -> bool:
     return False
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Removes what killed writers left of this export, and returns it. Needs the lock."""
+def leftovers(folder: Path) -> list[Path]:
+    """Returns what killed writers left of this export and nobody needs. Needs the lock."""
     recover(folder)
-    left = _leftovers(folder, "tmp") + _leftovers(folder, "old")
-    for path in left:
-        _remove(path)
-    return left
+    return _leftovers_of(folder, "tmp") + _leftovers_of(folder, "old")
+
+
+def discard(folder: Path) -> None:
+    """Removes an export, or what was left of one: at once for its readers. Needs the lock.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if not folder.name.startswith("."):
+        folder = folder.rename(_aside(folder, "tmp"))
+    shutil.rmtree(folder)
 
 
 def _sync(path: Path) -> None:
@@ -320,7 +337,8 @@ def write(
     """
     import opguard
 
-    sweep(folder)
+    for path in leftovers(folder):
+        _remove(path)
     fresh = _aside(folder, "tmp")
     fresh.mkdir(parents=True)
     try:

@@ -1,0 +1,232 @@
+"""``opguard exports list|verify|prune``: what is exported, whether it is whole, and what may go.
+
+Exit status: 0 done, 1 a bad export was found (verify) or one could not be removed (prune).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fnmatch
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from opguard.exports import store
+
+__all__ = ["add_commands"]
+
+_DAY_S = 86400.0
+_QUANT = re.compile(r"-((?:i8|fp4|nf4)(?:-dq)?)$")
+_LEFT = re.compile(r"\.(?P<name>models--.+)\.(?:tmp|old)-\d+-[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class _Export:
+    """One row of the list; what its metadata does not say is None."""
+
+    name: str
+    bytes: int
+    model: str | None = None
+    revision: str | None = None
+    commit: str | None = None
+    dtype: str | None = None
+    quant: str | None = None
+    made_at: str | None = None
+    used_at: str | None = None
+    problem: str | None = None
+
+
+def _folders() -> list[Path]:
+    root = store.exports_root()
+    if root is None or not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if path.name.startswith("models--"))
+
+
+def _size(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _source(made_from: Any) -> dict[str, Any]:
+    found = made_from.get("source") if isinstance(made_from, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _used_s(folder: Path) -> float:
+    """When the export was last loaded, as seconds since 1970."""
+    try:
+        return (folder / store.METADATA).stat().st_mtime
+    except OSError:
+        return folder.stat().st_mtime
+
+
+def _as_row(folder: Path) -> _Export:
+    quant = _QUANT.search(folder.name)
+    used = datetime.datetime.fromtimestamp(_used_s(folder), datetime.UTC)
+    plain: dict[str, Any] = {
+        "name": folder.name,
+        "bytes": _size(folder),
+        "quant": quant[1] if quant else None,
+        "used_at": used.isoformat(timespec="seconds"),
+    }
+    try:
+        metadata = store.read(folder)
+    except (OSError, store.BrokenExport) as error:
+        return _Export(**plain, problem=str(error))
+    source = _source(metadata["made_from"])
+    dtype = metadata["made_from"].get("dtype")
+    return _Export(
+        **plain,
+        model=source.get("model"),
+        revision=source.get("revision"),
+        commit=source.get("commit"),
+        dtype=dtype.removeprefix("torch.") if isinstance(dtype, str) else None,
+        made_at=metadata.get("made_at"),
+        problem=metadata.get("unfit"),
+    )
+
+
+def _readable(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    rows = [_as_row(folder) for folder in _folders()]
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return 0
+    for row in rows:
+        print(f"{row.name}  {_readable(row.bytes)}")
+        if row.problem:
+            print(f"  {row.problem}")
+        if row.model is not None:
+            at = row.commit or row.revision
+            print(f"  model   {row.model}" + (f" at {at}" if at else ""))
+        values = [text for text in (row.dtype, row.quant) if text]
+        if values:
+            print(f"  values  {' '.join(values)}")
+        print(f"  made    {row.made_at or 'unknown'}, last used {row.used_at}")
+    total = _readable(sum(row.bytes for row in rows))
+    print(f"{len(rows)} exports, {total}, in {store.exports_root() or 'no folder: exports are off'}")
+    return 0
+
+
+def _problem(folder: Path) -> str | None:
+    """Reads an export whole, and returns what is wrong with it."""
+    for _ in range(3):
+        before = store.stamp(folder)
+        try:
+            store.verify(folder, store.read(folder))
+            problem = None
+        except (OSError, store.BrokenExport) as error:
+            problem = str(error)
+        if store.stamp(folder) == before:
+            break
+    return problem
+
+
+def _named(names: list[str] | None) -> Iterator[Path]:
+    """Yields the exports whose folder, or NAME, is like one of `names`; all for none."""
+    for folder in _folders():
+        short = folder.name.removeprefix("models--")
+        if not names or any(
+            fnmatch.fnmatchcase(found, name.replace("/", "--"))
+            for name in names
+            for found in (folder.name, short)
+        ):
+            yield folder
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    results = []
+    for folder in _named(arguments.name):
+        begin = time.perf_counter()
+        problem = _problem(folder)
+        rate = _size(folder) / (time.perf_counter() - begin) / 1e9
+        results.append({"name": folder.name, "problem": problem})
+        if not arguments.json:
+            print(f"{folder.name}: {problem or f'whole ({rate:.2f} GB/s)'}", flush=True)
+    if arguments.json:
+        print(json.dumps(results, indent=2))
+    if arguments.name and not results:
+        print(f"opguard exports: no export is named {' '.join(arguments.name)}", file=sys.stderr)
+        return 1
+    return 1 if any(result["problem"] for result in results) else 0
+
+
+def _goes(folder: Path, arguments: argparse.Namespace) -> bool:
+    """Whether every condition that was given holds; with none given, no export goes."""
+    older = arguments.older_than
+    if older is not None and time.time() - _used_s(folder) < older * _DAY_S:
+        return False
+    if arguments.broken and _problem(folder) is None:
+        return False
+    return bool(older is not None or arguments.broken or arguments.name)
+
+
+def _leftover_names() -> set[str]:
+    root = store.exports_root()
+    if root is None or not root.is_dir():
+        return set()
+    return {found["name"] for path in root.iterdir() if (found := _LEFT.fullmatch(path.name))}
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    root = store.exports_root()
+    named = {folder.name: folder for folder in _named(arguments.name)}
+    status = 0
+    for name in sorted(named.keys() | _leftover_names()):
+        assert root is not None  # or there would be no names
+        try:
+            with store.lock(root / name, wait=False):
+                folder = named.get(name)
+                left = store.leftovers(root / name)
+                if folder is not None and _goes(folder, arguments):
+                    left.append(folder)
+                for path in left:
+                    size = _readable(_size(path))
+                    if not arguments.dry_run:
+                        store.discard(path)
+                    said = "would be removed" if arguments.dry_run else "removed"
+                    print(f"{path.name}: {said}, {size}")
+        except OSError as error:
+            print(f"{name}: left as it is, {error}")
+            status = 1
+    return status
+
+
+def add_commands(commands: Any) -> None:
+    """Adds ``exports`` to the subparsers of the ``opguard`` command."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "exports", help="list, verify and prune the local exports of models"
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="print each export's size, model, commit and times")
+    listing.add_argument("--json", action="store_true", help="print a JSON list")
+    listing.set_defaults(run=_list)
+
+    verify = actions.add_parser("verify", help="read each export and compare its digests")
+    verify.add_argument("name", nargs="*", metavar="NAME", help="only these; may hold * and ?")
+    verify.add_argument("--json", action="store_true", help="print a JSON list")
+    verify.set_defaults(run=_verify)
+
+    prune = actions.add_parser(
+        "prune",
+        help="remove exports that meet every condition given, and what killed writers left",
+    )
+    prune.add_argument("--older-than", type=float, metavar="DAYS", help="not loaded for DAYS days")
+    prune.add_argument("--name", action="append", metavar="NAME", help="of this name; * and ? fit")
+    prune.add_argument("--broken", action="store_true", help="that verify finds bad")
+    prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    prune.set_defaults(run=_prune)
