@@ -1,4 +1,4 @@
-"""The ``opguard`` command: demo, info, selftest.
+"""The ``opguard`` command: demo, info, selftest, exports.
 
 Only argparse is imported here; each command imports what it needs, so that ``--help`` is light.
 """
@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         "pytest_arguments", nargs="*", metavar="ARG", help="arguments for pytest, after --"
     )
     selftest.set_defaults(run=_selftest)
+    from opguard.exports.commands import add_commands
+
+    add_commands(commands)
     return parser
 
 

@@ -118,7 +118,9 @@ def _list(arguments: argparse.Namespace) -> int:
             print(f"  values  {' '.join(values)}")
         print(f"  made    {row.made_at or 'unknown'}, last used {row.used_at}")
     total = _readable(sum(row.bytes for row in rows))
-    print(f"{len(rows)} exports, {total}, in {store.exports_root() or 'no folder: exports are off'}")
+    print(
+        f"{len(rows)} exports, {total}, in {store.exports_root() or 'no folder: exports are off'}"
+    )
     return 0
 
 
