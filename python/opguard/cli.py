@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["main"]
 
@@ -38,6 +39,35 @@ def _selftest(arguments: argparse.Namespace) -> int:
     return tests.main(arguments.pytest_arguments)
 
 
+def _exports(arguments: argparse.Namespace) -> int:
+    from opguard.exports import commands
+
+    return commands.run(arguments)
+
+
+def _add_exports(commands: Any) -> None:
+    exports = commands.add_parser(
+        "exports", help="list, verify and prune the local exports of models"
+    )
+    exports.set_defaults(run=_exports)
+    actions = exports.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="print each export's size, model, commit and times")
+    listing.add_argument("--json", action="store_true", help="print a JSON list")
+
+    verify = actions.add_parser("verify", help="read each export and compare its digests")
+    verify.add_argument("name", nargs="*", metavar="NAME", help="only these; may hold * and ?")
+    verify.add_argument("--json", action="store_true", help="print a JSON list")
+
+    prune = actions.add_parser(
+        "prune",
+        help="remove exports that meet every condition given, and what killed writers left",
+    )
+    prune.add_argument("--older-than", type=float, metavar="DAYS", help="not loaded for DAYS days")
+    prune.add_argument("--name", action="append", metavar="NAME", help="of this name; * and ? fit")
+    prune.add_argument("--broken", action="store_true", help="that verify finds bad")
+    prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opguard", description="Run PyTorch models under guard: nothing leaks."
@@ -59,9 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         "pytest_arguments", nargs="*", metavar="ARG", help="arguments for pytest, after --"
     )
     selftest.set_defaults(run=_selftest)
-    from opguard.exports.commands import add_commands
-
-    add_commands(commands)
+    _add_exports(commands)
     return parser
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from opguard.exports import store
 
-__all__ = ["add_commands"]
+__all__ = ["run"]
 
 _DAY_S = 86400.0
 _QUANT = re.compile(r"-((?:i8|fp4|nf4)(?:-dq)?)$")
@@ -208,27 +208,7 @@ def _prune(arguments: argparse.Namespace) -> int:
     return status
 
 
-def add_commands(commands: Any) -> None:
-    """Adds ``exports`` to the subparsers of the ``opguard`` command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "exports", help="list, verify and prune the local exports of models"
-    )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="print each export's size, model, commit and times")
-    listing.add_argument("--json", action="store_true", help="print a JSON list")
-    listing.set_defaults(run=_list)
-
-    verify = actions.add_parser("verify", help="read each export and compare its digests")
-    verify.add_argument("name", nargs="*", metavar="NAME", help="only these; may hold * and ?")
-    verify.add_argument("--json", action="store_true", help="print a JSON list")
-    verify.set_defaults(run=_verify)
-
-    prune = actions.add_parser(
-        "prune",
-        help="remove exports that meet every condition given, and what killed writers left",
-    )
-    prune.add_argument("--older-than", type=float, metavar="DAYS", help="not loaded for DAYS days")
-    prune.add_argument("--name", action="append", metavar="NAME", help="of this name; * and ? fit")
-    prune.add_argument("--broken", action="store_true", help="that verify finds bad")
-    prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    prune.set_defaults(run=_prune)
+def run(arguments: argparse.Namespace) -> int:
+    """Runs ``opguard exports``, whose arguments the command line has parsed; returns its status."""
+    actions = {"list": _list, "verify": _verify, "prune": _prune}
+    return actions[arguments.action](arguments)
