@@ -1,6 +1,7 @@
 """opguard.tasks.nlp on tiny models made here: captions, sentence vectors, generated text."""
 
 import logging
+import shutil
 import threading
 
 import pytest
@@ -50,6 +51,13 @@ def tiny(folders):
         return kind(device_override="cpu", local_files_only=True, **settings)
 
     return make
+
+
+@pytest.fixture
+def exports(tmp_path, monkeypatch):
+    """A folder of this test's own for exports."""
+    monkeypatch.setenv("OPGUARD_EXPORTS", str(tmp_path / "exports"))
+    return tmp_path / "exports"
 
 
 def pictures(*seeds):
@@ -637,6 +645,34 @@ def test_every_dtype_on_the_cpu(tiny, owner, dtype):
         assert first.dtype == torch.float32
     if isinstance(first, Generation):
         assert first.finish_reason in {"eos", "length"}
+
+
+WAYS_TO_LOAD = {
+    "fp32": {"dtype_override": "fp32"},
+    "bf16": {"dtype_override": "bf16"},
+    "fp16": {"dtype_override": "fp16"},
+    "i8": {"quant_type_override": "i8"},
+    "fp4": {"quant_type_override": "fp4"},
+    "nf4 twice": {"quant_type_override": "nf4", "quant_use_double_override": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_LOAD)
+@pytest.mark.parametrize("owner", PLAIN)
+def test_a_second_load_comes_from_the_export(tiny, owner, way, folders, exports):
+    """Model and processor both: with the source gone the answers are the same to the bit."""
+    settings = WAYS_TO_LOAD[way]
+    if "quant_type_override" in settings:
+        pytest.importorskip("bitsandbytes")
+    source = shutil.copytree(folders[KIND[owner]], exports.with_name("source"))
+    first = tiny(owner, source, **settings)
+    inputs = first.example_inputs()
+    answer = first(**inputs)
+    (export,) = exports.glob("models--*-detector*")
+    assert export.name.startswith(f"models--{owner.NAME}-detector")
+    shutil.rmtree(source)
+    again = tiny(owner, source, only_load_export=True, **settings)(**inputs)
+    assert same(answer, again)
 
 
 @pytest.mark.parametrize("owner", PLAIN)
