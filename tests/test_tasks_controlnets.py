@@ -119,6 +119,15 @@ def test_every_dtype(dtype):
         assert made(input_raw=PROMPT, control=picture(), seed=1).size == (SIZE, SIZE)
 
 
+def test_an_export_gives_the_same_pictures(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPGUARD_EXPORTS", str(tmp_path))
+    given = {"input_raw": PROMPT, "control": picture(), "seed": 1}
+    made = Controlled(**CPU)(**given)
+    assert list(tmp_path.glob("*tiny-controlled*/controlnet/*.safetensors"))
+    read = Controlled(**CPU, only_load_export=True)(**given)
+    assert read.tobytes() == made.tobytes()
+
+
 def test_the_examples_run(opened):
     example = opened.example_inputs()
     example["control"] = example["control"].resize((SIZE, SIZE))

@@ -244,6 +244,15 @@ def test_a_swapped_autoencoder_encodes(models):
         assert invert(input_raw=picture(), num_inference_steps=2).shape == LATENT
 
 
+def test_exports_give_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPGUARD_EXPORTS", str(tmp_path))
+    given = {"input_raw": picture(), "num_inference_steps": 2}
+    assert torch.equal(Invert(**CPU)(**given), Invert(**CPU, only_load_export=True)(**given))
+    given = {"input_raw": picture(), "steps": 2}
+    made, read = (Tiny(**CPU, only_load_export=only)(**given) for only in (False, True))
+    assert torch.equal(made.latents, read.latents)
+
+
 def test_the_examples_run(pair):
     for made in (pair[0], pair[1], Tiny(**CPU)):
         example = made.example_inputs()

@@ -286,6 +286,80 @@ def test_what_cannot_be_swapped_in_is_said(opened):
         opened.swap_in(vae=Vae(**CPU))
 
 
+# --- exports --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exports(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPGUARD_EXPORTS", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", [Plain, Swapped])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_export_gives_the_same_pictures(kind, dtype, exports):
+    settings = CPU | {"dtype_override": dtype}
+    made = kind(**settings)(input_raw=PROMPT, seed=1)
+    assert list(exports.glob("*tiny-sd*/unet/*.safetensors"))
+    with kind(only_load_export=True, **settings) as read:
+        assert str(exports) in read.detector.config["_name_or_path"]
+        assert read(input_raw=PROMPT, seed=1).tobytes() == made.tobytes()
+
+
+def test_a_shared_part_makes_another_export(exports):
+    """With one name for both, the part of one must not come back in the other."""
+    with Vae(**CPU) as shared:
+        swapped = Plain(**CPU).swap_in(vae=shared)(input_raw=PROMPT, seed=1)
+        plain = Plain(**CPU)(input_raw=PROMPT, seed=1)
+        assert plain.tobytes() != swapped.tobytes()
+        assert Plain(**CPU)(input_raw=PROMPT, seed=1).tobytes() == plain.tobytes()
+        again = Plain(**CPU).swap_in(vae=shared)(input_raw=PROMPT, seed=1)
+    assert again.tobytes() == swapped.tobytes()
+
+
+def test_a_part_that_changes_makes_another_export(exports, tmp_path_factory):
+    folder = build_autoencoder_tiny(tmp_path_factory.mktemp("vae"))
+
+    class Other(Vae):
+        NAME = "other-vae"
+        MODEL_ID = folder
+
+    class Changing(Plain):
+        NAME = "tiny-sd-changing"
+        VAE_TYPE = Other
+
+    before = Changing(**CPU)(input_raw=PROMPT, seed=1)
+    build_autoencoder_tiny(folder, seed=5)
+    after = Changing(**CPU)(input_raw=PROMPT, seed=1)
+    assert after.tobytes() != before.tobytes()
+
+
+_taken = []  # of the calls of _source_only, the autoencoders; no cell, which the export notices
+
+
+def _source_only(where, **kwargs):
+    _taken.append(weakref.ref(kwargs["vae"]))
+    if "models--" in str(where):
+        raise OSError("cannot be read")
+    return _from_pretrained(where, **kwargs)
+
+
+_from_pretrained = diffusers.StableDiffusionPipeline.from_pretrained
+
+
+def test_an_attempt_that_fails_holds_no_part(exports, monkeypatch, collected):
+    """The export turns out to be unreadable: the part taken for it is let go."""
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", _source_only)
+    Swapped(**CPU)(input_raw=PROMPT, seed=1)
+    del _taken[:]
+    with Swapped(**CPU) as made:
+        assert len(made._held) == 1
+        assert len(_taken) == 2
+        assert _taken[0]() is None
+        assert made.detector.vae is _taken[1]()
+    assert _taken[1]() is None
+
+
 def test_the_examples_run(opened):
     assert opened(**opened.example_inputs()).size == (SIZE, SIZE)
 

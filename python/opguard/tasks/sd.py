@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 
+from opguard._describe import made_from
 from opguard._routing import near_miss
 from opguard.base import OpGuardBase
 from opguard.tasks._late import Late
@@ -108,6 +109,7 @@ class StableDiffusionBase(OpGuardBase):
         return {"vae": self.VAE_TYPE}
 
     def _load_detector(self, **kwargs: Any) -> Any:
+        self._let_go()  # of what an attempt before this one held
         parts = {name: self._made(kind) for name, kind in self._part_types().items() if kind}
         for name, part in (parts | self._swapped).items():
             kwargs[name] = self._hold(name, part)
@@ -133,9 +135,16 @@ class StableDiffusionBase(OpGuardBase):
 
     def _forget(self) -> None:
         super()._forget()
+        self._let_go()
+
+    def _let_go(self) -> None:
         held, self._held = self._held, ()
         for part in reversed(held):
             part._leave_quietly()
+
+    def _export_identity(self) -> dict[str, Any]:
+        # Parts named by the class are described with its attributes.
+        return {name: made_from(part, network=False) for name, part in self._swapped.items()}
 
     # Calling
 
