@@ -8,6 +8,7 @@ own and never judged by an object's truth value.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import weakref
@@ -45,6 +46,7 @@ class Lifecycle(Contract):
 
     # On the class, so that __del__ of a half-made instance finds them.
     _is_loading: bool = False
+    _records: bool = False  # whether calls note what a repro bundle needs
     _users: int = 0
     _coming: int = 0
     _detector: Any = None
@@ -223,6 +225,8 @@ class Lifecycle(Contract):
         )
         # Without the devices to measure: that would cost more than the guard itself.
         self._guarding = (*settings[:4], None, *settings[5:]), settings[2] or ()
+
+        self._records = bool(os.environ.get("OPGUARD_REPRO_DIR"))
 
     def _forget(self) -> None:
         self._is_loaded = False

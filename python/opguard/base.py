@@ -172,9 +172,12 @@ class OpGuardBase(Lifecycle):
         if args or not (fits and given >= routes.required and self.IS_CALLABLE):
             raise self._refusal(args, kwargs)
         handled = sys.exception()
+        before = None
         try:
             self._join()
             try:
+                if self._records:
+                    before = self._note_before(kwargs)
                 result = self._guarded(kwargs)
             except BaseException:
                 self._leave_quietly()
@@ -183,6 +186,8 @@ class OpGuardBase(Lifecycle):
             return result
         except BaseException as error:
             self._scrub(error, handled)
+            if os.environ.get("OPGUARD_REPRO_DIR"):
+                self._write_bundle(kwargs, error, before)
             raise
 
     def _guarded(self, kwargs: dict[str, Any]) -> Any:
@@ -191,6 +196,17 @@ class OpGuardBase(Lifecycle):
         with Guard(*settings):
             result = self._caller(**kwargs)
         return detach_to_cpu(result, models=models) if self._detach else result
+
+    @staticmethod
+    def _note_before(kwargs: dict[str, Any]) -> Any:
+        from opguard._bundle import capture
+
+        return capture(kwargs)
+
+    def _write_bundle(self, kwargs: dict[str, Any], error: BaseException, before: Any) -> None:
+        from opguard._bundle import write
+
+        write(self, kwargs, error, before)
 
     def _refusal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TypeError:
         name = type(self).__name__

@@ -1,4 +1,4 @@
-"""The ``opguard`` command: demo, info, selftest, exports.
+"""The ``opguard`` command: demo, info, selftest, exports, replay.
 
 Only argparse is imported here; each command imports what it needs, so that ``--help`` is light.
 """
@@ -68,6 +68,12 @@ def _add_exports(commands: Any) -> None:
     prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 
 
+def _replay(arguments: argparse.Namespace) -> int:
+    from opguard import repro
+
+    return repro.main(arguments.file, class_name=arguments.class_name, as_json=arguments.json)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opguard", description="Run PyTorch models under guard: nothing leaks."
@@ -90,6 +96,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     selftest.set_defaults(run=_selftest)
     _add_exports(commands)
+
+    replay = commands.add_parser(
+        "replay", help="run a failed call again from the file it left in OPGUARD_REPRO_DIR"
+    )
+    replay.add_argument("file", metavar="FILE", help="a repro bundle")
+    replay.add_argument(
+        "--class",
+        dest="class_name",
+        metavar="CLASS",
+        help="module:Class or file.py:Class, where the bundle's own cannot be imported",
+    )
+    replay.add_argument("--json", action="store_true", help="print a JSON object")
+    replay.set_defaults(run=_replay)
     return parser
 
 
