@@ -48,11 +48,11 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """First and last byte, exclusively, of its storage that a strided tensor shows."""
     size = tensor.element_size()
-    start = tensor.storage_offset() * size
+    start = int(tensor.storage_offset()) * size
     if tensor.numel() == 0:
         return start, start
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    return start, start + (sum((n - 1) * step for n, step in pairs) + 1) * size
+    return start, start + (sum(int((n - 1) * step) for n, step in pairs) + 1) * size
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -265,9 +265,9 @@ class TensorReader:
             )
             return whole._coalesced_(bool(node["coalesced"]))
         layout = getattr(torch, node["layout"])
-        names = COMPRESSED[layout]
+        compressed, plain = (parts[name] for name in COMPRESSED[layout])
         return torch.sparse_compressed_tensor(
-            *(parts[name] for name in names), values, shape, layout=layout, check_invariants=True
+            compressed, plain, values, shape, layout=layout, check_invariants=True
         )
 
     def _quantized(self, node: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:

@@ -335,9 +335,9 @@ class ValueReader:
 
     def _namedtuple(self, node: dict[str, Any], path: str) -> Any:
         fields = {name: self.read(n, _step(path, name)) for name, n in node["fields"].items()}
-        kind = _found(node["type"])
+        kind: Any = _found(node["type"])
         if not (isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_make")):
-            kind = namedtuple(node["type"].rpartition(".")[2].rpartition(":")[2], list(fields))  # type: ignore[misc]
+            kind = _of_fields(node["type"].rpartition(":")[2].rpartition(".")[2], fields)
         return kind._make(fields.values())
 
     def _enum(self, node: dict[str, Any], path: str) -> Any:
@@ -368,6 +368,10 @@ class ValueReader:
         generator = torch.Generator(self.tensors._device(node["device"]))
         generator.set_state(self.tensors.make(node["state"]))
         return generator
+
+
+def _of_fields(name: str, fields: dict[str, Any]) -> Any:
+    return namedtuple(name, list(fields))  # type: ignore[misc]  # noqa: PYI024
 
 
 def _number(value: Any) -> float:

@@ -225,7 +225,6 @@ class Lifecycle(Contract):
         )
         # Without the devices to measure: that would cost more than the guard itself.
         self._guarding = (*settings[:4], None, *settings[5:]), settings[2] or ()
-
         self._records = bool(os.environ.get("OPGUARD_REPRO_DIR"))
 
     def _forget(self) -> None:
