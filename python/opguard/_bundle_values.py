@@ -371,7 +371,7 @@ class ValueReader:
 
 
 def _of_fields(name: str, fields: dict[str, Any]) -> Any:
-    return namedtuple(name, list(fields))  # type: ignore[misc]  # noqa: PYI024
+    return namedtuple(name, list(fields))
 
 
 def _number(value: Any) -> float:
