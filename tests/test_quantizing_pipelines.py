@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from checkout import PYTHON
 from opguard import OpGuardBase
 from opguard.guards import locality, quantizing
 from opguard.guards.initial import quant_guard
+from opguard.guards.loading import cache_guard
 
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
@@ -191,6 +194,116 @@ def test_a_saved_pipeline_is_the_same(folder, tmp_path, dtype):
         assert torch.equal(
             again.unet(sample, 1, text).sample, pipeline.unet(sample, 1, text).sample
         )
+
+
+# Exports
+
+
+class TinyLlama(OpGuardBase):
+    NAME = "tiny-llama"
+    MODEL_ID = "."
+    DETECTOR_TYPE = transformers.LlamaForCausalLM
+
+    def _predict(self, *, input_proc):
+        return self._detector(input_proc).logits
+
+
+class TinyUnet(OpGuardBase):
+    NAME = "tiny-unet"
+    MODEL_ID = "."
+    DETECTOR_TYPE = diffusers.UNet2DConditionModel
+    FROM_PRETRAINED_ADDITIONAL_KWARGS = MappingProxyType({"subfolder": "unet"})
+
+    def _predict(self, *, input_proc):
+        sample = torch.linspace(-1, 1, 4 * 16 * 16).reshape(1, 4, 16, 16).to(self.dtype)
+        return self._detector(sample, 1, torch.ones(1, 3, 16, dtype=self.dtype)).sample
+
+
+class TinyPipeline(TinyUnet):
+    NAME = "tiny-pipeline"
+    DETECTOR_TYPE = Pipeline
+    FROM_PRETRAINED_ADDITIONAL_KWARGS = MappingProxyType({})
+
+    def _predict(self, *, input_proc):
+        whole, self._detector = self._detector, self._detector.unet
+        try:
+            return super()._predict(input_proc=input_proc)
+        finally:
+            self._detector = whole
+
+
+@pytest.fixture
+def exports(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPGUARD_EXPORTS", str(tmp_path / "exports"))
+    return tmp_path / "exports"
+
+
+@pytest.mark.parametrize(
+    ("quant", "end"),
+    [("i8", "i8"), ("fp4", "fp4-dq"), ("nf4", "nf4-dq"), (None, "detector")],
+)
+@pytest.mark.parametrize("kind", [TinyLlama, TinyUnet, TinyPipeline])
+def test_a_quantized_export_is_matched_and_is_the_same(exports, tmp_path, kind, quant, end):
+    """Named by what is in effect; the second load has nothing but the export."""
+    if kind is TinyLlama:
+        source = tiny_models.build_llama(tmp_path / "source")
+    else:
+        source = tiny_diffusion.build_stable_diffusion(tmp_path / "source")
+        end = "i8" if quant else end
+    tiny = type(kind.__name__, (kind,), {"MODEL_ID": source})
+    settings = {
+        "device_override": "cpu",
+        "quant_type_override": quant,
+        "quant_use_double_override": True,
+    }
+    ids = torch.arange(4, 12)[None]
+    with tiny(**settings) as model:
+        first = model(input_raw=ids)
+    (folder,) = (path for path in exports.iterdir() if not path.name.startswith("."))
+    assert folder.name.endswith(end)
+    made = {file: file.stat().st_ino for file in folder.rglob("*.safetensors")}
+    with tiny(**settings) as model:
+        assert torch.equal(model(input_raw=ids), first)
+    assert {file: file.stat().st_ino for file in folder.rglob("*.safetensors")} == made
+    shutil.rmtree(source)
+    with tiny(**settings, only_load_export=True) as model:
+        assert torch.equal(model(input_raw=ids), first)
+
+
+def test_a_quantized_model_through_cache_guard(exports, tmp_path, caplog):
+    source = tiny_models.build_llama(tmp_path / "source")
+    kind = transformers.LlamaForCausalLM
+    found = []
+    for _ in range(2):
+        with (
+            quant_guard(quant_type="nf4", model_type=kind, device="cpu") as config,
+            cache_guard(base_export_name="cached") as load,
+        ):
+            model = load(kind.from_pretrained, source, quantization_config=config)
+            found.append(forward(model))
+    assert torch.equal(*found)
+    assert [record for record in caplog.records if record.name == "opguard"] == []
+
+
+def test_the_values_of_a_configuration_stay_as_they_are(folder):
+    with quant_guard(quant_type="i8", model_type=Pipeline, device="cpu", model_id=folder) as config:
+        before = quantizing.values_of(config)
+        Pipeline.from_pretrained(folder, quantization_config=config)
+    assert quantizing.values_of(config) == before
+    assert json.loads(json.dumps(before)) == before
+    mapping = diffusers.PipelineQuantizationConfig(quant_mapping=config.quant_mapping)
+    before = quantizing.values_of(mapping)
+    Pipeline.from_pretrained(folder, quantization_config=mapping)
+    assert quantizing.values_of(mapping) == before
+    assert set(before["parts"]) == {"unet", "text_encoder"}
+    whole = diffusers.PipelineQuantizationConfig(
+        quant_backend="bitsandbytes_4bit", quant_kwargs={"load_in_4bit": True}
+    )
+    assert quantizing.values_of(whole)["quant_kwargs"] == {"load_in_4bit": True}
+    mine = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    other = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=3.0)
+    assert quantizing.values_of(mine) != quantizing.values_of(other)
+    assert quantizing.values_of(None) is None
 
 
 # Importing

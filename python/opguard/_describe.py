@@ -24,6 +24,7 @@ import torch
 from opguard._contract import Contract
 from opguard.guards.calling import _modules
 from opguard.guards.locality import local_guard
+from opguard.guards.quantizing import values_of
 
 if TYPE_CHECKING:
     from opguard._lifecycle import Lifecycle
@@ -58,7 +59,7 @@ def made_from(owner: Lifecycle, network: bool) -> dict[str, Any]:
     described |= {
         "dtype": str(chosen.dtype),
         "variant": chosen.variant,
-        "quantization": describe_value(chosen.quant_config),
+        "quantization": describe_value(values_of(chosen.quant_config)),
         "device": chosen.device.type if quantized else None,
         "versions": describe_versions(quantized),
         "identity": describe_value(owner._export_identity()),
@@ -159,27 +160,12 @@ def export_folder_of(owner: Contract) -> Path | None:
     from opguard.exports.store import export_folder
 
     chosen = owner._chosen
-    kind, double = _quantization_of(chosen)
     return export_folder(
         f"{owner.NAME}-detector",
         precision=PRECISIONS.get(chosen.dtype),
-        quant_type=kind,
-        quant_use_double=double,
+        quant_type=chosen.quant_type,
+        quant_use_double=chosen.quant_use_double,
     )
-
-
-def _quantization_of(chosen: Any) -> tuple[str | None, bool]:
-    """The type and whether twice; of a configuration given as it is, what it says."""
-    config, kind = chosen.quant_config, getattr(chosen, "quant_type", None)
-    if kind is not None:
-        return kind, bool(getattr(chosen, "quant_use_double", False))
-    if config is None:
-        return None, False
-    if getattr(config, "load_in_8bit", False):
-        return "i8", False
-    if getattr(config, "load_in_4bit", False):
-        return config.bnb_4bit_quant_type, bool(config.bnb_4bit_use_double_quant)
-    return "quantized", False
 
 
 # Loading and saving

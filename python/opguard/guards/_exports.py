@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from opguard.guards.locality import is_offline, local_guard
+from opguard.guards.quantizing import values_of
 
 __all__ = ["Settings", "load", "parameters_of"]
 
 _SOURCE_NAMES = ("pretrained_model_name_or_path", "model_id")
-_OF_THE_SOURCE = ("revision", "variant", "subfolder")
+# An export is one folder, quantized already.
+_OF_THE_SOURCE = ("revision", "variant", "subfolder", "quantization_config")
+_QUANTIZATION = ("quantization_config", "quant_config")
 _PARAMETERS = (
     "model_id",
     "device",
@@ -71,7 +74,8 @@ class _Call(NamedTuple):
         named = {name: kwargs[name] for name in kwargs if name not in _SOURCE_NAMES}
         named.pop("local_files_only", None)
         revision = named.pop("revision", None)
-        quantized = any(kwargs.get(name) for name in ("quantization_config", "quant_config"))
+        quantized = any(kwargs.get(name) for name in _QUANTIZATION)
+        named |= {name: values_of(named[name]) for name in _QUANTIZATION if name in named}
         return {
             "loader": identity.describe_function(self.loader),
             "source": identity.describe_model(

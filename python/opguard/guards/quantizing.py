@@ -29,7 +29,7 @@ import logging
 import os
 import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -40,7 +40,15 @@ from opguard import devices, hub
 from opguard.devices import DtypeLike
 from opguard.guards import locality
 
-__all__ = ["QUANT_TYPES", "choose_quant", "describe_quant", "load_map", "same_config", "settle"]
+__all__ = [
+    "QUANT_TYPES",
+    "choose_quant",
+    "describe_quant",
+    "load_map",
+    "same_config",
+    "settle",
+    "values_of",
+]
 
 logger = logging.getLogger("opguard")
 
@@ -319,7 +327,10 @@ def choose_quant(
         logger.warning("quant_guard: the pipeline has no part to quantize")
         return None
     mapping = {name: _config(root, *arguments) for name, root in parts.items()}
-    return importlib.import_module("diffusers").PipelineQuantizationConfig(quant_mapping=mapping)
+    whole = importlib.import_module("diffusers").PipelineQuantizationConfig(quant_mapping=mapping)
+    # Which parts there are follows from the class and the source; their names are no choice.
+    whole.opguard_choice = [*describe_quant(whole), str(dtype)]
+    return whole
 
 
 # What it means
@@ -364,6 +375,26 @@ def _describe_method(name: str, given: Mapping[str, Any]) -> Quant:
     return Quant(name, False, None)
 
 
+def values_of(config: Any) -> Any:
+    """Returns the values of a configuration, the same before a load and after it.
+
+    The object itself is written to by a pipeline that is loaded with it.
+    """
+    given = getattr(config, "__dict__", {})
+    kind = f"{type(config).__module__}.{type(config).__qualname__}"
+    if "opguard_choice" in given:
+        return {"kind": kind, "parts": given["opguard_choice"]}
+    if isinstance(given.get("quant_mapping"), Mapping):
+        mapping = given["quant_mapping"]
+        return {"kind": kind, "parts": {name: values_of(mapping[name]) for name in sorted(mapping)}}
+    if given.get("quant_backend"):
+        names = ("quant_backend", "quant_kwargs", "components_to_quantize")
+        return {"kind": kind} | {name: given.get(name) for name in names}
+    if callable(getattr(config, "to_dict", None)):
+        return {"kind": kind, "values": config.to_dict()}
+    return config
+
+
 # What a load needs beside it
 
 
@@ -402,7 +433,8 @@ def settle(model: Any, device: torch.device | None = None) -> Any:
     if "bitsandbytes" not in sys.modules:
         return model
     for part in model.components.values() if is_pipeline else (model,):
-        for layer in part.modules() if isinstance(part, torch.nn.Module) else ():
+        layers: Iterable[Any] = part.modules() if isinstance(part, torch.nn.Module) else ()
+        for layer in layers:
             if getattr(layer, "support_avx512bf16_for_cpu", False) and not _packs(layer):
                 layer.support_avx512bf16_for_cpu = False
     return model
