@@ -155,6 +155,11 @@ class Lifecycle(Contract):
         Who waits for another's load is counted too, or each of a few threads that call at once
         would free what the next one has to load again.
         """
+        if self._is_loaded:  # the common case: nothing to wait for
+            with self._lock:
+                if self._is_loaded:
+                    self._users += 1
+                    return
         with self._door:
             self._coming += 1
         try:
@@ -170,8 +175,7 @@ class Lifecycle(Contract):
         """Stops being a user; the last one frees what nobody asked to keep."""
         with self._lock:
             self._users -= 1
-            last = self._users == 0 and not (self._coming and not self._free_wanted)
-            if last and (self._free_wanted or not self._keep_warm):
+            if not self._users and (self._free_wanted or not (self._keep_warm or self._coming)):
                 self._free()
 
     def _leave_quietly(self) -> None:
