@@ -638,7 +638,8 @@ def test_every_dtype_on_the_cpu(tiny, owner, dtype):
         inputs = model.example_inputs()
         answer = model(**inputs)
         floats = {each.dtype for each in model.detector.parameters() if each.is_floating_point()}
-    assert floats == {model.dtype}
+    assert model.dtype in floats  # the library may keep parts in float32
+    assert floats <= {model.dtype, torch.float32}
     first = answer[0]
     if isinstance(first, torch.Tensor):
         assert first.isfinite().all()
