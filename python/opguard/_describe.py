@@ -283,7 +283,7 @@ class Loading:
         found = _digests(detector)
         wrong = sorted(name for name in found.keys() | saved if found.get(name) != saved.get(name))
         if wrong:
-            raise ExportUnfit(f"{wrong[0]} and {len(wrong) - 1} more of its weights differ")
+            raise ExportUnfit(f"{len(wrong)} of its weights differ, such as {wrong[0]}")
         _proven.add(known)
 
     def save(self, parts: Parts, folder: Path) -> bool:
@@ -309,12 +309,14 @@ def _all(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 def _digests(detector: Any) -> dict[str, str]:
     """SHA-256 of each weight by its name."""
     found = {}
-    for index, module in enumerate(_modules(detector) or ()):
+    modules = _modules(detector) or ()
+    for index, module in enumerate(modules):
+        part = f"{index}." if len(modules) > 1 else ""
         for name, value in module.state_dict().items():
             if isinstance(value, torch.Tensor):
                 data = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
                 digest = hashlib.sha256(data.numpy().data if data.numel() else b"")
-                found[f"{index}.{name}"] = f"{digest.hexdigest()} {value.dtype}"
+                found[part + name] = f"{digest.hexdigest()} {value.dtype}"
     return found
 
 
