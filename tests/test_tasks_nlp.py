@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny_models
+from opguard import LocalFileMissing
 from opguard.tasks import nlp
 from opguard.tasks._generating import Generation, RowGuard, Sequences
 
@@ -674,6 +675,62 @@ def test_a_second_load_comes_from_the_export(tiny, owner, way, folders, exports)
     shutil.rmtree(source)
     again = tiny(owner, source, only_load_export=True, **settings)(**inputs)
     assert same(answer, again)
+
+
+MISSING = {
+    (owner, name)
+    for owner, names in {
+        nlp.Blip1: ("config.json", "processor_config.json", "tokenizer.json", "model.safetensors"),
+        nlp.Blip2: ("config.json", "processor_config.json", "tokenizer.json", "model.safetensors"),
+        nlp.Embedding: ("config.json", "tokenizer.json", "model.safetensors"),
+        nlp.TextGeneration: ("config.json", "tokenizer.json", "model.safetensors"),
+    }.items()
+    for name in names
+}
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), sorted(MISSING, key=str), ids=lambda value: getattr(value, "__name__", value)
+)
+def test_a_missing_file_is_one_sentence_with_its_command(tiny, owner, name, folders, exports):
+    """Also where the library makes do without it: a tokenizer without words knows none."""
+    folder = shutil.copytree(folders[KIND[owner]], exports.with_name("source"))
+    (folder / name).unlink()
+    model = tiny(owner, folder)
+    with pytest.raises(LocalFileMissing) as caught:
+        model(**model.example_inputs())
+    sentence = str(caught.value)
+    asked = name.replace("processor_config", "preprocessor_config")  # as most models have it
+    assert f"expected {asked} in the folder {str(folder)!r}, found none" in sentence
+    assert sentence.endswith(f"fetch it first with: hf download REPO {asked} --local-dir {folder}")
+
+
+@pytest.mark.parametrize("owner", PLAIN)
+def test_a_model_that_is_not_here_is_one_sentence_with_its_command(owner, exports, monkeypatch):
+    pinned = type("Pinned", (owner,), {"REVISION": "v9"})
+    for local in (True, False):  # by the keyword, and by huggingface_hub's own switch
+        if not local:
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        for kind, revision in ((owner, ""), (pinned, " --revision v9")):
+            with pytest.raises(LocalFileMissing) as caught:
+                _ = kind(device_override="cpu", local_files_only=local).detector
+            command = f"fetch it first with: hf download {owner.MODEL_ID} config.json{revision}"
+            assert str(caught.value).endswith(command)
+
+
+def test_a_tokenizer_without_a_vocabulary_file_may_be_whole(tiny, folders, exports):
+    """ByT5 reads bytes and has no vocabulary to lose."""
+    folder = tiny_models.build_t5(exports.with_name("byt5"))
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    transformers.ByT5Tokenizer().save_pretrained(folder)
+    assert not (folder / "tokenizer.json").exists()
+
+    class Bytes(nlp.TextGeneration):
+        MODEL_ID = folder
+        DETECTOR_TYPE = transformers.AutoModelForSeq2SeqLM
+
+    assert len(Bytes(device_override="cpu", local_files_only=True).processor.get_vocab()) > 256
 
 
 @pytest.mark.parametrize("owner", PLAIN)

@@ -21,6 +21,7 @@ import torch
 from opguard.base import OpGuardBase
 from opguard.tasks._generating import Generation, Sequences, generate
 from opguard.tasks._late import Late
+from opguard.tasks._processors import load_processor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,7 +46,8 @@ class _OneOrMany(OpGuardBase):
     PROCESSOR_TYPE: ClassVar[Any]
 
     def _load_processor(self) -> Any:
-        return self.PROCESSOR_TYPE.from_pretrained(self.model_id, revision=self.REVISION)
+        owner = type(self).__name__
+        return load_processor(owner, self.PROCESSOR_TYPE, self.model_id, self.REVISION)
 
     def _caller(self, *, input_raw: Any, **kwargs: Any) -> Any:
         if not isinstance(input_raw, list | tuple):
