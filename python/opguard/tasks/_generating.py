@@ -73,6 +73,20 @@ class RowGuard:
         return (self.failed >= 0).repeat_interleave(len(input_ids) // len(self.failed))
 
 
+class _Processor:
+    """`RowGuard.scores` as transformers takes it.
+
+    It reads the signature of a processor's ``__call__`` at each step, which takes 0.4 ms for that
+    of a bound method and 0.02 ms for this one.
+    """
+
+    def __init__(self, guard: RowGuard) -> None:
+        self._guard = guard
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self._guard.scores(input_ids, scores)
+
+
 @dataclass(frozen=True)
 class Sequences:
     """What ``generate`` returned, and what a `RowGuard` saw of it.
@@ -163,7 +177,7 @@ def generate(
             "count like a sound one, leave it out (the scores of beams are normalized already)"
         )
     guard = RowGuard(num_beams)
-    processors = [guard.scores, *settings.pop("logits_processor", ())]
+    processors = [_Processor(guard), *settings.pop("logits_processor", ())]
     criteria = [guard.stops, *settings.pop("stopping_criteria", ())]
     settings["remove_invalid_values"] = False  # it would hide what is looked for
     tokens = model.generate(
