@@ -35,7 +35,7 @@ _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _SOURCES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".py"}) | _PICKLES
 _LIBRARIES = ("transformers", "diffusers")
 _QUANTIZERS = ("bitsandbytes", "torchao")
-_VERSIONED = frozenset({"builtins", "torch", *_LIBRARIES, *sys.stdlib_module_names})
+_VERSIONED = frozenset({"torch", *_LIBRARIES, *sys.stdlib_module_names})
 _DEEP = 12
 
 
