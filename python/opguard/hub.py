@@ -91,8 +91,10 @@ def upstream_commit(model_id: str, revision: str | None) -> str | None:
     """
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id):
         return None
-    from huggingface_hub import HfApi
-
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        return None
     api = HfApi()
     key = (str(api.endpoint), model_id, revision or "main")
     with _upstream_lock:
@@ -104,6 +106,8 @@ def upstream_commit(model_id: str, revision: str | None) -> str | None:
     except Exception as error:
         # Whatever is wrong with the hub: what is on this machine counts then.
         logger.info("%s: the hub was not asked, %s: %s", model_id, type(error).__name__, error)
+        if type(error).__name__ == "OfflineModeIsEnabled":
+            return None  # this block may not ask, the next one may
         commit = None
     with _upstream_lock:
         _upstream[key] = time.monotonic(), commit

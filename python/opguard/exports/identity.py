@@ -35,7 +35,8 @@ _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _SOURCES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".py"}) | _PICKLES
 _LIBRARIES = ("transformers", "diffusers")
 _QUANTIZERS = ("bitsandbytes", "torchao")
-_VERSIONED = frozenset({"torch", *_LIBRARIES, *sys.stdlib_module_names})
+# Classes whose code a version stands for; what exec makes may call itself a builtin.
+_VERSIONED = frozenset({"torch", *_LIBRARIES, *sys.stdlib_module_names}) - {"builtins"}
 _DEEP = 12
 
 
