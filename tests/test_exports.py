@@ -388,6 +388,7 @@ def test_an_unfit_export_is_not_tried_again(made, caplog):
 # --- writing --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fallback", [False, True])
 def test_a_writer_killed_at_any_instant_leaves_a_whole_export(tmp_path, fallback):
     """At twenty named points, and by SIGKILL at random times while others read."""
