@@ -5,7 +5,9 @@ import json
 import logging
 import shutil
 import threading
+import weakref
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -620,3 +622,66 @@ def test_a_model_that_is_not_in_memory_is_not_exported(exports, source, caplog):
     Offloaded(keep_warm=True, device_override="meta", local_files_only=True)
     assert not any(exports.glob("models--*"))
     assert any("not in memory" in each.getMessage() for each in caplog.records)
+
+
+# --- nothing stays alive --------------------------------------------------------------------------
+
+
+def test_a_load_that_fails_under_exports_leaves_nothing_alive(exports, source, collected):
+    class Fails(kind(source)):
+        def _load_detector(self):
+            model = super()._load_detector()
+            SEEN.append(weakref.ref(model))
+            raise RuntimeError("no")
+
+    def load():
+        Fails(keep_warm=True, **CPU)
+
+    with pytest.raises(RuntimeError, match="no") as held:
+        load()
+    assert held.value is not None
+    assert [reference() for reference in SEEN] == [None]
+
+
+def test_a_model_that_is_refused_is_gone_before_the_source_is_loaded(exports, source, collected):
+    """Two copies of a large model at once do not fit."""
+
+    class Fused(kind(source)):
+        def _load_detector(self):
+            alive.append([reference() is not None for reference in SEEN])
+            model = super()._load_detector()
+            SEEN.append(weakref.ref(model))
+            with torch.no_grad():
+                model.embeddings.word_embeddings.weight += 1
+            return model
+
+    alive = Alive()
+    Fused(**CPU)(input_raw="a cat")
+    Fused(**CPU)(input_raw="a cat")
+    assert alive.found == [[], [False], [False, False]]
+
+
+class Alive:
+    """A list that a loader's key does not follow: it has one value for all of its states."""
+
+    found: ClassVar[list] = []
+
+    def __init__(self):
+        self.found.clear()
+
+    def append(self, value):
+        self.found.append(value)
+
+
+def test_a_model_is_one_copy_in_memory_while_it_is_exported_and_read(exports, source, collected):
+    class Seen(kind(source)):
+        def _load_detector(self):
+            model = super()._load_detector()
+            SEEN.append(weakref.ref(model))
+            return model
+
+    for _ in range(2):
+        with Seen(**CPU) as model:
+            assert model.detector is SEEN[-1]()
+    assert len(SEEN) == 2
+    assert [reference() for reference in SEEN] == [None, None]
