@@ -50,6 +50,15 @@ def _said(caplog):
     caplog.set_level(logging.INFO, logger="opguard")
 
 
+FILL = 1.0
+
+
+def filled(model):
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight.fill_(FILL)
+    return model
+
+
 def kind(source, **attributes):
     """A class as a user writes it; always of the same name."""
 
@@ -362,6 +371,63 @@ def test_what_the_loader_calls_counts(exports, source, caplog):
     again, came_from = weights_of(scaled(2.0)(**CPU))
     assert came_from != str(source)
     assert (again == 2).all()
+
+
+def test_the_functions_and_numbers_that_a_loader_names_count(exports, source, monkeypatch):
+    """Of its module: another value of a constant, or another helper, and it is another model."""
+
+    class Filled(kind(source)):
+        def _load_detector(self):
+            return filled(super()._load_detector())
+
+    one, _ = weights_of(Filled(**CPU))
+    assert (one == 1).all()
+    monkeypatch.setitem(globals(), "FILL", 2.0)
+    two, _ = weights_of(Filled(**CPU))
+    assert (two == 2).all()
+
+    def other(model):
+        return model
+
+    assert weights_of(Filled(**CPU))[1] != str(source)
+    monkeypatch.setitem(globals(), "filled", other)
+    three, _ = weights_of(Filled(**CPU))
+    assert not (three == 2).all()
+
+
+def test_what_an_instance_was_told_counts_if_its_loader_names_it(exports, source):
+    class Told(kind(source)):
+        def __init__(self, *, fill, note="", **keywords):
+            super().__init__(**keywords)
+            self.fill, self.note = fill, note
+
+        def _load_detector(self):
+            model = super()._load_detector()
+            with torch.no_grad():
+                model.embeddings.word_embeddings.weight.fill_(self.fill)
+            return model
+
+    one, _ = weights_of(Told(fill=1.0, **CPU))
+    two, came_from = weights_of(Told(fill=2.0, **CPU))
+    assert came_from == str(source)
+    assert (two == 2 * one).all()
+    assert weights_of(Told(fill=2.0, note="another", **CPU))[1] != str(source)
+
+
+def test_what_a_load_sets_does_not_count(exports, source, caplog):
+    class Counts(kind(source)):
+        _loads = ()
+
+        def _load_detector(self):
+            model = super()._load_detector()
+            self._loads += (1,)
+            return model
+
+    model = Counts(**CPU)
+    folder = str(exports / "models--tiny-bert-detector")
+    assert [run(model)[1] for _ in range(3)] == [str(source), folder, folder]
+    assert run(Counts(**CPU))[1] == folder
+    assert warnings_of(caplog) == []
 
 
 def test_what_only_the_subclass_knows_counts(exports, source):

@@ -14,9 +14,10 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,13 +30,16 @@ from opguard.guards.quantizing import values_of
 if TYPE_CHECKING:
     from opguard._lifecycle import Lifecycle
 
-__all__ = ["Loading", "Parts", "export_folder_of", "made_from"]
+__all__ = ["Loading", "Parts", "describe_instance", "export_folder_of", "made_from"]
 
 logger = logging.getLogger("opguard")
 
 NOTES = "opguard.json"
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 LIBRARIES = ("transformers", "diffusers")
+# Whose code a version number stands for.
+VERSIONED = {"opguard", "torch", *LIBRARIES, *sys.stdlib_module_names}
+PLAIN = (str, bytes, int, float, complex, os.PathLike, torch.dtype, torch.device)
 # What a loader that cannot read an export as it reads its source ends in.
 LOADER_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
@@ -46,8 +50,13 @@ _proven: set[tuple[str, int]] = set()
 # What it is made from
 
 
-def made_from(owner: Lifecycle, network: bool) -> dict[str, Any]:
-    """Returns all that decides the weights; ``network``: the hub is asked for commits."""
+def made_from(
+    owner: Lifecycle, network: bool, instance: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns all that decides the weights; ``network``: the hub is asked for commits.
+
+    instance: what `describe_instance` said before a load, which may set what it names.
+    """
     from opguard.exports.identity import describe_value, describe_versions
 
     chosen = owner._chosen
@@ -63,6 +72,7 @@ def made_from(owner: Lifecycle, network: bool) -> dict[str, Any]:
         "device": chosen.device.type if quantized else None,
         "versions": describe_versions(quantized),
         "identity": describe_value(owner._export_identity()),
+        "instance": describe_instance(owner) if instance is None else dict(instance),
     }
     if owner._only_load_export and described["source"].get("files") is None:
         # Which variants a source has cannot be seen where it is not.
@@ -92,6 +102,7 @@ def _describe_class(cls: type[Contract], network: bool, outer: tuple[type, ...])
             if name.isupper() and name not in ("NAME", "MODEL_ID", "REVISION")
         },
         "loaders": {name: describe_function(each) for name, each in _loaders(cls)},
+        "globals": _describe_globals([each for _, each in _loaders(cls)]),
         "from_pretrained": describe_function(loader) if loader else None,
     }
     if outer:
@@ -134,22 +145,82 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(value)
 
 
+def _code_of(function: Callable[..., Any]) -> CodeType:
+    code: CodeType = inspect.unwrap(function).__code__
+    return code
+
+
+def _is_ours(base: type) -> bool:
+    return base.__module__ in ("opguard._contract", "opguard._lifecycle", "opguard.base")
+
+
 def _loaders(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
     """Yields the loading steps of a class and the methods they name, each by its full name."""
-    ours = {"opguard._contract", "opguard._lifecycle", "opguard.base"}
     pending, seen = ["_load_detector", "_load_processor"], set()
     while pending:
         name = pending.pop()
         seen.add(name)
         for base in cls.__mro__:
             found = vars(base).get(name)
-            if base.__module__ in ours or found is None:
+            if found is None or _is_ours(base):
                 continue
             found = getattr(found, "fget", None) or getattr(found, "__func__", found)
-            code = getattr(inspect.unwrap(found), "__code__", None)
-            if isinstance(code, CodeType):
+            if isinstance(inspect.unwrap(found), FunctionType):
                 yield f"{base.__qualname__}.{name}", found
-                pending += sorted(set(_names(code)) - seen - set(pending))
+                pending += sorted(set(_names(_code_of(found))) - seen - set(pending))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is what it is for good: objects change while a model loads."""
+    if isinstance(value, tuple | frozenset):
+        return all(map(_is_plain, value))
+    return isinstance(value, PLAIN)
+
+
+def describe_instance(owner: Lifecycle) -> dict[str, Any]:
+    """Returns the plain values of this instance, beside the base's own, that its loaders name.
+
+    Of those it had before its first load: what a load sets is no cause of it.
+    """
+    from opguard.exports.identity import describe_value
+
+    held = vars(owner)
+    if owner._told is None:
+        ours = {name for base in type(owner).__mro__ if _is_ours(base) for name in _declared(base)}
+        owner._told = frozenset(held.keys() - ours)
+    named = {name for _, each in _loaders(type(owner)) for name in _names(_code_of(each))}
+    return {
+        name: describe_value(held[name])
+        for name in sorted(named & owner._told & held.keys())
+        if _is_plain(held[name])
+    }
+
+
+def _declared(base: type) -> set[str]:
+    return {*vars(base), *vars(base).get("__annotations__", ())}
+
+
+def _describe_globals(functions: list[Callable[..., Any]]) -> dict[str, Any]:
+    """Returns the functions and plain values of their modules that loaders name, at any depth."""
+    from opguard.exports.identity import describe_function, describe_value
+
+    found: dict[str, Any] = {}
+    pending = list(functions)
+    while pending:
+        function = inspect.unwrap(pending.pop())
+        where = function.__globals__
+        for name in sorted(set(_names(function.__code__)) & where.keys()):
+            value, key = where[name], f"{function.__module__}.{name}"
+            if key in found or name.startswith("__"):
+                continue
+            if isinstance(value, FunctionType):
+                root = str(value.__module__).partition(".")[0]
+                if root not in VERSIONED:
+                    found[key] = describe_function(value)
+                    pending.append(value)
+            elif _is_plain(value):
+                found[key] = describe_value(value)
+    return found
 
 
 # Where it is
@@ -191,6 +262,7 @@ class Loading:
         from opguard.exports.matching import Settings, load_or_refresh
 
         owner, folder = self._owner, export_folder_of(self._owner)
+        instance = describe_instance(owner)
         only = owner._only_load_export
         if not owner.use_safetensors:
             if only:
@@ -205,7 +277,7 @@ class Loading:
                 return self._loaded
         return load_or_refresh(
             folder=folder,
-            describe=lambda network: made_from(owner, network),
+            describe=lambda network: made_from(owner, network, instance),
             from_source=self.from_source,
             from_export=self.from_export,
             save=self.save,

@@ -51,19 +51,25 @@ class Lifecycle(Contract):
     _coming: int = 0
     _detector: Any = None
     _processor: Any = None
+    _told: frozenset[str] | None = None  # names of what the constructor set
     _guarding: tuple[tuple[Any, ...], tuple[torch.nn.Module, ...]]
     _keep_warm: bool
     _sanitizes: bool
     _detach: bool
+    _lock: Any
+    _door: Any
+    _entries: list[tuple[int, BaseException | None]]
+    _free_wanted: bool
+    _extra_info: dict[str, Any]
     _force_export_refresh: bool
     _local_files_only_on_refresh: bool
 
     def _prepare(self) -> None:
         self._lock = threading.RLock()
         self._door = threading.Lock()
-        self._entries: list[tuple[int, BaseException | None]] = []
+        self._entries = []
         self._free_wanted = False
-        self._extra_info: dict[str, Any] = {}
+        self._extra_info = {}
 
     # What a subclass overrides
 
