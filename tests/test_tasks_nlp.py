@@ -718,6 +718,25 @@ def test_a_model_that_is_not_here_is_one_sentence_with_its_command(owner, export
             assert str(caught.value).endswith(command)
 
 
+@pytest.mark.parametrize("owner", PLAIN)
+def test_a_model_in_the_hubs_cache_is_loaded_offline(owner, folders, exports, monkeypatch):
+    """By its id; a file that the cache lacks is named with the id to fetch it from."""
+    cache = exports.with_name("hub")
+    repo = cache / "models--someone--tiny"
+    shutil.copytree(folders[KIND[owner]], repo / "snapshots" / ("0" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    cached = type("Cached", (owner,), {"MODEL_ID": "someone/tiny"})
+    model = cached(device_override="cpu", local_files_only=True)
+    assert model(**model.example_inputs()) is not None
+
+    (repo / "snapshots" / ("0" * 40) / "tokenizer.json").unlink()
+    with pytest.raises(LocalFileMissing, match=r"hf download someone/tiny tokenizer\.json$"):
+        _ = cached(device_override="cpu", local_files_only=True, force_export_refresh=True).detector
+
+
 def test_a_tokenizer_without_a_vocabulary_file_may_be_whole(tiny, folders, exports):
     """ByT5 reads bytes and has no vocabulary to lose."""
     folder = tiny_models.build_t5(exports.with_name("byt5"))
