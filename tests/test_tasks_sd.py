@@ -360,6 +360,38 @@ def test_an_attempt_that_fails_holds_no_part(exports, monkeypatch, collected):
     assert _taken[1]() is None
 
 
+@pytest.mark.parametrize("kind", [Plain, Swapped])
+def test_a_quantized_pipeline_and_its_export(kind, exports):
+    pytest.importorskip("torchao")
+    settings = CPU | {"quant_type_override": "i8"}
+    with kind(**settings) as made:
+        kinds = {type(each).__name__ for each in made.detector.unet.parameters()}
+        assert kinds > {"Parameter"}  # some are int8 tensors
+        first = made(input_raw=PROMPT, seed=1)
+    with kind(**CPU) as full:
+        exact = full(input_raw=PROMPT, seed=1)
+    again = kind(**settings, only_load_export=True)(input_raw=PROMPT, seed=1)
+    assert again.tobytes() == first.tobytes() != exact.tobytes()
+    assert abs(values(first) - values(exact)).mean() < 8
+
+
+# diffusers hands an old keyword to huggingface_hub
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
+def test_a_part_that_is_missing_is_one_sentence():
+    class Gone(Vae):
+        NAME = "gone-vae"
+        MODEL_ID = "nobody/nothing-of-this-name"
+        REVISION = "main"
+
+    class Incomplete(Plain):
+        VAE_TYPE = Gone
+
+    made = Incomplete(**CPU, local_files_only=True)
+    with pytest.raises(OSError, match=r"expected config.json of 'nobody/nothing-of-this-name'"):
+        made(input_raw=PROMPT)
+    assert made._held == ()
+
+
 def test_the_examples_run(opened):
     assert opened(**opened.example_inputs()).size == (SIZE, SIZE)
 
