@@ -132,6 +132,28 @@ def test_a_subclass_gets_what_its_base_gets():
         assert type(config) is diffusers.TorchAoConfig
 
 
+@pytest.mark.parametrize(
+    ("model_type", "library"),
+    [
+        (transformers.AutoModelForCausalLM, "transformers"),
+        (UNet, "diffusers"),
+        (Pipeline, "a pipeline"),
+        (diffusers.DiffusionPipeline, "a pipeline"),
+        (diffusers.AutoPipelineForText2Image, "a pipeline"),
+        (torch.nn.Linear, None),
+        (len, None),
+    ],
+)
+def test_whose_class_it_is(model_type, library):
+    assert quantizing.library_of(model_type) == library
+
+
+def test_a_model_of_transformers_that_diffusers_defines():
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
+    assert quantizing.library_of(StableDiffusionSafetyChecker) == "transformers"
+
+
 def test_compute_dtype_reaches_the_configuration():
     with quant_guard(quant_type="nf4", compute_dtype="bf16", device="cpu") as config:
         assert config.bnb_4bit_compute_dtype is torch.bfloat16

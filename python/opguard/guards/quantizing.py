@@ -56,6 +56,11 @@ QUANT_TYPES = ("i8", "fp4", "nf4")
 BACKENDS = {"bnb": "bitsandbytes", "torchao": "torchao"}
 _LEAST = {"bitsandbytes": (0, 48), "torchao": (0, 16), "accelerate": (1, 1)}
 _PIPELINE = "a pipeline"
+_BASES = {
+    ("transformers", "PreTrainedModel"): "transformers",
+    ("diffusers", "ModelMixin"): "diffusers",
+    ("diffusers", "DiffusionPipeline"): _PIPELINE,
+}
 # Where neither the folder nor the class says what a pipeline consists of.
 _USUAL_PARTS = {
     "unet": "diffusers",
@@ -77,15 +82,21 @@ class Quant(NamedTuple):
 
 
 def library_of(model_type: Any) -> str | None:
-    """Returns "transformers", "diffusers" or `_PIPELINE`, None for classes of neither library."""
+    """Returns "transformers", "diffusers" or `_PIPELINE`, None for classes of neither library.
+
+    By whose from_pretrained it is: diffusers has models of transformers of its own.
+    """
+    found = None
     for base in getattr(model_type, "__mro__", (model_type,)):
-        module = str(getattr(base, "__module__", ""))
+        module, name = str(getattr(base, "__module__", "")), getattr(base, "__name__", "")
         root = module.partition(".")[0]
-        if root == "diffusers" and module.startswith("diffusers.pipelines."):
+        if (root, name) in _BASES:
+            return _BASES[root, name]
+        if module == "diffusers.pipelines.auto_pipeline":
             return _PIPELINE
-        if root in ("transformers", "diffusers"):
-            return root
-    return None
+        if found is None and root in ("transformers", "diffusers"):
+            found = root
+    return found
 
 
 def same_config(first: Any, second: Any) -> bool:
