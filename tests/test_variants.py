@@ -88,6 +88,8 @@ def test_only_what_the_load_reads_counts(tmp_path):
     assert variant_of(folder, "fp16", model_type=UNet, subfolder="unet") == "fp16"
     assert variant_of(folder, "fp16", model_type=diffusers.AutoencoderKL, subfolder="vae") is None
     assert variant_of(folder, "fp16", model_type=Llama) is None
+    assert variant_of(folder, "fp16", subfolder="vae") is None
+    assert variant_of(folder, "fp16", subfolder="unet/") == "fp16"
     assert variant_of(folder, "fp16", model_type=Pipeline) == "fp16"
     assert variant_of(folder, "fp16", model_type=torch.nn.Linear) == "fp16"
     with init_guard(
