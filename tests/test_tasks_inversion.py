@@ -204,6 +204,8 @@ def test_several_pictures_and_prompts(pair):
         assert abs(values(again) - values(decoded(invert.detector, one))).max() <= 2
     with pytest.raises(ValueError, match="expected prompt= one for all or a list of 2"):
         invert(input_raw=pictures, prompt=[PROMPT])
+    with pytest.raises(ValueError, match="expected pictures of one size"):
+        invert(input_raw=[picture(), picture(16)])
 
 
 def test_an_unsolved_step_is_said(pair, caplog):

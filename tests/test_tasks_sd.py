@@ -11,8 +11,10 @@ from opguard.tasks import sd, vae
 from tiny_diffusion import (
     PROMPT,
     SIZE,
+    build_autoencoder_kl,
     build_autoencoder_tiny,
     build_stable_diffusion,
+    build_stable_diffusion_xl,
 )
 
 diffusers = pytest.importorskip("diffusers")
@@ -394,6 +396,28 @@ def test_a_part_that_is_missing_is_one_sentence():
 
 def test_the_examples_run(opened):
     assert opened(**opened.example_inputs()).size == (SIZE, SIZE)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_sdxl_takes_the_autoencoder_of_its_class(dtype, tmp_path):
+    class Fixed(vae.VaeSdxlFp16Fix):
+        MODEL_ID = build_autoencoder_kl(tmp_path / "vae", seed=3)
+
+    class Xl(sd.SdxlTextToImage):
+        MODEL_ID = build_stable_diffusion_xl(tmp_path / "xl")
+        VAE_TYPE = Fixed
+
+    class OwnVae(Xl):
+        VAE_TYPE = None
+
+    given = {"input_raw": [PROMPT, "a blue sea"], "seed": 1, "num_inference_steps": 2}
+    with Xl(**CPU, dtype_override=dtype) as made:
+        assert made.detector.vae is made._held[0].detector
+        assert made.detector.vae.dtype == made.detector.text_encoder_2.dtype == made.dtype
+        pictures = made(**given)
+    assert [each.size for each in pictures] == [(SIZE, SIZE)] * 2
+    others = OwnVae(**CPU, dtype_override=dtype)(**given)
+    assert others[0].tobytes() != pictures[0].tobytes()
 
 
 @pytest.mark.parametrize("name", ["SdTinyNanoTextToImage", "SdxlTextToImage"])

@@ -21,11 +21,18 @@ __all__ = [
     "build_autoencoder_tiny",
     "build_controlnet",
     "build_stable_diffusion",
+    "build_stable_diffusion_xl",
     "picture",
 ]
 
 SIZE = 32  # pixels along each side of what the pipeline makes
 PROMPT = "a red house"
+SCHEDULE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+}
 
 
 @contextmanager
@@ -81,25 +88,26 @@ def build_autoencoder_kl(folder: str | Path, *, seed: int = 0) -> Path:
     return Path(folder)
 
 
-def _unet(seed: int) -> Any:
+def _unet(seed: int, **more: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     with _seeded(seed):
         return UNet2DConditionModel(
+            **{"cross_attention_dim": 16, **more},
             sample_size=SIZE // 2,
             block_out_channels=(8, 16),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=16,
             layers_per_block=1,
             norm_num_groups=4,
             attention_head_dim=4,
         )
 
 
-def _text_parts(seed: int) -> tuple[Any, Any]:
+def _text_parts(seed: int, kind: str = "CLIPTextModel") -> tuple[Any, Any]:
     """A CLIP text encoder and a tokenizer that knows single letters."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    import transformers
+    from transformers import CLIPTextConfig, CLIPTokenizer
 
     letters = string.ascii_lowercase
     tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
@@ -116,9 +124,10 @@ def _text_parts(seed: int) -> tuple[Any, Any]:
         bos_token_id=end - 1,
         eos_token_id=end,
         pad_token_id=end,
+        projection_dim=16,
     )
     with _seeded(seed):
-        return CLIPTextModel(config), tokenizer
+        return getattr(transformers, kind)(config), tokenizer
 
 
 def build_stable_diffusion(folder: str | Path, *, seed: int = 0) -> Path:
@@ -126,14 +135,7 @@ def build_stable_diffusion(folder: str | Path, *, seed: int = 0) -> Path:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     text_encoder, tokenizer = _text_parts(seed)
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **SCHEDULE)
     pipeline = StableDiffusionPipeline(
         vae=_autoencoder_kl(seed),
         unet=_unet(seed),
@@ -143,6 +145,28 @@ def build_stable_diffusion(folder: str | Path, *, seed: int = 0) -> Path:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def build_stable_diffusion_xl(folder: str | Path, *, seed: int = 0) -> Path:
+    """A whole StableDiffusionXLPipeline with two text encoders, a KL autoencoder and DDIM."""
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+    first, tokenizer = _text_parts(seed)
+    second, other = _text_parts(seed + 1, "CLIPTextModelWithProjection")
+    # Six numbers of sizes and crops, each as 8, beside the second encoder's projection.
+    sizes = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 16}
+    pipeline = StableDiffusionXLPipeline(
+        vae=_autoencoder_kl(seed),
+        unet=_unet(seed, cross_attention_dim=32, addition_embed_type="text_time", **sizes),
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=tokenizer,
+        tokenizer_2=other,
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **SCHEDULE),
+        add_watermarker=False,
     )
     pipeline.save_pretrained(folder)
     return Path(folder)

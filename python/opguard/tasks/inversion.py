@@ -15,7 +15,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from opguard.tasks.sd import Request, StableDiffusionBase
-from opguard.tasks.vae import AutoencoderBase, AutoencoderKLBase, AutoencoderTinyBase, VaeTinyForSd
+from opguard.tasks.vae import (
+    AutoencoderBase,
+    AutoencoderKLBase,
+    AutoencoderTinyBase,
+    VaeTinyForSd,
+    is_batch,
+)
 
 __all__ = [
     "DdimBase",
@@ -165,11 +171,12 @@ class DdimInversionBase(DdimBase):
     """
 
     def _preprocess(self, *, input_raw: Any, prompt: str | Sequence[str] = "") -> Request:  # type: ignore[override]
-        pictures = list(input_raw) if isinstance(input_raw, list | tuple) else [input_raw]
+        several = is_batch(self.classname, input_raw)
+        pictures = list(input_raw) if several else [input_raw]
         prompts = self._one_each(prompt, "prompt", len(pictures))
         pixels = self._detector.image_processor.preprocess(pictures)
         arguments = {"prompt": prompts, "pixels": pixels.to(self.device, self.dtype)}
-        return Request(arguments, len(pictures), not isinstance(input_raw, list | tuple))
+        return Request(arguments, len(pictures), not several)
 
     def _predict(  # type: ignore[override]
         self,

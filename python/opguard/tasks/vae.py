@@ -25,6 +25,7 @@ __all__ = [
     "VaeSdxlFp16Fix",
     "VaeTinyForSd",
     "VaeTinyForSdxl",
+    "is_batch",
 ]
 
 MODES = ("encode", "decode", "encode-decode")
@@ -67,7 +68,7 @@ class AutoencoderBase(OpGuardBase):
             _check_latent(self.classname, input_raw)
             values = input_raw
         else:
-            many = _is_batch(self.classname, input_raw)
+            many = is_batch(self.classname, input_raw)
             values = self._processor.preprocess(input_raw)
             values = values if many else values[0]
         placed: torch.Tensor = values.to(self.device, self.dtype)
@@ -182,7 +183,7 @@ def _check_latent(name: str, given: Any) -> None:
         )
 
 
-def _is_batch(name: str, given: Any) -> bool:
+def is_batch(name: str, given: Any) -> bool:
     """Whether there may be several pictures; ValueError where they cannot be stacked."""
     if isinstance(given, torch.Tensor):
         return given.ndim == 4
