@@ -5,6 +5,7 @@ that may be reached is on this machine.
 """
 
 import asyncio
+import concurrent.futures
 import contextvars
 import os
 import socket
@@ -27,7 +28,12 @@ _watch: list | None = None
 
 
 def _hook(event, args):
-    if _watch is not None and event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+    if _watch is not None and event in (
+        "socket.connect",
+        "socket.getaddrinfo",
+        "socket.sendto",
+        "socket.sendmsg",
+    ):
         _watch.append((event, args))
 
 
@@ -252,6 +258,154 @@ def test_last_line_refuses_any_connection_to_another_machine(sockets):
             sock.connect(("192.0.2.1", 80))
         with socket.socket() as sock, pytest.raises(LocalityError):
             sock.connect_ex(("192.0.2.1", 80))
+    assert sockets == []
+
+
+@pytest.mark.parametrize("address", [("192.0.2.1", 9), ("127.example.invalid", 9)])
+def test_no_datagram_leaves_this_machine(address, sockets):
+    """UDP needs no connection: sendto and sendmsg name where a datagram goes."""
+    with socket.socket(type=socket.SOCK_DGRAM) as sock, local_guard():
+        for send in (
+            lambda: sock.sendto(b"x", address),
+            lambda: sock.sendto(b"x", 0, address),
+            lambda: sock.sendmsg([b"x"], [], 0, address),
+            lambda: sock.connect(address),
+        ):
+            with pytest.raises(LocalityError, match=r"no connection to another machine"):
+                send()
+    assert sockets == []
+
+
+def test_datagrams_to_this_machine_arrive():
+    with (
+        socket.socket(type=socket.SOCK_DGRAM) as server,
+        socket.socket(type=socket.SOCK_DGRAM) as client,
+        local_guard(),
+    ):
+        server.bind(("127.0.0.1", 0))
+        server.settimeout(5)
+        client.sendto(b"1", server.getsockname())
+        client.sendmsg([b"2"], [], 0, server.getsockname())
+        assert {server.recv(9), server.recv(9)} == {b"1", b"2"}
+        client.connect(server.getsockname())
+        client.sendmsg([b"3"])
+        assert server.recv(9) == b"3"
+
+
+def test_a_pair_of_unix_sockets_is_this_machine():
+    first, second = socket.socketpair()
+    with first, second, local_guard():
+        first.sendmsg([b"x"])
+        assert second.recv(9) == b"x"
+
+
+def refused(host="192.0.2.1"):
+    with socket.socket(type=socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect((host, 9))
+        except LocalityError:
+            return True
+    return False
+
+
+def test_a_thread_started_inside_stays_off_the_network_to_its_end(sockets):
+    inside_left, seen = threading.Event(), []
+
+    class Thread(threading.Thread):
+        def run(self):
+            seen.append((is_local(), refused()))
+            inside_left.wait(10)
+            seen.append((is_local(), refused(), bool(hub.is_offline_mode())))
+
+    start = threading.Thread.start
+    with local_guard():
+        thread = Thread()
+        thread.start()
+    inside_left.set()
+    thread.join(20)
+    assert seen == [(True, True), (True, True, True)]
+    assert sockets == []
+    assert "run" not in vars(thread)
+    assert threading.Thread.start is start  # taken down after the last one
+
+
+def test_a_thread_of_a_thread_and_a_timer_are_held_too():
+    seen = []
+
+    def outer():
+        inner = threading.Timer(0, lambda: seen.append(refused()))
+        inner.start()
+        inner.join()
+
+    with local_guard():
+        thread = threading.Thread(target=outer)
+        thread.start()
+        thread.join()
+    assert seen == [True]
+
+
+def test_a_thread_that_cannot_start_is_left_as_it_was():
+    thread = threading.Thread(target=lambda: None)
+    thread.start()
+    thread.join()
+    with local_guard(), pytest.raises(RuntimeError, match="once"):
+        thread.start()
+    assert "run" not in vars(thread)
+
+
+def test_jobs_of_a_pool_are_held_where_they_were_given_and_nowhere_else():
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with local_guard():
+            assert pool.submit(refused).result(10)
+            assert list(pool.map(lambda n: is_local(), range(2))) == [True, True]
+        assert pool.submit(is_local).result(10) is False  # the same worker, begun inside
+    assert not is_local()
+
+
+def test_threads_outside_are_not_touched():
+    seen = []
+    entered, done = threading.Event(), threading.Event()
+
+    def other():
+        entered.wait(10)
+        thread = threading.Thread(target=lambda: seen.append(is_local()))
+        thread.start()
+        thread.join()
+        done.set()
+
+    helper = threading.Thread(target=other)
+    helper.start()
+    with local_guard():
+        entered.set()
+        done.wait(10)
+    helper.join()
+    assert seen == [False]
+
+
+def test_no_conversion_thread_asks_the_hub(tmp_path, monkeypatch, empty_cache, sockets):
+    """transformers converts weights that are no safetensors in a thread of its own."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
+    )
+    repo = empty_cache / "models--org--bins"
+    folder = repo / "snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    config.save_pretrained(folder)
+    torch.save(transformers.BertModel(config).state_dict(), folder / "pytorch_model.bin")
+    begun, start = [], threading.Thread.start
+
+    def watched(self):
+        begun.append(self)
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", watched)
+    with local_guard():
+        transformers.BertModel.from_pretrained("org/bins")
+    for thread in begun:
+        thread.join(20)
     assert sockets == []
 
 

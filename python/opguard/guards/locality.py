@@ -6,16 +6,18 @@ layers ask it, and all of them are taken down when the last guard of the process
 1. `huggingface_hub.constants.HF_HUB_OFFLINE`, which huggingface_hub, transformers and diffusers
    ask before each request and each cache decision, becomes an object whose truth is the user's own
    value or, inside a guard, True. No environment variable is touched.
-2. `socket.getaddrinfo`, its elders and `socket.socket.connect` refuse to leave this machine inside
-   a guard, for what does not ask layer 1.
+2. `socket.getaddrinfo`, its elders and what connects or sends of `socket.socket` refuse to leave
+   this machine inside a guard, for what does not ask layer 1.
 3. A failure that means "not on this machine" leaves the guard as one sentence.
 
-A thread started inside a guard has a context of its own: run it in `contextvars.copy_context()`, or
-enter a guard in it.
+A thread that is started inside a guard, and a job that is given to a thread pool inside one, stays
+off the network to its end, also when the guard was left before. What neither goes through Python's
+sockets nor its threads (a child process, a C library with sockets of its own) is out of reach.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import re
 import socket
@@ -31,6 +33,9 @@ from opguard.guards._base import Guard, _is_compiling
 from opguard.hub import LocalFileMissing, cache_in_use
 
 __all__ = ["LocalFileMissing", "LocalityError", "is_local", "local_guard"]
+
+# Addresses only: a name that begins like one may be anybody's.
+THIS_MACHINE: Final = re.compile(r"(?:::ffff:)?127(?:\.[0-9]+){1,3}|::1", re.IGNORECASE)
 
 _depth: ContextVar[int] = ContextVar("opguard_local_depth", default=0)
 
@@ -84,9 +89,9 @@ def _leaves_machine(address: object) -> bool:
     if not isinstance(host, str):
         return False
     # A name without an address is a unix socket's path or the empty host, which is this machine.
-    return not (
-        host in ("", "localhost", "::1") or host.startswith(("127.", "/", "\0", "::ffff:127."))
-    )
+    if host in ("", "localhost") or host.startswith(("/", "\0")):
+        return False
+    return not THIS_MACHINE.fullmatch(host)
 
 
 def _refuse(what: object) -> None:
@@ -146,6 +151,13 @@ class _Patches:
             self._replace(socket, name, _guarded_lookup(getattr(socket, name)))
         for name in ("connect", "connect_ex"):
             self._replace(socket.socket, name, _guarded_connect(getattr(socket.socket, name)))
+        for name, place in (("sendto", -1), ("sendmsg", 3)):
+            if hasattr(socket.socket, name):
+                real = getattr(socket.socket, name)
+                self._replace(socket.socket, name, _guarded_send(real, place))
+        self._replace(threading.Thread, "start", _guarded_start(threading.Thread.start))
+        pool = concurrent.futures.ThreadPoolExecutor
+        self._replace(pool, "submit", _guarded_submit(pool.submit))
 
 
 def _guarded_lookup(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,14 +169,73 @@ def _guarded_lookup(real: Callable[..., Any]) -> Callable[..., Any]:
     return lookup
 
 
+def _check_address(sock: socket.socket, address: object) -> None:
+    if sock.family != getattr(socket, "AF_UNIX", None) and _leaves_machine(address):
+        _refuse(address)
+
+
 def _guarded_connect(real: Callable[..., Any]) -> Callable[..., Any]:
     def connect(self: socket.socket, address: Any) -> Any:
-        inet = self.family != getattr(socket, "AF_UNIX", None)
-        if _depth.get() > 0 and inet and _leaves_machine(address):
-            _refuse(address)
+        if _depth.get() > 0:
+            _check_address(self, address)
         return real(self, address)
 
     return connect
+
+
+def _guarded_send(real: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """Wraps a method of sockets that sends to the address at ``place`` of its arguments."""
+
+    def send(self: socket.socket, *args: Any) -> Any:
+        if _depth.get() > 0 and len(args) > max(1, place) and args[place] is not None:
+            _check_address(self, args[place])
+        return real(self, *args)
+
+    return send
+
+
+def _guarded_start(real: Callable[..., Any]) -> Callable[..., Any]:
+    def start(self: threading.Thread) -> None:
+        # The workers of a pool outlive a guard; each of their jobs brings its own locality.
+        if _depth.get() > 0 and getattr(self, "_target", None) is not _pool_worker():
+            run = self.run
+
+            def run_locally() -> None:
+                vars(self).pop("run", None)
+                run_local(run)
+
+            self.run = run_locally  # type: ignore[method-assign]
+            try:
+                real(self)
+            except BaseException:
+                vars(self).pop("run", None)
+                raise
+            return
+        real(self)
+
+    return start
+
+
+def _pool_worker() -> object:
+    return getattr(sys.modules.get("concurrent.futures.thread"), "_worker", _guarded_start)
+
+
+def _guarded_submit(real: Callable[..., Any]) -> Callable[..., Any]:
+    def submit(self: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        if _depth.get() > 0:
+            return real(self, run_local, fn, *args, **kwargs)
+        return real(self, fn, *args, **kwargs)
+
+    return submit
+
+
+def run_local(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Calls ``function`` off the network."""
+    enter_local()
+    try:
+        return function(*args, **kwargs)
+    finally:
+        leave_local()
 
 
 _patches: Final = _Patches()
