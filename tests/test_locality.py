@@ -362,6 +362,38 @@ def test_jobs_of_a_pool_are_held_where_they_were_given_and_nowhere_else():
     assert not is_local()
 
 
+def test_a_bar_watched_to_the_end_of_the_process_does_not_keep_the_layers_up():
+    lookup = socket.getaddrinfo
+
+    class Watching(threading.Thread):
+        __module__ = "tqdm._monitor"
+
+        def __init__(self):
+            threading.Thread.__init__(self, daemon=True)
+            self.end = threading.Event()
+
+        def run(self):
+            self.end.wait(20)
+
+    with local_guard():
+        thread = Watching()
+        thread.start()
+    try:
+        assert socket.getaddrinfo is lookup
+    finally:
+        thread.end.set()
+        thread.join()
+
+
+def test_a_constant_set_inside_a_guard_does_not_open_the_next(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with local_guard():
+        constants.HF_HUB_OFFLINE = False
+        with local_guard():
+            assert hub.is_offline_mode()
+    assert constants.HF_HUB_OFFLINE is False
+
+
 def test_threads_outside_are_not_touched():
     seen = []
     entered, done = threading.Event(), threading.Event()

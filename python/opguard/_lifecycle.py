@@ -23,6 +23,7 @@ from opguard.guards._base import _sanitize
 from opguard.guards.calling import _call_settings
 from opguard.guards.freeing import Releasing
 from opguard.guards.loading import load_guard
+from opguard.guards.locality import check_config
 
 __all__ = ["Lifecycle"]
 
@@ -85,7 +86,9 @@ class Lifecycle(Contract):
         if loader is None:
             detector = self.DETECTOR_TYPE(str(self.model_id), **kwargs)
         else:
-            detector = loader(str(self.model_id), **(self._from_pretrained_kwargs() | kwargs))
+            kwargs = self._from_pretrained_kwargs() | kwargs
+            check_config(self.DETECTOR_TYPE, str(self.model_id), kwargs)
+            detector = loader(str(self.model_id), **kwargs)
         return self._place(detector)
 
     def _load_processor(self) -> Any:

@@ -23,14 +23,14 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
 from opguard.guards._base import Guard, _is_compiling
-from opguard.hub import LocalFileMissing, cache_in_use
+from opguard.hub import LocalFileMissing, cache_in_use, local_folder
 
 __all__ = ["LocalFileMissing", "LocalityError", "is_local", "local_guard"]
 
@@ -113,6 +113,8 @@ class _Patches:
         with self._lock:
             if self._active == 0:
                 self._install()
+            else:
+                self._offline_again()
             self._active += 1
 
     def release(self) -> None:
@@ -136,6 +138,13 @@ class _Patches:
                     delattr(owner, name)
 
         self._undo.append(undo)
+
+    def _offline_again(self) -> None:
+        """Puts layer 1 back where a program has set the constant while a guard was active."""
+        constants = sys.modules.get("huggingface_hub.constants")
+        own = getattr(constants, "HF_HUB_OFFLINE", None)
+        if constants is not None and own is not None and not isinstance(own, _Offline):
+            self._replace(constants, "HF_HUB_OFFLINE", _Offline(own))
 
     def _install(self) -> None:
         try:
@@ -196,8 +205,7 @@ def _guarded_send(real: Callable[..., Any], place: int) -> Callable[..., Any]:
 
 def _guarded_start(real: Callable[..., Any]) -> Callable[..., Any]:
     def start(self: threading.Thread) -> None:
-        # The workers of a pool outlive a guard; each of their jobs brings its own locality.
-        if _depth.get() > 0 and getattr(self, "_target", None) is not _pool_worker():
+        if _depth.get() > 0 and not _outlives_guards(self):
             run = self.run
 
             def run_locally() -> None:
@@ -216,8 +224,13 @@ def _guarded_start(real: Callable[..., Any]) -> Callable[..., Any]:
     return start
 
 
-def _pool_worker() -> object:
-    return getattr(sys.modules.get("concurrent.futures.thread"), "_worker", _guarded_start)
+def _outlives_guards(thread: threading.Thread) -> bool:
+    """Returns whether a thread serves the whole process, whoever happened to start it."""
+    # Each job of a pool brings its own locality; tqdm watches its bars to the process's end.
+    worker = getattr(sys.modules.get("concurrent.futures.thread"), "_worker", None)
+    if worker is not None and getattr(thread, "_target", None) is worker:
+        return True
+    return type(thread).__module__.partition(".")[0] == "tqdm"
 
 
 def _guarded_submit(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -282,7 +295,7 @@ def _wanted(error: BaseException) -> dict[str, str]:
             for name in ("revision", "repo_type", "subfolder"):
                 if isinstance(names.get(name), str) and names[name]:
                     wanted[name] = str(names[name])
-        named = re.search(r"no file named ([\w.-]+\w)", str(found))
+        named = re.search(r"(?:no file named|containing an?) ([\w-]+(?:\.\w+)+)", str(found))
         if named:
             wanted.setdefault("file", named[1])
     return wanted
@@ -304,11 +317,25 @@ def _means_missing(error: BaseException, wanted: dict[str, str]) -> bool:
             return True
     folder = Path(wanted["repo"])
     if isinstance(error, OSError):
+        if str(error).startswith("Can't load"):  # also said of a file that is here and is damaged
+            here = local_folder(wanted["repo"], wanted.get("revision"))
+            return here is None or not (here / wanted.get("file", "")).exists()
         return any(words in str(error) for words in _ABSENT)
-    if isinstance(error, ValueError) and folder.is_dir():
-        # transformers says "unrecognized model" of a folder without a configuration.
-        wanted.setdefault("file", "config.json")
+    if folder.is_dir() and (isinstance(error, ValueError) or _in_models(error)):
+        # transformers says "unrecognized model" of a folder without a configuration, or takes the
+        # defaults, which no weights fit.
+        wanted["file"] = "config.json"
         return not any((folder / name).exists() for name in ("config.json", "model_index.json"))
+    return False
+
+
+def _in_models(error: BaseException) -> bool:
+    """Returns whether `error` passed transformers' loading of a model."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == "transformers.modeling_utils":
+            return True
+        trace = trace.tb_next
     return False
 
 
@@ -339,6 +366,22 @@ def _sentence(wanted: dict[str, str]) -> str:
         f"local_guard: expected {what if file else repr(repo)} on this machine, found no copy in "
         f"{cache_in_use()}; fetch it first with: {' '.join(words)}"
     )
+
+
+def check_config(kind: Any, model_id: str, given: Container[str]) -> None:
+    """Raises `LocalFileMissing` where a transformers model has a folder without a config.json.
+
+    transformers would make the model by the defaults of its class, which may be billions of
+    parameters, before it finds that no weights fit.
+    """
+    if not hasattr(kind, "config_class") or not str(kind.__module__).startswith("transformers."):
+        return
+    elsewhere = any(name in given for name in ("config", "gguf_file", "subfolder"))
+    if elsewhere or not os.path.isdir(model_id):
+        return
+    names = ("config.json", "adapter_config.json")
+    if not any(os.path.exists(os.path.join(model_id, name)) for name in names):
+        raise LocalFileMissing(_sentence({"repo": model_id, "file": "config.json"}))
 
 
 def missing_file(error: BaseException) -> LocalFileMissing | None:

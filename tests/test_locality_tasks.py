@@ -1,0 +1,153 @@
+"""Strict locality of each task class: a local load and a call open nothing, at every dtype.
+
+Each audit is a fresh process with a process-wide hook on all that Python does with sockets.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import opguard
+import tiny_diffusion
+import tiny_models
+from opguard.tasks import controlnets, inversion, nlp, sd, vae
+
+pytest.importorskip("transformers")
+pytest.importorskip("diffusers")
+constants = pytest.importorskip("huggingface_hub.constants")
+
+AUDIT = Path(__file__).parent / "isolated" / "audit_locality.py"
+LANGUAGE = ["captioning", "captioning2", "embedding", "generation"]
+PICTURES = [
+    "vae-tiny", "vae-kl", "sd", "sd-swapped", "controlnet", "controlled", "canny",
+    "inversion-latent", "inversion-ddim",
+]  # fmt: skip
+DTYPES = ["fp32", "fp16", "bf16"]
+QUANTIZED = ["i8", "fp4", "nf4"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for kind in ("blip", "blip2", "bert", "llama"):
+        getattr(tiny_models, f"build_{kind}")(root / kind)
+    tiny_diffusion.build_autoencoder_tiny(root / "vae")
+    tiny_diffusion.build_autoencoder_kl(root / "kl")
+    tiny_diffusion.build_stable_diffusion(root / "sd")
+    tiny_diffusion.build_controlnet(root / "controlnet")
+    return root
+
+
+def audit(models, tmp_path, cases, settings):
+    env = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    env |= {"OPGUARD_EXPORTS": str(tmp_path / "exports"), "HF_HOME": str(tmp_path / "hub")}
+    (tmp_path / "exports").mkdir()
+    done = subprocess.run(
+        [sys.executable, str(AUDIT), str(models), ",".join(cases), *settings],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_audit_sees_what_is_opened(models, tmp_path):
+    found = audit(models, tmp_path, ["leak"], [])
+    events = {each["event"] for each in found["seen"]}
+    wanted = {"socket.__new__", "socket.bind", "socket.sendto", "socket.getaddrinfo"}
+    assert wanted <= events
+    assert all(each["in"] == "leak fp32" for each in found["seen"])
+
+
+@pytest.mark.parametrize(
+    ("cases", "settings"),
+    [
+        pytest.param(LANGUAGE, DTYPES, id="language"),
+        pytest.param(LANGUAGE, QUANTIZED, id="language-quantized"),
+        pytest.param(PICTURES, DTYPES, id="pictures"),
+        pytest.param(PICTURES, QUANTIZED, id="pictures-quantized"),
+    ],
+)
+def test_a_local_load_and_a_call_open_nothing(models, tmp_path, cases, settings):
+    found = audit(models, tmp_path, cases, settings)
+    failed = {name: how for name, how in found["ran"].items() if how != "ran"}
+    assert not failed
+    assert len(found["ran"]) == len(cases) * len(settings)
+    assert found["seen"] == []
+    assert found["exports"]  # the second load of each had one to come from
+
+
+# (class, folder of its model, what a load cannot do without)
+NEEDS = [
+    (nlp.Blip1, "blip", ["config.json", "model.safetensors", "processor_config.json"]),
+    (nlp.Blip2, "blip2", ["config.json", "model.safetensors"]),
+    (nlp.Embedding, "bert", ["config.json", "model.safetensors"]),
+    (nlp.TextGeneration, "llama", ["config.json", "model.safetensors"]),
+    (vae.AutoencoderTinyBase, "vae", ["config.json", "diffusion_pytorch_model.safetensors"]),
+    (vae.AutoencoderKLBase, "kl", ["config.json", "diffusion_pytorch_model.safetensors"]),
+    (
+        sd.StableDiffusionBase,
+        "sd",
+        ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+         "text_encoder/model.safetensors", "scheduler/scheduler_config.json"],
+    ),
+    (
+        controlnets.ControlnetBase,
+        "controlnet",
+        ["config.json", "diffusion_pytorch_model.safetensors"],
+    ),
+    (controlnets.ControlledStableDiffusionBase, "sd", ["model_index.json"]),
+    (
+        inversion.LatentInversionTinyBase,
+        "vae",
+        ["config.json", "diffusion_pytorch_model.safetensors"],
+    ),
+    (inversion.DdimInversionBase, "sd", ["model_index.json", "vae/config.json"]),
+]  # fmt: skip
+IDS = [owner.__name__ for owner, _, _ in NEEDS]
+
+
+def load(owner, where, monkeypatch, tmp_path, **attributes):
+    monkeypatch.setenv("OPGUARD_EXPORTS", str(tmp_path / "exports"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    kind = type(owner.__name__, (owner,), {"MODEL_ID": where, "NAME": "missing"} | attributes)
+    with kind(device_override="cpu", dtype_override="fp32", local_files_only=True):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("owner", "folder", "file"),
+    [(owner, folder, file) for owner, folder, files in NEEDS for file in files],
+)
+def test_a_missing_file_is_one_sentence_with_the_command(  # noqa: PLR0917
+    owner, folder, file, models, monkeypatch, tmp_path
+):
+    shutil.copytree(models / folder, tmp_path / folder)
+    (tmp_path / folder / file).unlink()
+    with pytest.raises(opguard.LocalFileMissing) as caught:
+        load(owner, tmp_path / folder, monkeypatch, tmp_path, REVISION=None)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert str(tmp_path / folder) in said
+    assert "hf download" in said
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
+@pytest.mark.parametrize(("owner", "folder", "files"), NEEDS, ids=IDS)
+def test_an_absent_model_is_one_sentence_with_the_command(
+    owner, folder, files, monkeypatch, tmp_path
+):
+    with pytest.raises(opguard.LocalFileMissing) as caught:
+        load(owner, "nobody/nothing", monkeypatch, tmp_path, REVISION="main")
+    said = str(caught.value)
+    assert "\n" not in said
+    assert "hf download nobody/nothing" in said
+    assert str(tmp_path / "hub") in said
