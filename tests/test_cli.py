@@ -26,7 +26,7 @@ def python(code: str, *, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", ["demo", "info", "selftest"])
+@pytest.mark.parametrize("command", ["demo", "info", "selftest", "exports", "replay", "profile"])
 def test_help_names_every_command(capsys, command):
     with pytest.raises(SystemExit) as end:
         cli.main(["--help"])

@@ -67,13 +67,17 @@ def test_the_audit_sees_what_is_opened(models, tmp_path):
     assert all(each["in"] == "leak fp32" for each in found["seen"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cases", "settings"),
     [
         pytest.param(LANGUAGE, DTYPES, id="language"),
         pytest.param(LANGUAGE, QUANTIZED, id="language-quantized"),
         pytest.param(PICTURES, DTYPES, id="pictures"),
-        pytest.param(PICTURES, QUANTIZED, id="pictures-quantized"),
+        # The edge detector has no weights, so none to quantize: it refuses.
+        pytest.param(
+            [case for case in PICTURES if case != "canny"], QUANTIZED, id="pictures-quantized"
+        ),
     ],
 )
 def test_a_local_load_and_a_call_open_nothing(models, tmp_path, cases, settings):

@@ -1,4 +1,4 @@
-"""The ``opguard`` command: demo, info, selftest, exports, replay.
+"""The ``opguard`` command: demo, info, selftest, exports, replay, profile.
 
 Only argparse is imported here; each command imports what it needs, so that ``--help`` is light.
 """
@@ -74,6 +74,34 @@ def _replay(arguments: argparse.Namespace) -> int:
     return repro.main(arguments.file, class_name=arguments.class_name, as_json=arguments.json)
 
 
+def _profile(arguments: argparse.Namespace) -> int:
+    from opguard import profiling
+
+    return profiling.main(
+        arguments.class_name,
+        calls=arguments.calls,
+        input_file=arguments.input,
+        trace=arguments.trace,
+        device=arguments.device,
+        as_json=arguments.json,
+    )
+
+
+def _add_profile(commands: Any) -> None:
+    profile = commands.add_parser(
+        "profile", help="measure calls of a class: time, operators, what the guard adds"
+    )
+    profile.add_argument("class_name", metavar="CLASS", help="module:Class or file.py:Class")
+    profile.add_argument("--calls", type=int, default=10, metavar="N", help="default: 10")
+    profile.add_argument(
+        "--input", metavar="FILE", help="take the call from a repro bundle, not from example_inputs"
+    )
+    profile.add_argument("--trace", metavar="FILE", help="write the timeline there, as JSON")
+    profile.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
+    profile.add_argument("--json", action="store_true", help="print a JSON object")
+    profile.set_defaults(run=_profile)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opguard", description="Run PyTorch models under guard: nothing leaks."
@@ -109,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("--json", action="store_true", help="print a JSON object")
     replay.set_defaults(run=_replay)
+    _add_profile(commands)
     return parser
 
 
