@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import tiny_exports
-from opguard import _C
 from opguard.exports import hashing, matching, store
 from opguard.hub import LocalFileMissing
 
@@ -533,22 +532,6 @@ def test_what_cannot_be_saved_is_loaded_each_time(folder, caplog):
     assert got == 3
     assert "it cannot be saved" in caplog.text
     assert [path.name for path in folder.parent.iterdir()] == [".locks"]
-
-
-def test_exchange_paths(tmp_path):
-    first, second = tmp_path / "first", tmp_path / "sécond"
-    first.mkdir()
-    (first / "a").write_text("1")
-    second.mkdir()
-    _C.exchange_paths(first, os.fsencode(second))
-    assert not (first / "a").exists()
-    assert (second / "a").read_text() == "1"
-    with pytest.raises(FileNotFoundError) as caught:
-        _C.exchange_paths(first, tmp_path / "none")
-    assert caught.value.filename == os.fsencode(tmp_path / "none").decode()
-    for wrong in ((1, "x"), ("x", 1), ("x",), ("a\0b", "x")):
-        with pytest.raises((TypeError, ValueError)):
-            _C.exchange_paths(*wrong)
 
 
 # --- where, and off -------------------------------------------------------------------------------

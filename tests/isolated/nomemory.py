@@ -12,7 +12,9 @@ import _imp
 import _testcapi
 import faulthandler
 import gc
+import os
 import sys
+import tempfile
 import types
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
@@ -141,6 +143,14 @@ def scenarios_of(C: ModuleType) -> None:
     def sanitize_exit() -> Callable[[], object]:
         error, handled = failing(2), failing(1)
         return lambda: C.sanitize_exit(error, handled, ())
+
+    @scenario
+    def exchange_paths() -> Callable[[], object]:
+        folder = tempfile.TemporaryDirectory()
+        paths = [os.path.join(folder.name, name) for name in ("first", "second")]
+        for path in paths:
+            os.mkdir(path)
+        return lambda: (C.exchange_paths(*paths), folder)[0]
 
     @scenario
     def bind_types() -> Callable[[], object]:
