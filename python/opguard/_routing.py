@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 __all__ = ["Routes", "Step", "near_miss"]
 
@@ -13,15 +12,18 @@ STEPS = {"_preprocess": "input_raw", "_predict": "input_proc", "_postprocess": "
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-class Step(NamedTuple):
+class Step:  # a NamedTuple takes as long to define as all of this module to read
     """Which keywords a step takes beside its input, which of them have no default.
 
     ``open``: it takes any (``**kwargs``).
     """
 
-    names: frozenset[str]
-    required: frozenset[str]
-    open: bool
+    __slots__ = ("names", "open", "required")
+
+    def __init__(self, names: frozenset[str], required: frozenset[str], open: bool) -> None:
+        self.names = names
+        self.required = required
+        self.open = open
 
     @classmethod
     def of(cls, function: Callable[..., Any], *skip: str) -> Step:
@@ -36,12 +38,20 @@ class Step(NamedTuple):
         return {name: given[name] for name in given if self.open or name in self.names}
 
 
-class Routes(NamedTuple):
+class Routes:
     """How one class's call keywords reach its three steps; read from signatures once a class."""
 
-    steps: tuple[Step, Step, Step]
-    accepted: frozenset[str] | None  # None: anything goes
-    required: frozenset[str]
+    __slots__ = ("accepted", "required", "steps")
+
+    def __init__(
+        self,
+        steps: tuple[Step, Step, Step],
+        accepted: frozenset[str] | None,  # None: anything goes
+        required: frozenset[str],
+    ) -> None:
+        self.steps = steps
+        self.accepted = accepted
+        self.required = required
 
     @classmethod
     def of(cls, owner: Any, base: Any) -> Routes:
@@ -60,6 +70,8 @@ class Routes(NamedTuple):
 
 def near_miss(wrong: Iterable[str], known: Iterable[str]) -> str:
     """``'dtyp_override' (did you mean 'dtype_override'?)`` for each unknown name."""
+    import difflib
+
     known = sorted(known)
     parts = []
     for name in wrong:
