@@ -7,17 +7,19 @@ returns a model: `Model.from_pretrained`, a function, a processor's `from_pretra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from opguard.devices import DeviceLike
-from opguard.guards import _exports
 from opguard.guards._base import Guard
 from opguard.guards.calling import _modules
 from opguard.guards.freeing import Releasing
 from opguard.guards.locality import Naming, enter_local, is_local, leave_local
 from opguard.guards.quantizing import settle
+
+if TYPE_CHECKING:
+    from opguard.guards import _exports
 
 __all__ = ["Load", "cache_guard", "load_guard"]
 
@@ -67,6 +69,8 @@ class Load:
         if is_local() and getattr(chosen, "__name__", "") == "from_pretrained":
             # Some libraries look at this before they look at whether they are offline.
             named.setdefault("local_files_only", True)
+        from opguard.guards import _exports
+
         loaded = _exports.load(chosen, args, named, self._exports)
         return self._finished(loaded)
 
@@ -112,6 +116,8 @@ class cache_guard(Guard):
         local_files_only_on_refresh: bool = False,
         use_safetensors: bool = True,
     ) -> None:
+        from opguard.guards import _exports
+
         self._loader = loader_fn
         self._kwargs = _exports.parameters_of(loader_params_obj) | dict(loader_kwargs or {})
         self._exports = _exports.Settings(
@@ -161,6 +167,8 @@ class load_guard(Naming, Releasing):
         detach_outputs: bool = True,
         garbage_collect_on_exception: bool = False,
     ) -> None:
+        from opguard.guards import _exports
+
         self._loader = loader_fn
         self._device_list = device_list
         self.local_files_only = bool(local_files_only)
