@@ -55,6 +55,13 @@ def test_every_named_test_exists():
     assert not missing, "\n".join(sorted(missing))
 
 
+def test_every_test_the_readme_names_exists():
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "README.md").read_text())
+    assert len(named) > 10
+    missing = [f"{name}::{test}" for name, test in named if test not in names_in(TESTS / name)]
+    assert not missing, "\n".join(missing)
+
+
 def test_every_row_names_a_test():
     empty = [what for what, tests in rows() if not NAMED.search(tests)]
     assert not empty, f"expected a test for {empty}"
