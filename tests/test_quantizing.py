@@ -230,6 +230,33 @@ def test_an_old_package_is_as_good_as_none(monkeypatch, caplog):
     assert "bitsandbytes 0.40.1 is older than 0.48" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("library", "version", "model_type", "held"),
+    [
+        ("transformers", "4.52.4", Llama, "torchao"),
+        ("transformers", "4.53.0", Llama, "bnb"),
+        ("diffusers", "0.35.2", UNet, None),
+        ("diffusers", "0.36.0", UNet, "torchao"),
+    ],
+)
+def test_a_library_too_old_for_a_backend(
+    monkeypatch, caplog, library, version, model_type, held
+):
+    """transformers: bitsandbytes on any cpu; diffusers: configurations of torchao's own."""
+    real = quantizing.metadata.version
+    monkeypatch.setattr(
+        quantizing.metadata, "version", lambda name: version if name == library else real(name)
+    )
+    with quant_guard(quant_type="nf4", model_type=model_type, device="cpu") as config:
+        assert quantizing.describe_quant(config).backend == held
+    assert (f"{library} {version} is older than" in caplog.text) == version.endswith(("4", "2"))
+    if held is None:
+        with pytest.raises(ImportError, match=r"older than 0\.36, which torchao on cpu needs"):
+            quant_guard(
+                quant_type="i8", backend="torchao", model_type=model_type, device="cpu"
+            ).__enter__()
+
+
 def test_a_package_that_does_not_import_is_as_good_as_none(monkeypatch, caplog):
     def broken(package):
         raise OSError("wrong library") if package == "bitsandbytes" else AssertionError

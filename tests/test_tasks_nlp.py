@@ -338,6 +338,13 @@ def test_a_model_set_to_hide_nonfinite_values_does_not_hide_them(tiny):
     assert [each.finish_reason == "nonfinite" for each in answers] == [False, True, False]
 
 
+def test_a_model_set_to_return_more_than_tokens_is_read(tiny):
+    with tiny(nlp.TextGeneration) as writer:
+        expected = writer(input_raw="a cat", max_new_tokens=3)
+        writer.detector.generation_config.return_dict_in_generate = True
+        assert writer(input_raw="a cat", max_new_tokens=3) == expected
+
+
 def test_a_warning_says_which_sequence_broke_and_where(tiny, caplog):
     with tiny(nlp.TextGeneration) as model, caplog.at_level(logging.WARNING, "opguard"):
         model(input_raw=PROMPTS, max_new_tokens=2, settings=NO_CAT)

@@ -81,6 +81,20 @@ def test_a_seed_repeats_a_picture(opened):
     assert one != other
 
 
+def test_a_seed_is_any_integer(opened):
+    given = {"input_raw": [PROMPT] * 2}
+    expected = [each.tobytes() for each in opened(**given, seed=3)]
+    for seed in (numpy.int64(3), torch.tensor(3), [numpy.int64(3), torch.tensor(4)]):
+        assert [each.tobytes() for each in opened(**given, seed=seed)] == expected
+    with pytest.raises(TypeError, match="float"):
+        opened(**given, seed=3.5)
+
+
+def test_no_steps_are_not_the_default(opened):
+    with pytest.raises(ValueError, match="expected num_inference_steps= at least 1, got 0"):
+        opened(input_raw=PROMPT, num_inference_steps=0)
+
+
 def test_without_a_seed_pictures_differ(opened):
     assert opened(input_raw=PROMPT).tobytes() != opened(input_raw=PROMPT).tobytes()
 
@@ -286,6 +300,19 @@ def test_what_cannot_be_swapped_in_is_said(opened):
         Plain(**CPU).swap_in(vae=torch.nn.Identity())
     with pytest.raises(RuntimeError, match="expected a pipeline that is not loaded yet"):
         opened.swap_in(vae=Vae(**CPU))
+
+
+def test_a_pipeline_that_is_found_in_its_folder_takes_parts_too(collected):
+    kinds = [diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image]
+    expected = Swapped(**CPU)(input_raw=PROMPT, seed=1).tobytes()
+    for kind in kinds:
+        made = type("Found", (Plain,), {"NAME": "found", "DETECTOR_TYPE": kind})(**CPU)
+        shared = Vae(**CPU)
+        assert made.swap_in(vae=shared)(input_raw=PROMPT, seed=1).tobytes() == expected
+        made.swap_in(vea=shared)
+        with pytest.raises(TypeError, match=r"a part 'vea' to swap, got a StableDiffusionPipel"):
+            made(input_raw=PROMPT)
+        assert not shared.is_loaded
 
 
 # --- exports --------------------------------------------------------------------------------------

@@ -155,6 +155,27 @@ def test_wrong_inputs_are_one_sentence(opened):
         opened(input_raw=picture(), modes="encode")
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (torch.full((3, 8, 8), 200, dtype=torch.uint8), r"as floats in \[0, 1\], got .*uint8"),
+        (torch.full((3, 8, 8), 200.0), r"in \[0, 1\], got 200 to 200; divide bytes by 255"),
+        (torch.full((3, 8, 8), -0.5), r"got -0\.5 to -0\.5; .*shift what is in \[-1, 1\]"),
+        (torch.full((3, 8, 8), torch.nan), "got nan to nan"),
+        (torch.zeros(8, 8), r"of shape \(3, height, width\) .*got \(8, 8\)"),
+        (torch.zeros(4, 8, 8), r"got \(4, 8, 8\)"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)], "got Tensor; stack tensors"),
+        (picture().__array_interface__, "expected PIL pictures .*got dict"),
+        (None, "expected PIL pictures .*got NoneType"),
+    ],
+)
+def test_what_is_no_picture_is_refused(opened, given, words):
+    """Bytes taken for pixels in [0, 1] would be encoded without a word."""
+    with pytest.raises(ValueError, match=words) as caught:
+        opened(input_raw=given, mode="encode")
+    assert "\n" not in str(caught.value)
+
+
 def test_nothing_stays_after_it_is_freed(kind, collected):
     with kind(device_override="cpu") as made:
         model = weakref.ref(made.detector)

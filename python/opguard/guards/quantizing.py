@@ -55,6 +55,9 @@ logger = logging.getLogger("opguard")
 QUANT_TYPES = ("i8", "fp4", "nf4")
 BACKENDS = {"bnb": "bitsandbytes", "torchao": "torchao"}
 _LEAST = {"bitsandbytes": (0, 48), "torchao": (0, 16), "accelerate": (1, 1)}
+# Before: on the cpu with Intel's extension only; no configuration of torchao's own.
+_CPU_SINCE = {"transformers": (4, 53)}
+_TORCHAO_SINCE = {"diffusers": (0, 36)}
 _PIPELINE = "a pipeline"
 _BASES = {
     ("transformers", "PreTrainedModel"): "transformers",
@@ -108,8 +111,11 @@ def same_config(first: Any, second: Any) -> bool:
 # What can be had
 
 
-def _lacks(package: str) -> str | None:
-    """Returns what is wrong with the installation of `package`, None where it will do."""
+def _lacks(package: str, least: tuple[int, ...] | None = None) -> str | None:
+    """Returns what is wrong with the installation of `package`, None where it will do.
+
+    least: the oldest version that will do; None is the one for any use.
+    """
     if importlib.util.find_spec(package) is None:
         return f"the package {package} is not installed (python -m pip install {package})"
     try:
@@ -117,10 +123,22 @@ def _lacks(package: str) -> str | None:
     except metadata.PackageNotFoundError:
         return None  # a checkout on the path: its version is its owner's business
     numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
-    least = _LEAST[package]
+    least = least or _LEAST[package]
     if numbers >= least:
         return None
     return f"{package} {found} is older than {'.'.join(map(str, least))}"
+
+
+def _too_old(backend: str, device: torch.device, libraries: frozenset[str]) -> str | None:
+    """Returns which of `libraries` does not know `backend` on `device` yet, and why."""
+    since = _TORCHAO_SINCE if backend == "torchao" else {}
+    if backend == "bnb" and device.type == "cpu":
+        since = _CPU_SINCE
+    for library in sorted(libraries & since.keys()):
+        lacking = _lacks(library, since[library])
+        if lacking is not None:
+            return f"{lacking}, which {BACKENDS[backend]} on {device.type} needs"
+    return None
 
 
 def import_backend(package: str) -> ModuleType:
@@ -174,7 +192,7 @@ def reason_against(
         return f"{package} quantizes on cpu, cuda or xpu, not on {device}"
     if backend == "bnb" and "diffusers" in libraries and device.type == "cpu":
         return "diffusers quantizes with bitsandbytes on an accelerator only, not on the cpu"
-    lacking = _lacks(package) or _lacks("accelerate")
+    lacking = _lacks(package) or _lacks("accelerate") or _too_old(backend, device, libraries)
     if lacking is not None:
         return lacking
     return (_old_gpu(quant_type, device) if backend == "bnb" else None) or _unusable(package)

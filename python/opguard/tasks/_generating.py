@@ -180,6 +180,7 @@ def generate(
     processors = [_Processor(guard), *settings.pop("logits_processor", ())]
     criteria = [guard.stops, *settings.pop("stopping_criteria", ())]
     settings["remove_invalid_values"] = False  # it would hide what is looked for
+    settings["return_dict_in_generate"] = False  # the tokens are all that is read
     tokens = model.generate(
         **inputs,
         **settings,

@@ -185,7 +185,7 @@ class DdimInversionBase(DdimBase):
         num_inference_steps: int | None = None,
         fixed_point_iterations: int = 10,
     ) -> torch.Tensor:
-        pipeline, steps = self._detector, num_inference_steps or self.NUM_INFERENCE_STEPS
+        pipeline, steps = self._detector, self._steps(num_inference_steps)
         text = pipeline.encode_prompt(input_proc.arguments["prompt"], self.device, 1, False)[0]
         latents = self._encoded(input_proc.arguments["pixels"]).float()
         # One of its own: the pipeline's is in use by whoever samples beside this call.

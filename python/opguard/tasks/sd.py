@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from operator import index
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -73,7 +74,8 @@ class StableDiffusionBase(OpGuardBase):
         """Lets the pipeline take the detectors of these instances, by names of its parts.
 
         Returns the pipeline itself. Raises RuntimeError when it is loaded already, and TypeError
-        for a part that it does not have.
+        for a part that it does not have (for a ``DETECTOR_TYPE`` that finds its class in the
+        model's folder, only once that is loaded).
         """
         with self._lock:
             if self._is_loaded:
@@ -87,7 +89,7 @@ class StableDiffusionBase(OpGuardBase):
 
     def _check_parts(self, parts: dict[str, OpGuardBase]) -> None:
         known = self._part_names()
-        if wrong := parts.keys() - known:
+        if known and (wrong := parts.keys() - known):
             raise TypeError(
                 f"{self.classname}.swap_in: expected parts of the pipeline "
                 f"({', '.join(sorted(known))}), got {near_miss(sorted(wrong), known)}"
@@ -100,7 +102,11 @@ class StableDiffusionBase(OpGuardBase):
                 )
 
     def _part_names(self) -> set[str]:
-        return set(inspect.signature(self.DETECTOR_TYPE.__init__).parameters) - {"self"}
+        """Returns the names that the pipeline's constructor has, none where it takes any."""
+        names = inspect.signature(self.DETECTOR_TYPE.__init__).parameters
+        if any(each.kind is each.VAR_KEYWORD for each in names.values()):
+            return set()
+        return set(names) - {"self"}
 
     # Loading
 
@@ -114,6 +120,12 @@ class StableDiffusionBase(OpGuardBase):
         for name, part in (parts | self._swapped).items():
             kwargs[name] = self._hold(name, part)
         pipeline = super()._load_detector(**kwargs)
+        for name in parts | self._swapped:
+            if getattr(pipeline, name, None) is not kwargs[name]:
+                raise TypeError(
+                    f"{self.classname}: expected a pipeline with a part {name!r} to swap, got a "
+                    f"{type(pipeline).__name__}, which has none"
+                )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -176,13 +188,21 @@ class StableDiffusionBase(OpGuardBase):
         found = self._detector(
             **input_proc.arguments,
             generator=self._generators(seed, input_proc.pictures),
-            num_inference_steps=num_inference_steps or self.NUM_INFERENCE_STEPS,
+            num_inference_steps=self._steps(num_inference_steps),
             guidance_scale=self.GUIDANCE_SCALE if guidance_scale is None else guidance_scale,
             height=height,
             width=width,
             latents=self._noise(latents, input_proc.pictures),
         ).images
         return found[0] if input_proc.one else found
+
+    def _steps(self, given: int | None) -> int:
+        if given is not None and given < 1:
+            raise ValueError(
+                f"{self.classname}: expected num_inference_steps= at least 1, got {given}; "
+                f"leave it out for {self.NUM_INFERENCE_STEPS}"
+            )
+        return self.NUM_INFERENCE_STEPS if given is None else given
 
     def _one_each(self, given: Any, name: str, prompts: int) -> list[Any] | None:
         """Returns one value for each prompt; a value that is no list stands for each of them."""
@@ -197,10 +217,15 @@ class StableDiffusionBase(OpGuardBase):
         return values
 
     def _generators(self, seed: Any, prompts: int) -> list[torch.Generator] | None:
+        if seed is None:
+            return None
+        if not isinstance(seed, list | tuple):
+            seed = [index(seed) + at for at in range(prompts)]
         # Generators of the cpu draw the same numbers whatever device the model is on.
-        seeds = [seed + at for at in range(prompts)] if isinstance(seed, int) else seed
-        seeds = self._one_each(seeds, "seed", prompts)
-        return None if seeds is None else [torch.Generator().manual_seed(each) for each in seeds]
+        return [
+            torch.Generator().manual_seed(index(each))
+            for each in self._one_each(seed, "seed", prompts) or ()
+        ]
 
     def _noise(self, latents: torch.Tensor | None, prompts: int) -> torch.Tensor | None:
         if latents is None:

@@ -184,15 +184,36 @@ def _check_latent(name: str, given: Any) -> None:
 
 
 def is_batch(name: str, given: Any) -> bool:
-    """Whether there may be several pictures; ValueError where they cannot be stacked."""
+    """Whether there may be several pictures; ValueError for what is none, or cannot be stacked."""
     if isinstance(given, torch.Tensor):
+        _check_pixels(name, given)
         return given.ndim == 4
-    if not isinstance(given, list | tuple):
-        return False
-    sizes = sorted({getattr(each, "size", None) for each in given}, key=str)
-    if len(sizes) != 1:
+    many = isinstance(given, list | tuple)
+    from PIL.Image import Image
+
+    for each in given if many else [given]:
+        if not isinstance(each, Image):
+            raise ValueError(
+                f"{name}: expected PIL pictures or one tensor of them, got {type(each).__name__}; "
+                "stack tensors, and make an array a picture with PIL.Image.fromarray"
+            )
+    if many and len(sizes := sorted({each.size for each in given})) != 1:
         raise ValueError(
             f"{name}: expected pictures of one size, got {sizes or 'none'}; "
             "resize them, or call with one at a time"
         )
-    return True
+    return many
+
+
+def _check_pixels(name: str, pixels: torch.Tensor) -> None:
+    if pixels.ndim not in (3, 4) or pixels.shape[-3] != 3 or not pixels.is_floating_point():
+        raise ValueError(
+            f"{name}: expected pixels of shape (3, height, width) or (pictures, 3, height, width) "
+            f"as floats in [0, 1], got {tuple(pixels.shape)} of {pixels.dtype}"
+        )
+    low, high = (float(bound) for bound in pixels.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"{name}: expected pixels in [0, 1], got {low:g} to {high:g}; "
+            "divide bytes by 255, shift what is in [-1, 1], clamp what a resize overshot"
+        )
