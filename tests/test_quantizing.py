@@ -231,19 +231,17 @@ def test_an_old_package_is_as_good_as_none(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
-    ("library", "version", "model_type", "held"),
+    ("model_type", "version", "held"),
     [
-        ("transformers", "4.52.4", Llama, "torchao"),
-        ("transformers", "4.53.0", Llama, "bnb"),
-        ("diffusers", "0.35.2", UNet, None),
-        ("diffusers", "0.36.0", UNet, "torchao"),
+        (Llama, "4.52.4", "torchao"),
+        (Llama, "4.53.0", "bnb"),
+        (UNet, "0.35.2", None),
+        (UNet, "0.36.0", "torchao"),
     ],
 )
-def test_a_library_too_old_for_a_backend(
-    monkeypatch, caplog, library, version, model_type, held
-):
+def test_a_library_too_old_for_a_backend(monkeypatch, caplog, model_type, version, held):
     """transformers: bitsandbytes on any cpu; diffusers: configurations of torchao's own."""
-    real = quantizing.metadata.version
+    library, real = quantizing.library_of(model_type), quantizing.metadata.version
     monkeypatch.setattr(
         quantizing.metadata, "version", lambda name: version if name == library else real(name)
     )
@@ -319,6 +317,11 @@ def test_a_configuration_of_the_users_own_has_a_name():
         False,
         "torchao",
     )
+    packed = transformers.TorchAoConfig(Int4WeightOnlyConfig()).to_dict()  # as in config.json
+    assert describe(packed).quant_type == "int4weightonly"
+    for name, kind in [("int8_weight_only", "i8"), ("int8wo", "i8"), ("int4wo", "int4wo")]:
+        old = {"quant_method": "torchao", "quant_type": name}  # older libraries take names
+        assert describe(old) == (kind, False, "torchao")
     assert describe(transformers.EetqConfig()).quant_type == "eetq"
     whole = diffusers.PipelineQuantizationConfig(
         quant_backend="bitsandbytes_4bit", quant_kwargs={"load_in_4bit": True}

@@ -139,7 +139,19 @@ def test_no_two_ready_made_share_a_name():
     names = [each.NAME for each in ready if "NAME" in vars(each)]
     assert len(names) == len(set(names)) == 6
     hub = [each for each in ready if "MODEL_ID" in vars(each) and "/" in each.MODEL_ID]
-    assert all(each.REVISION == "main" for each in hub)
+    assert all(each.REVISION for each in hub)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_promax_is_read_where_only_half_precision_is(tmp_path, dtype):
+    """As in its repository: no other set of weights, whatever dtype is asked for."""
+    diffusers.ControlNetModel.from_pretrained(Control.MODEL_ID).save_pretrained(
+        tmp_path, variant="fp16"
+    )
+    tiny = {"MODEL_ID": tmp_path, "DETECTOR_TYPE": diffusers.ControlNetModel}
+    kind = type("Tiny", (controlnets.UnionPromaxControlnet,), tiny)
+    with kind(**CPU, dtype_override=dtype) as made:
+        assert made.detector.dtype == made.dtype
 
 
 # --- the edge detector ----------------------------------------------------------------------------

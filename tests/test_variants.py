@@ -98,6 +98,23 @@ def test_only_what_the_load_reads_counts(tmp_path):
         assert values.variant is None
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        (Pipeline, "sd_turbo.fp16.safetensors"),
+        (Pipeline, "diffusion_pytorch_model.fp16.safetensors"),
+        (Pipeline, "split/clip_l.fp16.safetensors"),
+        (diffusers.AutoencoderKL, "sdxl_vae.fp16.safetensors"),
+        (Llama, "adapter_model.fp16.safetensors"),
+    ],
+)
+def test_files_for_other_programs_are_no_variant(tmp_path, model_type, name):
+    """Asked for a variant that only they have, the library would find no weights at all."""
+    folder = folder_of(tmp_path, name, "model.safetensors", "unet/diffusion_pytorch_model.bin")
+    assert variant_of(folder, "fp16", model_type=model_type) is None
+    assert variant_of(folder, "fp16") == "fp16"
+
+
 def build_llama(folder, **saving):
     config = transformers.LlamaConfig(
         vocab_size=16,

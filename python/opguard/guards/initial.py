@@ -174,6 +174,10 @@ def _has_variant(names: Iterable[str], variant: str, safetensors: bool) -> bool:
     return any(pattern.search(name, name.rfind("/") + 1) for name in names)
 
 
+# What the libraries call their weights; files of other names, whatever their end, they do not read.
+_WEIGHTS = ("model", "pytorch_model", "diffusion_pytorch_model")
+
+
 def _looked_at(names: Iterable[str], model_type: type | None, subfolder: str | None) -> list[str]:
     """Returns the names, relative to the repo, that a load of `model_type` looks at.
 
@@ -181,10 +185,21 @@ def _looked_at(names: Iterable[str], model_type: type | None, subfolder: str | N
     in its subfolder or at the top. Of other classes nothing is known.
     """
     library = None if model_type is None else quantizing.library_of(model_type)
-    if library not in ("transformers", "diffusers") and not subfolder:
+    if library is None and not subfolder:
         return list(names)
-    folder = (subfolder or "").strip("/")
-    return [name for name in names if name.rpartition("/")[0] == folder]
+    above = (subfolder or "").strip("/")
+    found = []
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if library is not None and re.split("[.-]", file)[0] not in _WEIGHTS:
+            continue
+        if library == quantizing.PIPELINE:
+            folder, _, part = folder.rpartition("/")
+            if not part:
+                continue
+        if folder == above:
+            found.append(name)
+    return found
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -41,6 +41,7 @@ from opguard.devices import DtypeLike
 from opguard.guards import locality
 
 __all__ = [
+    "PIPELINE",
     "QUANT_TYPES",
     "choose_quant",
     "describe_quant",
@@ -58,11 +59,11 @@ _LEAST = {"bitsandbytes": (0, 48), "torchao": (0, 16), "accelerate": (1, 1)}
 # Before: on the cpu with Intel's extension only; no configuration of torchao's own.
 _CPU_SINCE = {"transformers": (4, 53)}
 _TORCHAO_SINCE = {"diffusers": (0, 36)}
-_PIPELINE = "a pipeline"
+PIPELINE = "a pipeline"
 _BASES = {
     ("transformers", "PreTrainedModel"): "transformers",
     ("diffusers", "ModelMixin"): "diffusers",
-    ("diffusers", "DiffusionPipeline"): _PIPELINE,
+    ("diffusers", "DiffusionPipeline"): PIPELINE,
 }
 # Where neither the folder nor the class says what a pipeline consists of.
 _USUAL_PARTS = {
@@ -85,7 +86,7 @@ class Quant(NamedTuple):
 
 
 def library_of(model_type: Any) -> str | None:
-    """Returns "transformers", "diffusers" or `_PIPELINE`, None for classes of neither library.
+    """Returns "transformers", "diffusers" or `PIPELINE`, None for classes of neither library.
 
     By whose from_pretrained it is: diffusers has models of transformers of its own.
     """
@@ -96,7 +97,7 @@ def library_of(model_type: Any) -> str | None:
         if (root, name) in _BASES:
             return _BASES[root, name]
         if module == "diffusers.pipelines.auto_pipeline":
-            return _PIPELINE
+            return PIPELINE
         if found is None and root in ("transformers", "diffusers"):
             found = root
     return found
@@ -105,7 +106,7 @@ def library_of(model_type: Any) -> str | None:
 def same_config(first: Any, second: Any) -> bool:
     """Returns whether one configuration serves both classes; a pipeline's names its own parts."""
     library = library_of(first)
-    return library == library_of(second) and (library != _PIPELINE or first is second)
+    return library == library_of(second) and (library != PIPELINE or first is second)
 
 
 # What can be had
@@ -343,14 +344,14 @@ def choose_quant(
             f"{getattr(model_type, '__qualname__', model_type)!r}; leave quant_type out for others"
         )
     parts: dict[str, str] = {}
-    if library == _PIPELINE:
+    if library == PIPELINE:
         parts = pipeline_parts(model_type, model_id, revision)
     found = _choose(quant_type, backend, device, frozenset(parts.values() or [library]))
     if found is None:
         return None
     dtype = devices.normalize_dtype(compute_dtype or torch.float32)
     arguments = (*found, quant_use_double, dtype)
-    if library != _PIPELINE:
+    if library != PIPELINE:
         return _config(library, *arguments)
     if not parts:
         logger.warning("quant_guard: the pipeline has no part to quantize")
@@ -392,10 +393,18 @@ def describe_quant(config: Any) -> Quant:
     return _describe_method(name, given)
 
 
+def _torchao_name(weights: Any) -> str:
+    """Returns the name of a torchao configuration: an object, its values, or a name of old."""
+    if isinstance(weights, Mapping):
+        weights = str(weights.get("default", weights).get("_type"))
+    name = weights if isinstance(weights, str) else type(weights).__name__
+    return name.lower().replace("_", "").removesuffix("config")
+
+
 def _describe_method(name: str, given: Mapping[str, Any]) -> Quant:
     if name == "torchao":
-        weights = type(given.get("quant_type")).__name__.lower().removesuffix("config")
-        return Quant("i8" if weights == "int8weightonly" else weights, False, "torchao")
+        weights = _torchao_name(given.get("quant_type"))
+        return Quant("i8" if weights in ("int8weightonly", "int8wo") else weights, False, "torchao")
     if given.get("load_in_4bit") or name == "bitsandbytes_4bit":
         double = bool(given.get("bnb_4bit_use_double_quant"))
         return Quant(str(given.get("bnb_4bit_quant_type", "fp4")), double, "bnb")
@@ -435,7 +444,7 @@ def load_map(config: Any, device_map: Any, device: torch.device, model_type: Any
     none.
     """
     library = None if model_type is None else library_of(model_type)
-    if library == _PIPELINE and isinstance(device_map, Mapping) and device_map.keys() == {""}:
+    if library == PIPELINE and isinstance(device_map, Mapping) and device_map.keys() == {""}:
         return None  # it takes names of strategies only, and can be moved
     if config is None or library not in ("transformers", "diffusers"):
         return device_map
@@ -456,7 +465,7 @@ def settle(model: Any, device: torch.device | None = None) -> Any:
     do not fit bitsandbytes' packed format for AVX512-BF16 are told to do without it, where their
     first call would fail.
     """
-    is_pipeline = library_of(type(model)) == _PIPELINE
+    is_pipeline = library_of(type(model)) == PIPELINE
     if is_pipeline and device is not None and device.type != "cpu":
         model = model.to(device)
     if "bitsandbytes" not in sys.modules:

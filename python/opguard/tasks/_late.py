@@ -7,6 +7,7 @@ nothing until an instance of the task is made.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from typing import Any
 
@@ -37,6 +38,8 @@ class Late:
         try:
             return getattr(importlib.import_module(self._module), self._name)
         except ModuleNotFoundError as error:
+            if importlib.util.find_spec(self._module.partition(".")[0]) is not None:
+                raise  # something that the library needs, which it names
             task = "a task" if owner is None else owner.__name__
             raise ImportError(
                 f"{task}: expected the library {self._module}, it is not installed; "

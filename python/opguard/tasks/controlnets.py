@@ -53,7 +53,7 @@ class CannyControlnet(ControlnetBase):
 class TileControlnet(ControlnetBase):
     NAME = "tile-controlnet"
     MODEL_ID = "lllyasviel/control_v11f1e_sd15_tile"
-    REVISION = "main"
+    REVISION = "refs/pr/4"  # the same weights as safetensors, which main has not
 
 
 class UnionControlnet(ControlnetBase):
@@ -64,10 +64,13 @@ class UnionControlnet(ControlnetBase):
 
 
 class UnionPromaxControlnet(UnionControlnet):
-    """The same repository's second set of weights, under a name and an export of its own."""
+    """The second set of weights of that repository, from a copy with the names diffusers reads."""
 
     NAME = "union-promax-controlnet"
-    FROM_PRETRAINED_ADDITIONAL_KWARGS: ClassVar[dict[str, Any]] = {"variant": "promax"}
+    MODEL_ID = "OzzyGT/controlnet-union-promax-sdxl-1.0"
+    FROM_PRETRAINED_ADDITIONAL_KWARGS: ClassVar[dict[str, Any]] = {
+        "variant": "fp16"
+    }  # has no other
 
 
 class ControlledStableDiffusionBase(StableDiffusionBase):

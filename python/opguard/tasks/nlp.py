@@ -123,7 +123,7 @@ class Blip1(Blip):
 
     NAME = "blip-image-captioning-base"
     MODEL_ID = "Salesforce/blip-image-captioning-base"
-    REVISION = "main"
+    REVISION = "refs/pr/38"  # the same weights as safetensors, which main has not
     DETECTOR_TYPE = Late("transformers", "BlipForConditionalGeneration", extra="hf")
     PROCESSOR_TYPE = Late("transformers", "BlipProcessor", extra="hf")
 
