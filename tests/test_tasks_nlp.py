@@ -714,11 +714,11 @@ def test_a_missing_file_is_one_sentence_with_its_command(tiny, owner, name, fold
 
 @pytest.mark.parametrize("owner", PLAIN)
 def test_a_model_that_is_not_here_is_one_sentence_with_its_command(owner, exports, monkeypatch):
-    pinned = type("Pinned", (owner,), {"REVISION": "v9"})
+    kinds = {each: type("Kind", (owner,), {"REVISION": each}) for each in ("main", "v9")}
     for local in (True, False):  # by the keyword, and by huggingface_hub's own switch
         if not local:
             monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        for kind, revision in ((owner, ""), (pinned, " --revision v9")):
+        for kind, revision in ((kinds["main"], ""), (kinds["v9"], " --revision v9")):
             with pytest.raises(LocalFileMissing) as caught:
                 _ = kind(device_override="cpu", local_files_only=local).detector
             command = f"fetch it first with: hf download {owner.MODEL_ID} config.json{revision}"
@@ -735,7 +735,7 @@ def test_a_model_in_the_hubs_cache_is_loaded_offline(owner, folders, exports, mo
     (repo / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
 
-    cached = type("Cached", (owner,), {"MODEL_ID": "someone/tiny"})
+    cached = type("Cached", (owner,), {"MODEL_ID": "someone/tiny", "REVISION": "main"})
     model = cached(device_override="cpu", local_files_only=True)
     assert model(**model.example_inputs()) is not None
 

@@ -53,7 +53,8 @@ class CannyControlnet(ControlnetBase):
 class TileControlnet(ControlnetBase):
     NAME = "tile-controlnet"
     MODEL_ID = "lllyasviel/control_v11f1e_sd15_tile"
-    REVISION = "refs/pr/4"  # the same weights as safetensors, which main has not
+    REVISION = "main"
+    USE_SAFETENSORS = False  # it has none; diffusers opens other files without running their code
 
 
 class UnionControlnet(ControlnetBase):

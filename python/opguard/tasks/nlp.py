@@ -123,7 +123,8 @@ class Blip1(Blip):
 
     NAME = "blip-image-captioning-base"
     MODEL_ID = "Salesforce/blip-image-captioning-base"
-    REVISION = "refs/pr/38"  # the same weights as safetensors, which main has not
+    # The hub's own conversion to safetensors: main has none, and "main" would be looked for there.
+    REVISION = "9cfcdbcaccbcadb2b53b36d4b50042c4eeaa0c25"
     DETECTOR_TYPE = Late("transformers", "BlipForConditionalGeneration", extra="hf")
     PROCESSOR_TYPE = Late("transformers", "BlipProcessor", extra="hf")
 
