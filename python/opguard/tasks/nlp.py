@@ -123,7 +123,7 @@ class Blip1(Blip):
 
     NAME = "blip-image-captioning-base"
     MODEL_ID = "Salesforce/blip-image-captioning-base"
-    # The hub's own conversion to safetensors: main has none, and "main" would be looked for there.
+    # The commit with the hub's own conversion to safetensors, which main does not have.
     REVISION = "9cfcdbcaccbcadb2b53b36d4b50042c4eeaa0c25"
     DETECTOR_TYPE = Late("transformers", "BlipForConditionalGeneration", extra="hf")
     PROCESSOR_TYPE = Late("transformers", "BlipProcessor", extra="hf")
