@@ -387,6 +387,32 @@ def test_export_is_made_anew_when_anything_differs(exports, source, monkeypatch,
             load(loader, str(source), **extra)
 
 
+def test_a_loader_that_changes_the_weights_does_not_do_it_twice(exports, source, caplog):
+    """The export has the changed weights; read by the same loader they would change again."""
+    transformers = pytest.importorskip("transformers")
+
+    def doubling(model_id):
+        model = transformers.BertModel.from_pretrained(model_id)
+        with torch.no_grad():
+            model.embeddings.word_embeddings.weight.mul_(2)
+        return model
+
+    with cache_guard(base_export_name="x") as load:
+        wanted = load(doubling, str(source)).embeddings.word_embeddings.weight
+    for _ in range(2):
+        with cache_guard(base_export_name="x") as load:
+            got = load(doubling, str(source)).embeddings.word_embeddings.weight
+        assert torch.equal(got, wanted)
+    said = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert len(said) == 1
+    assert "embeddings.word_embeddings.weight" in said[0]
+    with (
+        pytest.raises(LocalFileMissing, match="does not give the same model"),
+        cache_guard(base_export_name="x", only_load_export=True) as load,
+    ):
+        load(doubling, str(source))
+
+
 def test_a_failing_save_leaves_the_load_and_the_old_export(exports, source, monkeypatch, caplog):
     """Fault D5: the source is fine, so the load is."""
     loader, _ = loaded_from(monkeypatch)

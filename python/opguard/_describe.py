@@ -8,9 +8,7 @@ is its folder for the thread that loads, and nothing else of the instance change
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
-import json
 import logging
 import os
 import shutil
@@ -34,7 +32,6 @@ __all__ = ["Loading", "Parts", "describe_instance", "export_folder_of", "made_fr
 
 logger = logging.getLogger("opguard")
 
-NOTES = "opguard.json"
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 LIBRARIES = ("transformers", "diffusers")
 # Whose code a version number stands for.
@@ -42,9 +39,6 @@ VERSIONED = {"opguard", "torch", *LIBRARIES, *sys.stdlib_module_names}
 PLAIN = (str, bytes, int, float, complex, os.PathLike, torch.dtype, torch.device)
 # What a loader that cannot read an export as it reads its source ends in.
 LOADER_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError)
-
-# (folder, inode) of exports that gave the weights that were saved, in this process.
-_proven: set[tuple[str, int]] = set()
 
 
 # What it is made from
@@ -271,7 +265,7 @@ class Loading:
                     "exports are safetensors; leave only_load_export out"
                 )
             return self.from_source()
-        if folder is not None and not (only or self._promises() or folder.exists()):
+        if folder is not None and not (only or self._promises() or os.path.exists(folder)):
             self._loaded = self.from_source()
             if not self._can_be_exported(self._loaded.detector):
                 return self._loaded
@@ -321,15 +315,18 @@ class Loading:
 
     def from_export(self, folder: Path) -> Parts:
         from opguard.exports.matching import ExportUnfit
+        from opguard.exports.proving import notes_of, prove
 
-        owner, notes = self._owner, json.loads((folder / NOTES).read_text())
+        owner, notes = self._owner, notes_of(folder)
         owner._processor = self._processor_from(folder if notes["processor"] else None)
         try:
             with local_guard(), owner._reading_from(folder):
                 detector = self._load(owner._load_detector)
         except LOADER_ERRORS as error:  # the files are whole, so it is how they are read
             raise ExportUnfit(f"{type(error).__name__}: {error}") from None
-        self._prove(detector, folder, notes["weights"])
+        wrong = prove(folder, notes["weights"], _modules(detector) or ())
+        if wrong:
+            raise ExportUnfit(wrong)
         return Parts(owner._processor, detector)
 
     def _processor_from(self, folder: Path | None) -> Any:
@@ -341,55 +338,27 @@ class Loading:
                 logger.info("exports: the processor is read from the source (%s)", error)
         return self._owner._load_processor()
 
-    def _prove(self, detector: Any, folder: Path, saved: Mapping[str, str] | None) -> None:
-        """Refuses a model that is not the one that was saved.
-
-        A loader of the user's own may do to the export what it did to the source, such as fusing
-        an adapter, a second time.
-        """
-        from opguard.exports.matching import ExportUnfit
-
-        known = (str(folder), folder.stat().st_ino)
-        if saved is None or known in _proven:
-            return
-        found = _digests(detector)
-        wrong = sorted(name for name in found.keys() | saved if found.get(name) != saved.get(name))
-        if wrong:
-            raise ExportUnfit(f"{len(wrong)} of its weights differ, such as {wrong[0]}")
-        _proven.add(known)
-
     def save(self, parts: Parts, folder: Path) -> bool:
+        from opguard.exports.proving import note
+
         owner, detector = self._owner, parts.detector
         if not self._can_be_exported(detector):
             return False
         detector.save_pretrained(str(folder))
         own = type(owner)._load_detector.__module__ != "opguard._lifecycle"
         own |= str(type(detector).__module__).partition(".")[0] not in LIBRARIES
-        notes = {
-            "processor": _save_processor(parts.processor, folder),
-            "weights": _digests(detector) if own and owner.quant_config is None else None,
-        }
-        (folder / NOTES).write_text(json.dumps(notes, indent=2) + "\n")
+        compared = own and owner.quant_config is None
+        note(
+            folder,
+            _modules(detector) or () if compared else None,
+            processor=_save_processor(parts.processor, folder),
+        )
         return True
 
 
 def _all(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _digests(detector: Any) -> dict[str, str]:
-    """SHA-256 of each weight by its name."""
-    found = {}
-    modules = _modules(detector) or ()
-    for index, module in enumerate(modules):
-        part = f"{index}." if len(modules) > 1 else ""
-        for name, value in module.state_dict().items():
-            if isinstance(value, torch.Tensor):
-                data = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-                digest = hashlib.sha256(data.numpy().data if data.numel() else b"")
-                found[part + name] = f"{digest.hexdigest()} {value.dtype}"
-    return found
 
 
 def _save_processor(processor: Any, folder: Path) -> bool:

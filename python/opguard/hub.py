@@ -15,6 +15,7 @@ from pathlib import Path
 __all__ = [
     "LocalFileMissing",
     "cache_in_use",
+    "expanded",
     "hub_cache_dir",
     "is_commit",
     "local_commit",
@@ -38,15 +39,20 @@ class LocalFileMissing(FileNotFoundError):
     """
 
 
+def expanded(path: str) -> Path:
+    """Returns the path with ``~`` as the user's folder; as it is where there is no such user."""
+    return Path(os.path.expanduser(path))  # pathlib's own raises there
+
+
 def hub_cache_dir() -> Path:
     """Returns the folder of the Hugging Face hub cache, whether or not it exists."""
     direct = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if direct:
-        return Path(direct).expanduser()
+        return expanded(direct)
     home = os.environ.get("HF_HOME")
     if home:
-        return Path(home).expanduser() / "hub"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface/hub"
+        return expanded(home) / "hub"
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface/hub"
 
 
 def cache_in_use() -> str:
@@ -76,12 +82,12 @@ def local_commit(model_id: str, revision: str | None) -> str | None:
 
 def local_folder(model_id: str, revision: str | None) -> Path | None:
     """Returns the folder with the files of `model_id` on this machine, None where there is none."""
-    direct = Path(model_id).expanduser()
-    if direct.is_dir():
+    direct = expanded(model_id)
+    if os.path.isdir(direct):
         return direct
     repo = Path(cache_in_use()) / ("models--" + model_id.replace("/", "--"))
     folder = repo / "snapshots" / (local_commit(model_id, revision) or revision or "main")
-    return folder if folder.is_dir() else None
+    return folder if os.path.isdir(folder) else None
 
 
 def upstream_commit(model_id: str, revision: str | None) -> str | None:

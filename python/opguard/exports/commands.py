@@ -6,9 +6,11 @@ Exit status: 0 done, 1 a bad export was found (verify) or one could not be remov
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import fnmatch
 import json
+import os
 import re
 import sys
 import time
@@ -50,7 +52,12 @@ def _folders() -> list[Path]:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # a writer at work may have removed it
+                total += os.lstat(os.path.join(where, name)).st_size
+    return total
 
 
 def _source(made_from: Any) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def describe_model(
     name = os.fspath(model_id)
     described: dict[str, Any] = {"model": name, "revision": revision, "commit": None}
     at = revision
-    if not Path(name).expanduser().is_dir():
+    if not os.path.isdir(hub.expanded(name)):
         commit = None
         if network and not hub.is_commit(revision):
             commit = hub.upstream_commit(name, revision)

@@ -121,9 +121,14 @@ class _Loading(Generic[T]):
         settings = self._settings
         if settings.force_refresh:
             return self._refresh(_Tried("it was asked for by force_export_refresh", kind="forced"))
-        wanted, _ = self._wanted(
-            settings.network and not (settings.only_load_export or settings.local_on_refresh)
-        )
+        try:
+            wanted, _ = self._wanted(
+                settings.network and not (settings.only_load_export or settings.local_on_refresh)
+            )
+        except OSError as error:
+            if settings.only_load_export:
+                raise
+            return self._without(error)
         self._put_back()
         seen = store.stamp(self._folder)
         tried = self._try(wanted)
@@ -145,7 +150,7 @@ class _Loading(Generic[T]):
         """Returns the description as metadata.json would give it back, and the digests it used."""
         # Without it the source's files are read again.
         with contextlib.suppress(OSError, store.BrokenExport):
-            hashing.remember(store.read(self._folder).get("known", {}))
+            hashing.remember(store.read(self._folder)["known"])
         with hashing.collected() as known:
             described = dict(self._describe(network))
         plain: dict[str, Any] = json.loads(json.dumps(described, sort_keys=True))
@@ -235,17 +240,25 @@ class _Loading(Generic[T]):
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(store.lock(self._folder))
-            except (OSError, NotImplementedError) as error:
+            except (OSError, ValueError, NotImplementedError) as error:
                 logger.warning("exports: no export in %s: %s", self._folder, error)
                 return self._load(tried)
             if wanted is not None and store.stamp(self._folder) != seen:
                 again = self._try(wanted)  # somebody made it while this one waited
                 if again.models:
                     return again.models[0]
-            before, _ = self._wanted(False)
+            try:
+                before, _ = self._wanted(False)
+            except OSError as error:
+                return self._without(error)
             model = self._load(tried)
             self._export(model, before)
             return model
+
+    def _without(self, error: OSError) -> T:
+        """Loads a source that has a file that cannot be read; the load may not need it."""
+        logger.warning("exports: no export in %s, its source: %s", self._folder, error)
+        return self._from_source()
 
     def _load(self, tried: _Tried[T]) -> T:
         level = logging.INFO if tried.kind in ("missing", "forced") else logging.WARNING

@@ -71,7 +71,8 @@ def exports_root() -> Path | None:
     named = os.environ.get("OPGUARD_EXPORTS")
     if named == "0":
         return None
-    return Path(named).expanduser() if named else hub.hub_cache_dir().parent / "exports"
+    root = hub.expanded(named) if named else hub.hub_cache_dir().parent / "exports"
+    return root.absolute()  # of one load, though the program changes its working directory
 
 
 def export_folder(
@@ -107,7 +108,7 @@ def stamp(folder: Path) -> tuple[int, bytes] | None:
     """Returns what differs after the export was exchanged; None where there is none."""
     try:
         return folder.stat().st_ino, (folder / METADATA).read_bytes()
-    except OSError:
+    except (OSError, ValueError):  # also a name that no folder can have
         return None
 
 
@@ -118,17 +119,26 @@ def read(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is no export.
         BrokenExport: there is no metadata in it, or none that says what it must.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"there is no export in {folder}")
     try:
         found = json.loads((folder / METADATA).read_text(encoding="utf-8"))
-        made_from, files = found["made_from"], found["files"]
+        made_from, files, known = found["made_from"], found["files"], found["known"]
         whole = found["format"] == FORMAT and found["key"] == key_of(made_from)
+        whole = whole and isinstance(made_from, dict)
         whole = whole and all(
             isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str | list)
             for entry in files.values()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        whole = whole and all(isinstance(digest, str | list) for digest in known.values())
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise BrokenExport(f"{METADATA} is not valid ({type(error).__name__}: {error})") from None
     if not whole:
         raise BrokenExport(
@@ -263,7 +273,10 @@ def discard(folder: Path) -> None:
     """
     if not folder.name.startswith("."):
         folder = folder.rename(_aside(folder, "tmp"))
-    shutil.rmtree(folder)
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+    else:  # a link to a folder elsewhere: what it names is not ours
+        folder.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from opguard.guards.calling import _modules
 from opguard.guards.locality import is_offline, local_guard
 from opguard.guards.quantizing import values_of
 
@@ -18,6 +19,7 @@ __all__ = ["Settings", "load", "parameters_of"]
 _SOURCE_NAMES = ("pretrained_model_name_or_path", "model_id")
 # An export is one folder, quantized already.
 _OF_THE_SOURCE = ("revision", "variant", "subfolder", "quantization_config")
+_LIBRARIES = ("transformers", "diffusers")
 _QUANTIZATION = ("quantization_config", "quant_config")
 _PARAMETERS = (
     "model_id",
@@ -93,6 +95,8 @@ class _Call(NamedTuple):
 
     def from_export(self, folder: Path) -> Any:
         named = {name: self.kwargs[name] for name in self.kwargs if name not in _OF_THE_SOURCE}
+        from opguard.exports import matching, proving
+
         args = self.args
         model = next((name for name in _SOURCE_NAMES if name in named), None)
         if model is not None:
@@ -100,14 +104,27 @@ class _Call(NamedTuple):
         else:
             args = (str(folder), *args[1:])
         with local_guard():
-            return self.loader(*args, **named)
+            loaded = self.loader(*args, **named)
+        wrong = proving.prove(folder, proving.notes_of(folder)["weights"], _modules(loaded) or ())
+        if wrong:
+            raise matching.ExportUnfit(wrong)
+        return loaded
 
+    def save(self, model: Any, folder: Path) -> bool:
+        from opguard.exports import proving
 
-def _save(model: Any, folder: Path) -> bool:
-    if not hasattr(model, "save_pretrained"):
-        raise TypeError(f"{type(model).__name__} has no save_pretrained")
-    model.save_pretrained(str(folder))
-    return True
+        if not hasattr(model, "save_pretrained"):
+            raise TypeError(f"{type(model).__name__} has no save_pretrained")
+        model.save_pretrained(str(folder))
+        quantized = any(self.kwargs.get(name) for name in _QUANTIZATION)
+        compared = not (quantized or self._is_of_library())
+        proving.note(folder, _modules(model) or () if compared else None)
+        return True
+
+    def _is_of_library(self) -> bool:
+        """Whether the loader is a library's, which loads what its save_pretrained saved."""
+        kind = getattr(self.loader, "__self__", None)
+        return str(getattr(kind, "__module__", "")).partition(".")[0] in _LIBRARIES
 
 
 def load(
@@ -133,7 +150,7 @@ def load(
         describe=call.describe,
         from_source=call.from_source,
         from_export=call.from_export,
-        save=_save,
+        save=call.save,
         settings=matching.Settings(
             only_load_export=settings.only_load_export,
             force_refresh=settings.force_refresh,
