@@ -271,5 +271,7 @@ def test_an_unchanged_folder_costs_the_next_process_no_reading(source, tmp_path,
         hashing, "_hash_chunk", lambda path, i: [reads.append(path), real(path, i)][1]
     )
     load()
-    assert [path.name for path in reads] == ["w.safetensors"]
+    # Of the export alone, not of the source.
+    assert {path.parent.name for path in reads} == {"models--x"}
+    assert {path.name for path in reads} == {"opguard.json", "w.safetensors"}
     assert reads[0].is_relative_to(tmp_path / "exports")
