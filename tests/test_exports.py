@@ -519,6 +519,37 @@ def test_a_source_that_changes_while_it_is_loaded_is_not_exported(folder, caplog
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("network", "upstream", "exported"),
+    [(False, None, False), (True, "b", True), (True, "c", False)],
+    ids=["off the network", "to what the hub had said", "to something else"],
+)
+def test_a_reference_that_moves_while_its_model_loads(folder, caplog, network, upstream, exported):
+    """Who moved it, this load or another process, decides which weights these are."""
+    here = {"commit": "a" * 40}
+
+    def describe(ask):
+        commit = upstream * 40 if ask else here["commit"]
+        return {"model": "org/m", "revision": "main", "commit": commit, "files": None}
+
+    def from_source():
+        here["commit"] = "b" * 40
+        return tiny_exports.model(1, 10)
+
+    matching.load_or_refresh(
+        folder=folder,
+        describe=lambda ask: {"source": describe(ask)},
+        from_source=from_source,
+        from_export=tiny_exports.load,
+        save=tiny_exports.save,
+        settings=matching.Settings(network=network),
+    )
+    assert folder.exists() is exported
+    assert ("moved from commit" in caplog.text and "while it was loaded" in caplog.text) is (
+        not exported
+    )
+
+
 def test_what_cannot_be_saved_is_loaded_each_time(folder, caplog):
     with caplog.at_level("INFO", logger="opguard"):
         got = matching.load_or_refresh(

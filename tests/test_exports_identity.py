@@ -275,3 +275,164 @@ def test_an_unchanged_folder_costs_the_next_process_no_reading(source, tmp_path,
     assert {path.parent.name for path in reads} == {"models--x"}
     assert {path.name for path in reads} == {"opguard.json", "w.safetensors"}
     assert reads[0].is_relative_to(tmp_path / "exports")
+
+
+# --- values that look alike -----------------------------------------------------------------------
+
+
+class Slotted:
+    __slots__ = ("x",)
+
+    def __init__(self, x):
+        self.x = x
+
+
+def pair(name):
+    import array
+
+    np = pytest.importorskip("numpy")
+    large = np.zeros(5000)
+    other = large.copy()
+    other[2500] = 1
+    return {
+        "large array": (large, other),
+        "digits that are not printed": (np.array([0.1]), np.array([0.1 + 1e-12])),
+        "array of objects": (np.array([{"a": 1}]), np.array([{"a": 2}])),
+        "dtype": (np.zeros(2, "f4"), np.zeros(2, "i4")),
+        "shape": (np.zeros((1, 2)), np.zeros((2, 1))),
+        "memory": (memoryview(b"a"), memoryview(b"b")),
+        "array": (array.array("b", [1]), array.array("B", [1])),
+        "slots": (Slotted(1), Slotted(2)),
+        "keys": ({1: 0}, {"1": 0}),
+        "keys of a mapping": ({Slotted(1): 0}, {Slotted(2): 0}),
+    }[name]
+
+
+ALIKE = (
+    "large array",
+    "digits that are not printed",
+    "array of objects",
+    "dtype",
+    "shape",
+    "memory",
+    "array",
+    "slots",
+    "keys",
+    "keys of a mapping",
+)
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_values_that_look_alike_are_told_apart(name):
+    first, second = pair(name)
+    assert not same(identity.describe_value(first), identity.describe_value(second))
+    assert same(identity.describe_value(first), identity.describe_value(pair(name)[0]))
+
+
+def test_no_address_is_in_a_description():
+    text = json.dumps(
+        identity.describe_value([{Slotted(1): len}, {test_no_address_is_in_a_description}])
+    )
+    assert "0x" not in text
+
+
+def test_defaults_of_a_type_count():
+    def kind(value):
+        class Model:
+            def __init__(self, scale=value):
+                self.scale = scale
+
+        return Model
+
+    assert same(identity.describe_type(kind(1)), identity.describe_type(kind(1)))
+    assert not same(identity.describe_type(kind(1)), identity.describe_type(kind(2)))
+
+
+# --- secrets --------------------------------------------------------------------------------------
+
+SECRET = "hf_" + "abcdefgh" * 4
+
+
+def test_secrets_are_not_written_and_change_nothing():
+    def of(secret):
+        value = {
+            "token": secret,
+            "headers": {"Authorization": secret},
+            "url": f"https://u:{SECRET}@host",
+            "nested": [{"api_key": secret.encode()}],
+            "pad_token": "<pad>",
+        }
+        return [
+            identity.describe_value(value),
+            identity.describe_named("HF_TOKEN", secret),
+            describe(functools.partial(print, password=secret)),
+            describe(holding({"token": secret})),
+        ]
+
+    text = json.dumps(of("one of mine"))
+    assert "one of mine" not in text
+    assert SECRET not in text
+    assert "<pad>" in text
+    assert same(of("one of mine"), of("another"))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_a_linked_part_of_a_folder_counts(tmp_path):
+    """A pipeline whose unet is a link to another folder; a link in a circle ends."""
+    folder, part = tmp_path / "model", tmp_path / "part"
+    folder.mkdir()
+    part.mkdir()
+    (part / "w.safetensors").write_text("1")
+    (folder / "unet").symlink_to(part)
+    (part / "back").symlink_to(folder)
+    before = identity.describe_model(folder)["files"]
+    assert list(before) == ["unet/w.safetensors"]
+    (part / "w.safetensors").write_text("2")
+    assert identity.describe_model(folder)["files"] != before
+
+
+def test_other_files_count_for_a_loader_of_ones_own(tmp_path):
+    for name in ("a.npz", "b.gguf", "c.safetensors", "d.pt", "README.md", ".hidden"):
+        (tmp_path / name).write_text("1")
+    assert list(identity.describe_model(tmp_path)["files"]) == ["c.safetensors"]
+    every = identity.describe_model(tmp_path, every_file=True)["files"]
+    assert list(every) == ["a.npz", "b.gguf", "c.safetensors", "d.pt"]
+
+
+def test_a_text_that_is_a_path_or_a_hub_id_is_what_it_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(identity.hub, "cache_in_use", lambda: str(tmp_path / "hub"))
+    file, folder = tmp_path / "lora.safetensors", tmp_path / "adapter"
+    (folder / "deep").mkdir(parents=True)
+    refs = tmp_path / "hub" / "models--org--lora" / "refs"
+    refs.mkdir(parents=True)
+
+    def now(content):
+        file.write_text(content)
+        (folder / "adapter.safetensors").write_text(content)
+        (folder / "deep" / "x.json").write_text(content)
+        (refs / "main").write_text(content * 40)
+        values = (str(file), file, str(folder), "org/lora", "org/absent", [str(file)])
+        return [identity.describe_named("LORA", value) for value in values]
+
+    first, second = now("a"), now("b")
+    for index in (0, 1, 2, 3, 5):
+        assert first[index] != second[index]
+    assert first[4] == second[4] == "org/absent"
+    assert list(first[2]["files"]) == ["adapter.safetensors"]
+    assert first[3]["commit"] == "a" * 40
+
+
+def test_the_cache_that_a_load_uses_is_the_one_described(tmp_path, monkeypatch):
+    monkeypatch.setattr(identity.hub, "cache_in_use", lambda: str(tmp_path / "default"))
+    for cache, commit in (("default", "a" * 40), ("other", "b" * 40)):
+        repo = tmp_path / cache / "models--org--m"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text(commit)
+        (repo / "snapshots" / commit).mkdir(parents=True)
+        (repo / "snapshots" / commit / "config.json").write_text(cache)
+    first = identity.describe_model("org/m")
+    second = identity.describe_model("org/m", cache_dir=tmp_path / "other")
+    assert (first["commit"], second["commit"]) == ("a" * 40, "b" * 40)
+    assert first["files"] != second["files"]

@@ -313,6 +313,7 @@ LAYERS = (
         "_ipython",
         "_numbers",
         "_routing",
+        "_secrets",
         "_types",
         "hub",
         "_bundle_tensors",

@@ -241,7 +241,7 @@ def test_an_access_token_in_the_message_is_masked(folder):
         {1: "int key", "1": "str key", (1, 2): None},
         {"$tensor": "no tensor"},
         {1, 2},
-        frozenset("ab"),
+        frozenset("a"),
         range(2, 9, 3),
         slice(1, None, -1),
         torch.Size([2, 3]),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import enum
-import re
 import struct
 import sys
 from collections import OrderedDict, UserDict, namedtuple
@@ -20,23 +19,12 @@ from typing import Any
 import torch
 
 from opguard._bundle_tensors import TensorReader, TensorWriter, Unsavable
+from opguard._secrets import SECRET_NAME, SECRET_TEXT, masked
 
 __all__ = ["Missing", "ValueReader", "ValueWriter", "masked"]
 
 DEEPEST = 100
 MOST_VALUES = 1_000_000
-SECRET_NAME = re.compile(
-    r"token|.*(?:hf|api|access|auth|bearer|refresh|secret|session)_?token"
-    r"|.*(?:password|passwd|secret|api_?key|access_?key|private_?key|authorization|credentials?)",
-    re.IGNORECASE,
-)
-SECRET_TEXT = re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|AKIA)[A-Za-z0-9_-]{16,}")
-HIDDEN = "***"
-
-
-def masked(text: str) -> str:
-    """Returns ``text`` without what looks like an access token."""
-    return SECRET_TEXT.sub(HIDDEN, text)
 
 
 def type_name(kind: type) -> str:

@@ -13,10 +13,11 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -91,12 +92,12 @@ def _describe_class(cls: type[Contract], network: bool, outer: tuple[type, ...])
         "name": cls.NAME,
         "class": f"{cls.__module__}.{cls.__qualname__}",
         "attributes": {
-            name: _describe_attribute(getattr(cls, name), network, (*outer, cls))
+            name: _describe_attribute(name, getattr(cls, name), network, (*outer, cls))
             for name in sorted(dir(cls))
             if name.isupper() and name not in ("NAME", "MODEL_ID", "REVISION")
         },
         "loaders": {name: describe_function(each) for name, each in _loaders(cls)},
-        "globals": _describe_globals([each for _, each in _loaders(cls)]),
+        "globals": _describe_globals([*(each for _, each in _loaders(cls)), *_made_by(cls)]),
         "from_pretrained": describe_function(loader) if loader else None,
     }
     if outer:
@@ -106,18 +107,28 @@ def _describe_class(cls: type[Contract], network: bool, outer: tuple[type, ...])
     return described
 
 
-def _describe_attribute(value: Any, network: bool, outer: tuple[type, ...]) -> Any:
-    from opguard.exports.identity import describe_value
+def _describe_attribute(name: str, value: Any, network: bool, outer: tuple[type, ...]) -> Any:
+    from opguard.exports.identity import describe_named
 
     if isinstance(value, type) and issubclass(value, Contract) and hasattr(value, "MODEL_ID"):
         if value in outer:
             return {"class": f"{value.__module__}.{value.__qualname__}"}
         return _describe_class(value, network, outer)
     if isinstance(value, Mapping):
-        return {str(key): _describe_attribute(value[key], network, outer) for key in value}
+        return {
+            str(key): _describe_attribute(str(key), value[key], network, outer) for key in value
+        }
     if isinstance(value, list | tuple):
-        return [_describe_attribute(each, network, outer) for each in value]
-    return describe_value(value)
+        return [_describe_attribute("", each, network, outer) for each in value]
+    return describe_named(name, value)
+
+
+def _is_own(cls: type[Contract]) -> bool:
+    """Whether code that is no library's reads the source's files."""
+    root = str(getattr(cls.DETECTOR_TYPE, "__module__", "")).partition(".")[0]
+    return root not in LIBRARIES or any(
+        not each.__module__.startswith("opguard.") for _, each in _loaders(cls)
+    )
 
 
 def _describe_source(
@@ -125,10 +136,12 @@ def _describe_source(
 ) -> dict[str, Any]:
     from opguard.exports.identity import describe_model
 
+    own = _is_own(cls)
     if hasattr(cls.DETECTOR_TYPE, "from_pretrained"):
-        return describe_model(model_id, revision, network=network)
+        cache = cls.FROM_PRETRAINED_ADDITIONAL_KWARGS.get("cache_dir")
+        return describe_model(model_id, revision, network=network, every_file=own, cache_dir=cache)
     if os.path.isdir(model_id):
-        return describe_model(model_id, revision)
+        return describe_model(model_id, revision, every_file=own)
     return {"model": model_id}  # a name that only the class's own loader understands
 
 
@@ -164,19 +177,45 @@ def _loaders(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
                 pending += sorted(set(_names(_code_of(found))) - seen - set(pending))
 
 
-def _is_plain(value: Any) -> bool:
+def _made_by(cls: type[Contract]) -> Iterator[Callable[..., Any]]:
+    """Yields the function that makes the detector, where no library's version stands for it."""
+    made_by = getattr(cls.DETECTOR_TYPE, "from_pretrained", cls.DETECTOR_TYPE)
+    made_by = getattr(made_by, "__func__", made_by)
+    inner = inspect.unwrap(made_by)
+    if isinstance(inner, FunctionType) and _root(inner) not in VERSIONED:
+        yield inner
+
+
+def _root(function: Callable[..., Any]) -> str:
+    return str(function.__module__).partition(".")[0]
+
+
+def _version_of(root: str) -> str | None:
+    """The version of an installed package; None for a program's own modules, which have none."""
+    file = getattr(sys.modules.get(root), "__file__", None) or ""
+    if not {"site-packages", "dist-packages"} & set(Path(file).parts):
+        return None
+    try:
+        return metadata.version(root)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _is_plain(value: Any, holders: tuple[type, ...] = (tuple, frozenset)) -> bool:
     """Whether a value is what it is for good: objects change while a model loads."""
-    if isinstance(value, tuple | frozenset):
-        return all(map(_is_plain, value))
+    if isinstance(value, holders):
+        inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+        return all(_is_plain(each, holders) for each in cast(Iterable[Any], inner))
     return isinstance(value, PLAIN)
 
 
 def describe_instance(owner: Lifecycle) -> dict[str, Any]:
     """Returns the plain values of this instance, beside the base's own, that its loaders name.
 
-    Of those it had before its first load: what a load sets is no cause of it.
+    Of those it had before its first load: what a load sets is no cause of it. Lists and mappings
+    of plain values count: a constructor is often given its adapters so.
     """
-    from opguard.exports.identity import describe_value
+    from opguard.exports.identity import describe_named
 
     held = vars(owner)
     if owner._told is None:
@@ -184,9 +223,10 @@ def describe_instance(owner: Lifecycle) -> dict[str, Any]:
         owner._told = frozenset(held.keys() - ours)
     named = {name for _, each in _loaders(type(owner)) for name in _names(_code_of(each))}
     return {
-        name: describe_value(held[name])
+        name: describe_named(name, held[name])
         for name in sorted(named & owner._told & held.keys())
-        if _is_plain(held[name])
+        if _is_plain(held[name], (tuple, frozenset, list, set, Mapping))
+        and held[name] not in ([], {}, set())  # which are for the load to fill
     }
 
 
@@ -195,8 +235,12 @@ def _declared(base: type) -> set[str]:
 
 
 def _describe_globals(functions: list[Callable[..., Any]]) -> dict[str, Any]:
-    """Returns the functions and plain values of their modules that loaders name, at any depth."""
-    from opguard.exports.identity import describe_function, describe_value
+    """Returns the functions and plain values of their modules that loaders name, at any depth.
+
+    Of an installed package the function that is named and the version, not what is behind it: that
+    is no cause of the weights that the version would not tell, and some of it changes as it runs.
+    """
+    from opguard.exports.identity import describe_function, describe_named
 
     found: dict[str, Any] = {}
     pending = list(functions)
@@ -208,12 +252,17 @@ def _describe_globals(functions: list[Callable[..., Any]]) -> dict[str, Any]:
             if key in found or name.startswith("__"):
                 continue
             if isinstance(value, FunctionType):
-                root = str(value.__module__).partition(".")[0]
-                if root not in VERSIONED:
-                    found[key] = describe_function(value)
+                root = _root(value)
+                if root in VERSIONED:
+                    continue
+                found[key] = describe_function(value)
+                version = _version_of(root)
+                if version is None:
                     pending.append(value)
+                else:
+                    found[root] = version
             elif _is_plain(value):
-                found[key] = describe_value(value)
+                found[key] = describe_named(name, value)
     return found
 
 

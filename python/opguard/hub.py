@@ -69,24 +69,28 @@ def is_commit(revision: str | None) -> bool:
     return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
-def local_commit(model_id: str, revision: str | None) -> str | None:
+def _repo(model_id: str, cache_dir: str | None) -> Path:
+    return Path(cache_dir or cache_in_use()) / ("models--" + model_id.replace("/", "--"))
+
+
+def local_commit(model_id: str, revision: str | None, cache_dir: str | None = None) -> str | None:
     """Returns the commit that `revision` (None: main) names in the cache, None where it is not."""
     if revision is not None and is_commit(revision):
         return revision
-    repo = Path(cache_in_use()) / ("models--" + model_id.replace("/", "--"))
+    repo = _repo(model_id, cache_dir)
     try:
         return (repo / "refs" / (revision or "main")).read_text().strip() or None
     except (OSError, ValueError):
         return None
 
 
-def local_folder(model_id: str, revision: str | None) -> Path | None:
+def local_folder(model_id: str, revision: str | None, cache_dir: str | None = None) -> Path | None:
     """Returns the folder with the files of `model_id` on this machine, None where there is none."""
     direct = expanded(model_id)
     if os.path.isdir(direct):
         return direct
-    repo = Path(cache_in_use()) / ("models--" + model_id.replace("/", "--"))
-    folder = repo / "snapshots" / (local_commit(model_id, revision) or revision or "main")
+    commit = local_commit(model_id, revision, cache_dir) or revision or "main"
+    folder = _repo(model_id, cache_dir) / "snapshots" / commit
     return folder if os.path.isdir(folder) else None
 
 

@@ -13,19 +13,22 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 from opguard import hub
+from opguard._secrets import HIDDEN, SECRET_NAME, masked
 from opguard.exports.hashing import hash_files
 
 __all__ = [
     "describe_function",
     "describe_model",
+    "describe_named",
     "describe_type",
     "describe_value",
     "describe_versions",
@@ -33,11 +36,14 @@ __all__ = [
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _SOURCES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".py"}) | _PICKLES
+_PROSE = frozenset({".md"})
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LIBRARIES = ("transformers", "diffusers")
 _QUANTIZERS = ("bitsandbytes", "torchao")
 # Classes whose code a version stands for; what exec makes may call itself a builtin.
 _VERSIONED = frozenset({"torch", *_LIBRARIES, *sys.stdlib_module_names}) - {"builtins"}
 _DEEP = 12
+_READ_AS = ("dtype", "shape", "typecode", "mode", "size")
 
 
 def describe_versions(quantized: bool = False) -> dict[str, str]:
@@ -58,21 +64,38 @@ def describe_versions(quantized: bool = False) -> dict[str, str]:
     return found
 
 
-def _source_files(folder: Path) -> list[Path]:
-    """Returns the files a load may read: no pickles in a folder that has safetensors."""
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix in _SOURCES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yields the files under a folder, through linked folders too, without hidden ones."""
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        here = os.stat(where)
+        if (here.st_dev, here.st_ino) in seen:  # a link to a folder that it is in
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(where, name)
+            if not name.startswith(".") and path.is_file():
+                yield path
+
+
+def _source_files(folder: Path, every_file: bool) -> list[Path]:
+    """Returns the files a library may read: no pickles in a folder that has safetensors."""
+    if every_file:
+        return [path for path in _walk(folder) if path.suffix not in _PROSE]
+    files = [path for path in _walk(folder) if path.suffix in _SOURCES]
     safe = {path.parent for path in files if path.suffix == ".safetensors"}
     return [path for path in files if path.suffix not in _PICKLES or path.parent not in safe]
 
 
 def describe_model(
-    model_id: str | os.PathLike[str], revision: str | None = None, *, network: bool = False
+    model_id: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    network: bool = False,
+    every_file: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Returns which weights a hub id or a folder stands for.
 
@@ -80,21 +103,60 @@ def describe_model(
     the hub where `network` allows it and the revision is not a commit itself, otherwise the one in
     the local cache, None for a folder or where nothing is known; ``files``: SHA-256 of each file on
     this machine by its name, None where the model is not here.
+
+    every_file: of a folder also the files that transformers and diffusers do not read, for a loader
+    that is none of theirs. cache_dir: the hub cache that the load uses, where it is another.
     """
     name = os.fspath(model_id)
+    cache = None if cache_dir is None else os.fspath(cache_dir)
     described: dict[str, Any] = {"model": name, "revision": revision, "commit": None}
     at = revision
-    if not os.path.isdir(hub.expanded(name)):
+    is_folder = os.path.isdir(hub.expanded(name))
+    if not is_folder:
         commit = None
         if network and not hub.is_commit(revision):
             commit = hub.upstream_commit(name, revision)
-        described["commit"] = at = commit or hub.local_commit(name, revision)
-    folder = hub.local_folder(name, at)
+        described["commit"] = at = commit or hub.local_commit(name, revision, cache)
+    folder = hub.local_folder(name, at, cache)
     if folder is None:
         return described | {"files": None}
-    digests = hash_files(_source_files(folder))
+    digests = hash_files(_source_files(folder, every_file and is_folder))
     files = {path.relative_to(folder).as_posix(): found for path, found in digests.items()}
     return described | {"files": files}
+
+
+def describe_named(name: str, value: Any) -> Any:
+    """Returns `describe_value`, of a text that is a path or a hub id with what it stands for now.
+
+    Such as an adapter that a loader fuses. A name that says a secret has no value: who asks for a
+    model changes nothing of it.
+    """
+    if _hidden(name, value):
+        return HIDDEN
+    if isinstance(value, str | os.PathLike):
+        text = os.fspath(value)
+        if isinstance(text, str) and (not isinstance(value, str) or "/" in text or os.sep in text):
+            return _describe_named_files(text)
+    if isinstance(value, Mapping):
+        return {_key(key, 0): describe_named(str(key), value[key]) for key in value}
+    if isinstance(value, list | tuple):
+        return [describe_named("", each) for each in value]
+    return describe_value(value)
+
+
+def _describe_named_files(text: str) -> Any:
+    """Only files directly in a folder: it may be one of anything, such as a cache."""
+    described: dict[str, Any] = {"model": text, "revision": None, "commit": None}
+    path = hub.expanded(text)
+    if os.path.isfile(path):
+        files = [path]
+    elif os.path.isdir(path):
+        files = [each for each in sorted(path.iterdir()) if each.suffix in _SOURCES]
+        files = [each for each in files if each.is_file()]
+    else:
+        commit = hub.local_commit(text, None) if _HUB_ID.fullmatch(text) else None
+        return masked(text) if commit is None else described | {"commit": commit, "files": None}
+    return described | {"files": {each.name: found for each, found in hash_files(files).items()}}
 
 
 def _sha(text: str | bytes) -> str:
@@ -178,6 +240,11 @@ def describe_function(function: Callable[..., Any], depth: int = 0) -> dict[str,
     return described
 
 
+def _defaults(function: Any) -> Any:
+    inner = inspect.unwrap(getattr(function, "__func__", function))
+    return describe_value([inner.__defaults__, inner.__kwdefaults__], _DEEP - 3)
+
+
 def describe_type(kind: type) -> dict[str, Any]:
     """Returns a class's name and, where no library's version stands for it, its code."""
     described: dict[str, Any] = {"class": _name_of(kind)}
@@ -188,7 +255,7 @@ def describe_type(kind: type) -> dict[str, Any]:
         for name, value in vars(base).items():
             code = getattr(inspect.unwrap(getattr(value, "__func__", value)), "__code__", None)
             if isinstance(code, CodeType):
-                functions[f"{base.__qualname__}.{name}"] = _code(code)
+                functions[f"{base.__qualname__}.{name}"] = [_code(code), _defaults(value)]
     if functions:
         described["code"] = _sha(json.dumps(functions, sort_keys=True))
     return described
@@ -202,14 +269,30 @@ def _describe_tensor(value: Any) -> dict[str, Any]:
     return {"tensor": _sha(bytes(data)), "shape": list(whole.shape), "dtype": str(whole.dtype)}
 
 
+def _canonical(described: Any) -> str:
+    return json.dumps(described, sort_keys=True)
+
+
+def _key(name: Any, depth: int) -> str:
+    if isinstance(name, str):
+        return name
+    return f"{type(name).__name__} {_canonical(describe_value(name, depth + 1))}"
+
+
+def _hidden(name: Any, value: Any) -> str | None:
+    """What is written for a secret; None for any other value."""
+    secret = isinstance(name, str) and SECRET_NAME.fullmatch(name)
+    return HIDDEN if secret and isinstance(value, str | bytes) else None
+
+
 def _items(value: Any, depth: int) -> Any:
     if isinstance(value, Mapping):
         return {
-            name if isinstance(name, str) else repr(name): describe_value(item, depth + 1)
+            _key(name, depth): _hidden(name, item) or describe_value(item, depth + 1)
             for name, item in value.items()
         }
     if isinstance(value, set | frozenset):
-        return sorted((describe_value(item, depth + 1) for item in value), key=repr)
+        return sorted((describe_value(item, depth + 1) for item in value), key=_canonical)
     return [describe_value(item, depth + 1) for item in value]
 
 
@@ -220,7 +303,9 @@ def _plain(value: Any) -> Any:
     described: Any = _plain
     if isinstance(value, enum.Enum):
         described = f"{_name_of(type(value))}.{value.name}"
-    elif value is None or isinstance(value, bool | int | str):
+    elif isinstance(value, str):
+        described = masked(value)
+    elif value is None or isinstance(value, bool | int):
         described = value
     elif isinstance(value, float):
         described = value if math.isfinite(value) else repr(value)
@@ -266,8 +351,25 @@ def _describe_object(value: Any, depth: int) -> dict[str, Any]:
         # Where it fails, what the object holds says as much.
         with contextlib.suppress(Exception):
             return described | {"holds": _items(value.to_dict(), depth)}
-    holds = getattr(value, "__dict__", None)
-    if isinstance(holds, dict):
+    if callable(getattr(type(value), "tobytes", None)):  # an array or a picture
+        with contextlib.suppress(Exception):
+            return described | _content(value, depth)
+    holds = dict(getattr(value, "__dict__", None) or {})
+    for base in type(value).__mro__:
+        names = vars(base).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            with contextlib.suppress(AttributeError):  # not set, or by another name
+                if name not in ("__dict__", "__weakref__"):
+                    holds.setdefault(name, getattr(value, name))
+    if holds or hasattr(value, "__dict__"):
         return described | {"holds": _items(holds, depth)}
     text = repr(value)
-    return described if " at 0x" in text else described | {"is": text}
+    return described if " at 0x" in text else described | {"is": masked(text)}
+
+
+def _content(value: Any, depth: int) -> dict[str, Any]:
+    """Returns what an object of bytes has in it, and how they are read."""
+    if getattr(getattr(value, "dtype", None), "hasobject", False):
+        return {"holds": _items(value.tolist(), depth)}
+    read_as = {name: str(getattr(value, name)) for name in _READ_AS if hasattr(value, name)}
+    return {"bytes": _sha(value.tobytes()), "read as": read_as}

@@ -252,7 +252,7 @@ class _Loading(Generic[T]):
             except OSError as error:
                 return self._without(error)
             model = self._load(tried)
-            self._export(model, before)
+            self._export(model, before, wanted)
             return model
 
     def _without(self, error: OSError) -> T:
@@ -273,12 +273,18 @@ class _Loading(Generic[T]):
                 )
             raise
 
-    def _export(self, model: T, before: Mapping[str, Any]) -> None:
+    def _export(
+        self, model: T, before: Mapping[str, Any], wanted: Mapping[str, Any] | None
+    ) -> None:
         """Saves the model; that is best effort, since the model is there."""
         try:
             # Described again: loading may have brought the source to this machine.
             made_from, known = self._wanted(False)
             changed = list(_changed_meanwhile(before, made_from))
+            if not self._settings.network or self._settings.local_on_refresh:
+                changed += _moved_meanwhile(before, made_from)
+            elif wanted is not None:  # the load may have moved it to what the hub has
+                changed += _moved_meanwhile(before, made_from, wanted)
             if changed:
                 raise OSError(f"{_listed(changed)} while it was loaded")
             if not store.write(
@@ -325,6 +331,8 @@ def differences(old: Any, new: Any, *, relaxed: bool, path: str = "") -> Iterato
                 yield inner, f"{inner} is gone, it was {_short(old[name])}"
             else:
                 yield from differences(old[name], new[name], relaxed=relaxed, path=inner)
+    elif relaxed and _is_source(old) and old["model"] == new:
+        return  # a file that an attribute names, and that is gone as the source is
     elif old != new or type(old) is not type(new):
         yield path, _was(path, old, new)
 
@@ -372,6 +380,23 @@ def _changed_meanwhile(before: Any, after: Any) -> Iterator[str]:
     elif isinstance(before, dict) and isinstance(after, dict):
         for name in before.keys() & after.keys():
             yield from _changed_meanwhile(before[name], after[name])
+
+
+def _moved_meanwhile(before: Any, after: Any, upstream: Any = None) -> Iterator[str]:
+    """Yields the sources that are at another commit than before they were loaded.
+
+    Somebody else has moved them, and which of the two was loaded nobody can tell, unless it is the
+    one that the hub had said.
+    """
+    if _is_source(before) and _is_source(after):
+        old, new = before["commit"], after["commit"]
+        said = upstream["commit"] if _is_source(upstream) else None
+        if old is not None and new not in (old, said):
+            yield f"{before['model']} moved from commit {old} to {new}"
+    elif isinstance(before, dict) and isinstance(after, dict):
+        inner = upstream if isinstance(upstream, dict) else {}
+        for name in before.keys() & after.keys():
+            yield from _moved_meanwhile(before[name], after[name], inner.get(name))
 
 
 def _listed(texts: list[str]) -> str:

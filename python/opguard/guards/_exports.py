@@ -84,6 +84,8 @@ class _Call(NamedTuple):
                 _source(self.args, kwargs),
                 None if revision is None else str(revision),
                 network=network,
+                every_file=not self._is_of_library(),
+                cache_dir=kwargs.get("cache_dir"),
             ),
             "arguments": identity.describe_value([self.args[1:], named]),
             "versions": identity.describe_versions(quantized),

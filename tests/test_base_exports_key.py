@@ -1,0 +1,169 @@
+"""What an OpGuardBase's export is made from: nothing that decides the weights is left out."""
+
+import json
+import logging
+import os
+
+import pytest
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file, save_file
+
+from opguard import OpGuardBase
+
+SCALE = 1.0
+SECRET = "hf_" + "abcdefgh" * 4
+
+
+class Weights(torch.nn.Module):
+    """A model of one tensor with a library's two methods, of no library."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(2))
+
+    @classmethod
+    def from_pretrained(cls, folder, **kwargs):
+        model = cls()
+        model.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
+        return model
+
+    def save_pretrained(self, folder):
+        save_file(self.state_dict(), os.path.join(folder, "model.safetensors"))
+
+
+class Scaled(Weights):
+    @classmethod
+    def from_pretrained(cls, folder, **kwargs):
+        model = super().from_pretrained(folder)
+        if os.path.exists(os.path.join(folder, "raw")):  # a source, no export of it
+            model.w.data *= SCALE
+        return model
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+    (folder / "raw").write_text("")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def exports(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="opguard")
+    monkeypatch.setenv("OPGUARD_EXPORTS", str(tmp_path / "exports"))
+    return tmp_path / "exports" / "models--weights-detector"
+
+
+def kind(source, detector=Weights, base=OpGuardBase, **attributes):
+    names = {"NAME": "weights", "MODEL_ID": str(source), "DETECTOR_TYPE": detector}
+    return type("Model", (base,), names | attributes)
+
+
+def loaded(cls, *args, **kwargs):
+    with cls(*args, device_override="cpu", **kwargs) as model:
+        return model.detector.w[0].item()
+
+
+def warned(caplog):
+    found = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    caplog.clear()
+    return found
+
+
+class Filled(OpGuardBase):
+    """Its weights are a file's that an attribute names, where there are none of an export."""
+
+    FILE = ""
+
+    def _load_detector(self, **kwargs):
+        model = super()._load_detector(**kwargs)
+        if os.path.exists(os.path.join(self.model_id, "raw")):
+            model.w.data.fill_(load_file(self.FILE)["x"].item())
+        return model
+
+
+def test_a_file_that_an_attribute_names_is_in_the_key(source, tmp_path, caplog):
+    file = tmp_path / "adapter.safetensors"
+    cls = kind(source, base=Filled, FILE=str(file))
+    save_file({"x": torch.tensor(3.0)}, file)
+    assert [loaded(cls), loaded(cls)] == [3.0, 3.0]
+    assert warned(caplog) == []
+    save_file({"x": torch.tensor(5.0)}, file)
+    assert loaded(cls) == 5.0
+    assert "adapter.safetensors changed" in warned(caplog)[0]
+    file.unlink()
+    assert loaded(cls, only_load_export=True) == 5.0
+
+
+class Listed(OpGuardBase):
+    def __init__(self, values, **kwargs):
+        self._values = values
+        self._seen = []
+        super().__init__(**kwargs)
+
+    def _load_detector(self, **kwargs):
+        self._seen.append(torch.ones(1))
+        model = super()._load_detector(**kwargs)
+        if os.path.exists(os.path.join(self.model_id, "raw")):
+            model.w.data.fill_(sum(self._values))
+        return model
+
+
+def test_a_list_of_the_instance_is_in_the_key(source, caplog):
+    cls = kind(source, base=Listed)
+    assert loaded(cls, [1.0]) == loaded(cls, [1.0]) == 1.0
+    assert warned(caplog) == []
+    assert loaded(cls, [1.0, 2.0]) == 3.0
+    assert "instance._values" in warned(caplog)[0]
+
+
+def test_what_the_detectors_own_loader_reads_is_in_the_key(source, monkeypatch, caplog):
+    cls = kind(source, detector=Scaled)
+    assert [loaded(cls), loaded(cls)] == [1.0, 1.0]
+    monkeypatch.setitem(globals(), "SCALE", 4.0)
+    assert loaded(cls) == 4.0
+    assert "SCALE was 1.0 and is 4.0" in warned(caplog)[0]
+
+
+class Pinned(OpGuardBase):
+    def _load_detector(self, **kwargs):
+        assert callable(hf_hub_download)
+        return super()._load_detector(**kwargs)
+
+
+def test_an_installed_package_is_its_version(source, exports):
+    """What is behind its functions may change while it runs, and may be a secret."""
+    loaded(kind(source, base=Pinned))
+    found = json.loads((exports / "metadata.json").read_text())["made_from"]["globals"]
+    hub = {name for name in found if name.startswith("huggingface_hub")}
+    assert hub == {"huggingface_hub"}
+    assert isinstance(found["huggingface_hub"], str)
+    assert f"{__name__}.hf_hub_download" in found
+
+
+class Secretive(OpGuardBase):
+    HF_TOKEN = SECRET
+    API_KEY = "s3cr3t of mine"
+
+    def __init__(self, **kwargs):
+        self.password = "hunter2"
+        super().__init__(**kwargs)
+
+    def _load_detector(self, **kwargs):
+        assert self.password
+        return super()._load_detector(**kwargs)
+
+
+def test_no_secret_is_written(source, exports, caplog):
+    cls = kind(source, base=Secretive, FROM_PRETRAINED_ADDITIONAL_KWARGS={"token": SECRET[::-1]})
+    loaded(cls)
+    text = (exports / "metadata.json").read_text()
+    for secret in (SECRET, SECRET[::-1], "s3cr3t of mine", "hunter2"):
+        assert secret not in text
+    cls.HF_TOKEN = "another"
+    loaded(cls)
+    assert warned(caplog) == []
+    assert "another" not in caplog.text
