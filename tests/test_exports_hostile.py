@@ -3,8 +3,10 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -204,3 +206,32 @@ def test_list_goes_on_while_a_writer_removes_files(root, monkeypatch, capsys):
     monkeypatch.setattr(os, "lstat", gone)
     assert cli.main(["exports", "list"]) == 0
     assert "models--x" in capsys.readouterr().out
+
+
+def test_a_long_wait_is_said_and_an_interrupt_ends_it(root, monkeypatch, caplog):
+    """Nothing stays of a load that Ctrl-C ended while it waited for another one's lock."""
+    monkeypatch.setattr(store, "LONG_WAIT_S", 0.05)
+    folder = root / "models--x"
+    has, done = threading.Event(), threading.Event()
+
+    def hold():
+        with store.lock(folder):
+            has.set()
+            done.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    has.wait(60)
+    interrupt = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tiny_exports.get(folder, 1)
+    finally:
+        done.set()
+        interrupt.join()
+        holder.join()
+    assert "still waiting for another load" in caplog.text
+    assert [path.name for path in root.iterdir()] == [".locks"]
+    assert tiny_exports.generation_of(tiny_exports.get(folder, 1)) == 1
+    assert tiny_exports.stands(folder) == 1

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import opguard
 from opguard import _bundle, cli, repro
@@ -184,6 +185,8 @@ def test_values_of_unknown_objects_and_secrets_are_not_written(folder, monkeypat
             "client": Client(),
             "api_key": "hidden-key",
             "Token": "hidden-token",
+            "credentials": ["user", {"is": b"hidden-nested"}],
+            "token": torch.tensor([7]),
             "pad_token": "[PAD]",
             "max_new_tokens": 5,
             "text": f"see {token}",
@@ -197,7 +200,8 @@ def test_values_of_unknown_objects_and_secrets_are_not_written(folder, monkeypat
     assert bundle.kwargs["input_raw"]["max_new_tokens"] == 5
     assert bundle.kwargs["input_raw"]["pad_token"] == "[PAD]"
     lost = {each.path.rpartition("/")[2] for each in bundle.missing}
-    assert lost == {"client", "api_key", "Token", "text"}
+    assert lost == {"client", "api_key", "Token", "credentials", "text"}
+    assert bundle.kwargs["input_raw"]["token"].item() == 7
 
 
 def test_an_access_token_in_the_message_is_masked(folder):
@@ -648,6 +652,12 @@ def test_command_replays_a_script_by_its_file(script, capsys, monkeypatch):
     assert "no failure" in capsys.readouterr().out
 
 
+def picture(whole):
+    """One that says to have 40000 x 40000 pixels, and has the bytes of a small tensor."""
+    some = next(node for node in whole["call"].values() if "$tensor" in node)
+    return {"mode": "RGB", "size": [40_000, 40_000], "bytes": some}
+
+
 def damaged(path, tmp_path, how):
     raw = path.read_bytes()
     out = tmp_path / "damaged.safetensors"
@@ -667,10 +677,19 @@ def damaged(path, tmp_path, how):
         "no such tensor": json.dumps(
             whole | {"call": {"a": {"$tensor": "b", "dtype": "bool", "shape": [], "device": "cpu"}}}
         ),
+        "huge picture": json.dumps(whole | {"call": {"a": {"$image": picture(whole)}}}),
+        "random state": json.dumps(whole | {"random": [1]}),
+        "keywords": json.dumps(whole | {"call": {"$dict": [[1, 2]]}}),
+        "model": json.dumps(whole | {"model": [1]}),
+        "changed": json.dumps(whole | {"changed_by_the_call": 5}),
+        "class in a file": json.dumps(whole | {"class": {"name": f"{tmp_path}/evil.py:X"}}),
         "deep": '{"a":' * 100_000 + "1" + "}" * 100_000,
     }
     if how in texts:
-        save_file({"x": torch.zeros(1)}, out, metadata={"opguard.repro": texts[how]})
+        tensors = {"x": torch.zeros(1)}
+        if how in ("huge picture", "random state"):  # all else is as it was written
+            tensors |= load_file(path)
+        save_file(tensors, out, metadata={"opguard.repro": texts[how]})
     elif how == "other":
         save_file({"x": torch.zeros(1)}, out)
     else:
@@ -695,14 +714,24 @@ DAMAGES = [
     "no error type",
     "unknown word",
     "no such tensor",
+    "huge picture",
+    "random state",
+    "keywords",
+    "model",
+    "changed",
+    "class in a file",
 ]
 
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_file_is_one_sentence(how, folder, tmp_path, capsys):
     fail()
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     out = damaged(only_file(folder), tmp_path, how)
+    begin = time.perf_counter()
     assert cli.main(["replay", str(out)]) == 2
+    assert time.perf_counter() - begin < 5
+    assert not (tmp_path / "ran").exists()
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert str(out) in said

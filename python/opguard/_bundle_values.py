@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from opguard._bundle_tensors import TensorReader, TensorWriter, Unsavable
-from opguard._secrets import SECRET_NAME, SECRET_TEXT, masked
+from opguard._secrets import SECRET_TEXT, is_secret, masked
 
 __all__ = ["Missing", "ValueReader", "ValueWriter", "masked"]
 
@@ -130,7 +130,7 @@ class ValueWriter:
         return {word: pairs}
 
     def _named(self, name: str, value: Any, path: str, depth: int) -> Any:
-        if isinstance(value, str | bytes) and SECRET_NAME.fullmatch(name):
+        if is_secret(name, value):
             return {"$missing": {"type": type_name(type(value)), "why": "its name says a secret"}}
         return self.write(value, _step(path, name), depth + 1)
 
@@ -314,7 +314,10 @@ class ValueReader:
         from PIL import Image
 
         raw = self.tensors.make(node["bytes"]).numpy().tobytes()
-        image = Image.frombytes(node["mode"], tuple(node["size"]), raw)
+        width, height = node["size"]
+        if width * height > 8 * len(raw):  # pillow would take the memory before it looked
+            raise ValueError(f"{len(raw)} bytes are no picture of {width} x {height}")
+        image = Image.frombytes(node["mode"], (width, height), raw)
         if "palette" in node:
             image.putpalette(node["palette"]["colors"], node["palette"]["mode"])
         if "transparency" in node:

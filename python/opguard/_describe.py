@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 
 from opguard._contract import Contract
+from opguard._secrets import is_secret
 from opguard.guards.calling import _modules
 from opguard.guards.locality import local_guard
 from opguard.guards.quantizing import values_of
@@ -114,11 +115,11 @@ def _describe_attribute(name: str, value: Any, network: bool, outer: tuple[type,
         if value in outer:
             return {"class": f"{value.__module__}.{value.__qualname__}"}
         return _describe_class(value, network, outer)
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and not is_secret(name, value):
         return {
             str(key): _describe_attribute(str(key), value[key], network, outer) for key in value
         }
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and not is_secret(name, value):
         return [_describe_attribute("", each, network, outer) for each in value]
     return describe_named(name, value)
 

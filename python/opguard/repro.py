@@ -34,6 +34,7 @@ from opguard.base import OpGuardBase
 
 __all__ = ["Bundle", "Replayed", "capture", "load_class", "main", "read", "replay", "write"]
 
+OPTIONAL: dict[str, type] = {"model": dict, "changed_by_the_call": list}
 NEEDED = {"class": dict, "settings": dict, "call": dict, "error": dict, "versions": dict}
 
 
@@ -98,6 +99,12 @@ def _described(path: Path, text: str | None) -> dict[str, Any]:
     for name, key in (("class", "name"), ("error", "type"), ("error", "message")):
         if not isinstance(whole[name].get(key), str):
             raise _unreadable(path, f"its description has no {name}.{key}")
+    for name, expected in OPTIONAL.items():
+        if name in whole and not isinstance(whole[name], expected):
+            raise _unreadable(path, f"its {name!r} is no {expected.__name__}")
+    if whole["class"]["name"].rpartition(":")[0].endswith(".py"):
+        # A file is run only where the one who replays names it.
+        raise _unreadable(path, "its class is named by a file")
     return whole
 
 
@@ -129,6 +136,8 @@ def read(path: str | os.PathLike[str]) -> Bundle:
     except Exception as error:
         why = f"a value of it cannot be made: {type(error).__name__}: {error!s:.200}"
         raise _unreadable(path, why.replace("\n", " ")) from error
+    if not all(isinstance(name, str) for given in (settings, kwargs) for name in given):
+        raise _unreadable(path, "its keywords are no names")
     notes = [*reader.tensors.notes, *_notes(whole)]
     return Bundle(
         path=path,
@@ -291,6 +300,12 @@ def replay(bundle: Bundle | str | os.PathLike[str], *, cls: Any = None) -> Repla
         there = bundle.description["class"].get(name, value)
         if there != value:
             notes.append(f"{cls.__name__}.{name} was {there!r}, here it is {value!r}")
+    if bundle.random is not None:
+        try:
+            with _random_kept():
+                _set_random(bundle.random)
+        except Exception as error:
+            raise _unreadable(bundle.path, f"its random state is none: {error!s:.100}") from error
     kept = {name: os.environ.pop(name) for name in ("OPGUARD_REPRO_DIR",) if name in os.environ}
     try:
         with _random_kept():

@@ -22,7 +22,7 @@ from types import CodeType
 from typing import Any
 
 from opguard import hub
-from opguard._secrets import HIDDEN, SECRET_NAME, masked
+from opguard._secrets import HIDDEN, is_secret, masked
 from opguard.exports.hashing import hash_files
 
 __all__ = [
@@ -131,7 +131,7 @@ def describe_named(name: str, value: Any) -> Any:
     Such as an adapter that a loader fuses. A name that says a secret has no value: who asks for a
     model changes nothing of it.
     """
-    if _hidden(name, value):
+    if is_secret(name, value):
         return HIDDEN
     if isinstance(value, str | os.PathLike):
         text = os.fspath(value)
@@ -279,16 +279,10 @@ def _key(name: Any, depth: int) -> str:
     return f"{type(name).__name__} {_canonical(describe_value(name, depth + 1))}"
 
 
-def _hidden(name: Any, value: Any) -> str | None:
-    """What is written for a secret; None for any other value."""
-    secret = isinstance(name, str) and SECRET_NAME.fullmatch(name)
-    return HIDDEN if secret and isinstance(value, str | bytes) else None
-
-
 def _items(value: Any, depth: int) -> Any:
     if isinstance(value, Mapping):
         return {
-            _key(name, depth): _hidden(name, item) or describe_value(item, depth + 1)
+            _key(name, depth): HIDDEN if is_secret(name, item) else describe_value(item, depth + 1)
             for name, item in value.items()
         }
     if isinstance(value, set | frozenset):

@@ -25,10 +25,13 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opguard import hub
 from opguard.exports import hashing
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 __all__ = [
     "METADATA",
@@ -55,6 +58,8 @@ METADATA = "metadata.json"
 FORMAT = 1
 # Opening one of these runs what is in it.
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"})
+
+LONG_WAIT_S = 60.0
 
 _held = threading.local()
 
@@ -191,6 +196,21 @@ def touch(folder: Path) -> None:
 # Writing
 
 
+def _wait_for(held: FileLock, folder: Path) -> None:
+    from filelock import Timeout
+
+    try:
+        held.acquire(timeout=LONG_WAIT_S)
+    except Timeout:
+        logger.warning(
+            "exports: still waiting for another load that makes %s, after %g s; where two classes "
+            "share this NAME and one loads the other, give one of them another",
+            folder,
+            LONG_WAIT_S,
+        )
+        held.acquire()
+
+
 @contextlib.contextmanager
 def lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """Holds the right to write the export, across processes; a thread that has it keeps it.
@@ -213,7 +233,7 @@ def lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
         if not wait:
             raise BlockingIOError(f"{folder.name} is being written") from None
         logger.info("exports: waiting for another load that makes %s", folder)
-        held.acquire()
+        _wait_for(held, folder)
     mine.add(folder)
     try:
         yield
