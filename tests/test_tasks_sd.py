@@ -165,6 +165,24 @@ def test_every_dtype(kind, dtype):
     assert abs(found - expected).mean() < 12
 
 
+def test_threads_get_the_pictures_that_each_gets_alone(opened):
+    """The schedulers of diffusers count the steps of one call only."""
+    ways = [{"seed": seed, "num_inference_steps": steps} for seed in (1, 2) for steps in (3, 6)]
+    expected = [opened(input_raw=PROMPT, **way).tobytes() for way in ways]
+    found = [[] for _ in ways]
+
+    def call(at):
+        for _ in range(5):
+            found[at].append(opened(input_raw=PROMPT, **ways[at]).tobytes())
+
+    threads = [threading.Thread(target=call, args=(at,)) for at in range(len(ways))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[each] * 5 for each in expected]
+
+
 # --- a part swapped in ----------------------------------------------------------------------------
 
 

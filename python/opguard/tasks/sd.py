@@ -9,6 +9,7 @@ stays as long as it, and goes with its last user.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Sequence
 from operator import index
 from typing import Any, ClassVar, NamedTuple, Self
@@ -58,7 +59,8 @@ class StableDiffusionBase(OpGuardBase):
         height, width: in pixels; the model's own by default.
         latents: the noise to begin with, of shape (channels, height, width) or one more.
 
-    Returns a PIL picture for a prompt, and a list of PIL pictures for a list.
+    Returns a PIL picture for a prompt, and a list of PIL pictures for a list. Calls of several
+    threads wait for each other.
     """
 
     DETECTOR_TYPE = Late("diffusers", "StableDiffusionPipeline", extra="diffusion")
@@ -107,6 +109,11 @@ class StableDiffusionBase(OpGuardBase):
         if any(each.kind is each.VAR_KEYWORD for each in names.values()):
             return set()
         return set(names) - {"self"}
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        # A pipeline and its scheduler keep the state of one call: at once, two calls would mix.
+        self._sampling = threading.Lock()
 
     # Loading
 
@@ -185,15 +192,16 @@ class StableDiffusionBase(OpGuardBase):
         width: int | None = None,
         latents: torch.Tensor | None = None,
     ) -> Any:
-        found = self._detector(
-            **input_proc.arguments,
-            generator=self._generators(seed, input_proc.pictures),
-            num_inference_steps=self._steps(num_inference_steps),
-            guidance_scale=self.GUIDANCE_SCALE if guidance_scale is None else guidance_scale,
-            height=height,
-            width=width,
-            latents=self._noise(latents, input_proc.pictures),
-        ).images
+        arguments = input_proc.arguments | {
+            "generator": self._generators(seed, input_proc.pictures),
+            "num_inference_steps": self._steps(num_inference_steps),
+            "guidance_scale": self.GUIDANCE_SCALE if guidance_scale is None else guidance_scale,
+            "height": height,
+            "width": width,
+            "latents": self._noise(latents, input_proc.pictures),
+        }
+        with self._sampling:
+            found = self._detector(**arguments).images
         return found[0] if input_proc.one else found
 
     def _steps(self, given: int | None) -> int:
