@@ -124,6 +124,15 @@ def test_the_tokenizers_own_limit_counts_where_it_is_lower(tiny):
     assert vector.isfinite().all()
 
 
+def test_the_models_positions_count_where_its_tokenizer_has_no_limit(tiny):
+    with tiny(nlp.Embedding) as embedder:
+        expected = embedder(input_raw="cat " * 400)
+        embedder.processor.model_max_length = int(1e30)  # what transformers makes of none
+        assert torch.equal(embedder(input_raw="cat " * 400), expected)
+        type(embedder).MAX_TOKENS = None
+        assert torch.equal(embedder(input_raw="cat " * 400), expected)
+
+
 def test_a_string_gives_a_vector_and_a_list_a_matrix(tiny):
     with tiny(nlp.Embedding) as embedder:
         one = embedder(input_raw="a cat sat")
@@ -336,6 +345,16 @@ def test_a_model_set_to_hide_nonfinite_values_does_not_hide_them(tiny):
         poison(model.detector, CAT)
         answers = model(input_raw=PROMPTS, max_new_tokens=3, settings=NO_CAT)
     assert [each.finish_reason == "nonfinite" for each in answers] == [False, True, False]
+
+
+def test_a_prompt_without_tokens_is_refused(tiny):
+    """As those of a tokenizer that begins with none of its own; the model would fail, or guess."""
+    with tiny(nlp.TextGeneration) as writer:
+        writer.processor.backend_tokenizer.post_processor = None
+        assert writer(input_raw="a cat", max_new_tokens=2).tokens
+        for prompts in ("", ["", "a cat"]):
+            with pytest.raises(ValueError, match="a token at least, got '' as number 0; begin"):
+                writer(input_raw=prompts, max_new_tokens=2)
 
 
 def test_a_model_set_to_return_more_than_tokens_is_read(tiny):

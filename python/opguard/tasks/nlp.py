@@ -197,7 +197,10 @@ class Embedding(_OneOrMany):
     MAX_TOKENS: ClassVar[int | None] = 256  # what the model was made for; None: what it can take
 
     def _preprocess(self, *, input_raw: list[str]) -> Any:
-        limit = min(self.MAX_TOKENS or sys.maxsize, self.processor.model_max_length)
+        limits = [self.MAX_TOKENS, self.processor.model_max_length]
+        # Not every tokenizer was told how many positions its model has.
+        limits.append(getattr(self.detector.config, "max_position_embeddings", None))
+        limit = min(each for each in (*limits, sys.maxsize) if each and each > 0)
         tokens = self.processor(
             input_raw, padding=True, truncation=True, max_length=limit, return_tensors="pt"
         )
@@ -248,9 +251,16 @@ class TextGeneration(_OneOrMany):
         return tokenizer
 
     def _preprocess(self, *, input_raw: list[str]) -> Any:
-        return self.processor(
+        tokens = self.processor(
             input_raw, padding=True, return_token_type_ids=False, return_tensors="pt"
-        ).to(self.device)
+        )
+        for number, mask in enumerate(tokens["attention_mask"]):
+            if not mask.any():
+                raise ValueError(
+                    f"{type(self).__name__}: expected prompts of a token at least, got "
+                    f"{input_raw[number]!r} as number {number}; begin it with a word"
+                )
+        return tokens.to(self.device)
 
     def _predict(
         self,
