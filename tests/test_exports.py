@@ -622,6 +622,41 @@ def test_a_file_just_written_is_read_again(made, reads):
     assert len(reads) == 4
 
 
+def test_a_whole_export_costs_the_next_process_no_reading(made, reads, monkeypatch):
+    monkeypatch.setattr(hashing, "_FRESH_NS", -(10**12))
+    for expected in (2, 2, 2):
+        tiny_exports.get(made, 1)
+        assert len(reads) == expected
+        hashing._known.clear()  # as if another process began
+    for damage in ("{", "[]", '{"a": 1}', "[" * 100_000):
+        (made / store.VERIFIED).write_text(damage)
+        tiny_exports.get(made, 1, only_load_export=True)
+        hashing._known.clear()
+    assert len(reads) == 10
+    flip(made / WEIGHTS)
+    with pytest.raises(LocalFileMissing, match="has not the content"):
+        tiny_exports.get(made, 1, only_load_export=True)
+
+
+def test_damage_below_the_file_system_is_seen_afresh(made, reads, monkeypatch):
+    """A bit that changed while the stat did not: `opguard exports verify` reads everything."""
+    monkeypatch.setattr(hashing, "_FRESH_NS", -(10**12))
+    metadata = store.read(made)
+    flip(made / WEIGHTS)
+    known = {
+        hashing._signature((made / name).stat()): entry["sha256"]
+        for name, entry in metadata["files"].items()
+    }
+    (made / store.VERIFIED).write_text(json.dumps(known))
+    store.verify(made, metadata)
+    assert not reads
+    with pytest.raises(store.BrokenExport, match="has not the content"):
+        store.verify(made, metadata, afresh=True)
+    # And what was read has the last word.
+    with pytest.raises(store.BrokenExport, match="has not the content"):
+        store.verify(made, metadata)
+
+
 def test_large_files_are_hashed_in_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(hashing, "CHUNK", 1000)
     monkeypatch.setattr(hashing, "_BUFFER", 300)

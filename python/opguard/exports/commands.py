@@ -136,7 +136,7 @@ def _problem(folder: Path) -> str | None:
     for _ in range(3):
         before = store.stamp(folder)
         try:
-            store.verify(folder, store.read(folder))
+            store.verify(folder, store.read(folder), afresh=True)
             problem = None
         except (OSError, store.BrokenExport) as error:
             problem = str(error)

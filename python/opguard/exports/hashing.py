@@ -73,8 +73,10 @@ def _may_keep(before: os.stat_result, after: os.stat_result) -> bool:
     return _signature(before) == _signature(after) and changed < time.time_ns() - _FRESH_NS
 
 
-def hash_files(paths: Iterable[Path]) -> dict[Path, Digest]:
+def hash_files(paths: Iterable[Path], *, afresh: bool = False) -> dict[Path, Digest]:
     """Returns the digest of each file, reading only those that are not known by their stat.
+
+    afresh: all are read.
 
     Raises:
         OSError: a file cannot be read.
@@ -85,7 +87,7 @@ def hash_files(paths: Iterable[Path]) -> dict[Path, Digest]:
     for path in paths:
         found = path.stat()
         signature = _signature(found)
-        if signature in _known:
+        if signature in _known and not afresh:
             result[path] = _known[signature]
             if used is not None:
                 used[signature] = result[path]

@@ -2,7 +2,8 @@
 
 Files of an export named N, all in one folder (`exports_root`):
 
-- ``N``: the export; its ``metadata.json`` says what it was made from and holds a digest a file
+- ``N``: the export; its ``metadata.json`` says what it was made from and holds a digest a file, its
+  ``.verified.json`` which of them were read on this machine and found whole, by their stat
 - ``.N.tmp-PID-RANDOM``: one being written, or the one it replaced, on its way out
 - ``.N.old-PID-RANDOM``: the replaced one, for an instant, where a file system cannot exchange
 - ``.locks/N.lock``: held by who writes
@@ -55,6 +56,7 @@ __all__ = [
 logger = logging.getLogger("opguard")
 
 METADATA = "metadata.json"
+VERIFIED = ".verified.json"
 FORMAT = 1
 # Opening one of these runs what is in it.
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"})
@@ -160,8 +162,12 @@ def _files(folder: Path) -> dict[str, Path]:
     }
 
 
-def verify(folder: Path, metadata: Mapping[str, Any]) -> None:
-    """Reads every file of an export that is not known to be unchanged, and compares its digest.
+def verify(folder: Path, metadata: Mapping[str, Any], *, afresh: bool = False) -> None:
+    """Compares the digest of every file of an export with the one in its metadata.
+
+    A file is read unless its stat says that it is the one that was read and found whole before, by
+    this process or another: whatever writes to a file changes that. Only what happens below the
+    file system escapes it, and `afresh`, which reads everything, sees that as well.
 
     Raises:
         BrokenExport: a file is missing, altered, not listed, or of a kind that runs code.
@@ -174,17 +180,32 @@ def verify(folder: Path, metadata: Mapping[str, Any]) -> None:
             raise BrokenExport(f"{name} is missing")
         if name not in listed:
             raise BrokenExport(f"{name} was not exported, somebody added it")
+    known = _verified(folder)
+    hashing.remember(known)
     try:
         for name, path in here.items():
             size = path.stat().st_size
             if size != listed[name]["bytes"]:
                 raise BrokenExport(f"{name} has {size} bytes instead of {listed[name]['bytes']}")
-        digests = hashing.hash_files(here.values())
+        with hashing.collected() as found:
+            digests = hashing.hash_files(here.values(), afresh=afresh)
     except OSError as error:
         raise BrokenExport(f"{error.filename or 'a file'} cannot be read ({error})") from None
     for name, path in here.items():
         if digests[path] != listed[name]["sha256"]:
             raise BrokenExport(f"{name} has not the content that was exported")
+    if not found.keys() <= known.keys():
+        with contextlib.suppress(OSError):  # somebody else's folder, or a read-only one
+            _replace_json(folder / VERIFIED, found)
+
+
+def _verified(folder: Path) -> dict[str, hashing.Digest]:
+    try:
+        found = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    whole = isinstance(found, dict) and all(isinstance(each, str | list) for each in found.values())
+    return found if whole else {}
 
 
 def touch(folder: Path) -> None:
@@ -397,17 +418,20 @@ def write(
     return True
 
 
-def _rewrite(folder: Path, change: Mapping[str, Any]) -> None:
-    """Changes entries of the metadata at once or not at all. Needs the lock."""
-    aside = folder / f".{METADATA}-{os.getpid()}-{secrets.token_hex(4)}"
+def _replace_json(path: Path, value: Any) -> None:
+    """Writes a file at once or not at all."""
+    aside = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        _write_json(aside, read(folder) | dict(change))
+        _write_json(aside, value)
         _sync(aside)
-        aside.replace(folder / METADATA)
+        aside.replace(path)
     finally:
         _remove(aside)
 
 
 def mark_unfit(folder: Path, reason: str) -> None:
-    """Notes in the metadata that loading this export does not give the model it was made from."""
-    _rewrite(folder, {"unfit": reason})
+    """Notes in the metadata that loading this export does not give the model it was made from.
+
+    Needs the lock.
+    """
+    _replace_json(folder / METADATA, read(folder) | {"unfit": reason})
