@@ -277,6 +277,39 @@ def test_an_unchanged_folder_costs_the_next_process_no_reading(source, tmp_path,
     assert reads[0].is_relative_to(tmp_path / "exports")
 
 
+def test_a_source_that_was_new_when_it_was_exported_is_read_once_more(
+    source, tmp_path, monkeypatch
+):
+    """What was just written is not taken by its stat; the next load that can notes it."""
+    monkeypatch.setattr(hashing, "_known", {})
+    monkeypatch.setenv("OPGUARD_EXPORTS", str(tmp_path / "exports"))
+    reads = []
+    real = hashing._hash_chunk
+    monkeypatch.setattr(
+        hashing, "_hash_chunk", lambda path, i: [reads.append(path), real(path, i)][1]
+    )
+
+    class Model:
+        def save_pretrained(self, folder):
+            from safetensors.torch import save_file
+
+            save_file({"w": torch.ones(2)}, os.path.join(folder, "w.safetensors"))
+
+    def load():
+        with cache_guard(base_export_name="x") as guarded:
+            guarded(lambda model_id: Model(), str(source))
+        hashing._known.clear()
+        count = len(reads)
+        reads.clear()
+        return count
+
+    assert load()
+    assert load()
+    monkeypatch.setattr(hashing, "_FRESH_NS", -(10**12))  # as if two seconds went by
+    assert load()
+    assert not load()
+
+
 # --- values that look alike -----------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """Loading from an export against loading from its source, and what verifying costs.
 
-The first load from an export on a machine reads every byte once more than one from the source does,
-to compare its digest; later processes, and later loads of one, are spared that while the files' stat
+The first load from an export on a machine reads every byte once more than one from the source, to
+compare its digest; later processes, and later loads of one, are spared that while the files' stat
 stays the same. The second half says what SHA-256 costs against reading the same bytes, by as many
 threads.
 """

@@ -122,7 +122,7 @@ class _Loading(Generic[T]):
         if settings.force_refresh:
             return self._refresh(_Tried("it was asked for by force_export_refresh", kind="forced"))
         try:
-            wanted, _ = self._wanted(
+            wanted, used = self._wanted(
                 settings.network and not (settings.only_load_export or settings.local_on_refresh)
             )
         except OSError as error:
@@ -133,6 +133,7 @@ class _Loading(Generic[T]):
         seen = store.stamp(self._folder)
         tried = self._try(wanted)
         if tried.models:
+            store.note_digests(self._folder, used)
             return tried.models[0]
         if settings.only_load_export:
             raise LocalFileMissing(
@@ -151,6 +152,7 @@ class _Loading(Generic[T]):
         # Without it the source's files are read again.
         with contextlib.suppress(OSError, store.BrokenExport):
             hashing.remember(store.read(self._folder)["known"])
+        hashing.remember(store.known_digests(self._folder))
         with hashing.collected() as known:
             described = dict(self._describe(network))
         plain: dict[str, Any] = json.loads(json.dumps(described, sort_keys=True))

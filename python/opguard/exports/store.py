@@ -3,7 +3,7 @@
 Files of an export named N, all in one folder (`exports_root`):
 
 - ``N``: the export; its ``metadata.json`` says what it was made from and holds a digest a file, its
-  ``.verified.json`` which of them were read on this machine and found whole, by their stat
+  ``.verified.json`` the digests of files of it and of its source, by their stat on this machine
 - ``.N.tmp-PID-RANDOM``: one being written, or the one it replaced, on its way out
 - ``.N.old-PID-RANDOM``: the replaced one, for an instant, where a file system cannot exchange
 - ``.locks/N.lock``: held by who writes
@@ -41,10 +41,12 @@ __all__ = [
     "export_folder",
     "exports_root",
     "key_of",
+    "known_digests",
     "leftovers",
     "lock",
     "mark_unfit",
     "needs_recovery",
+    "note_digests",
     "read",
     "recover",
     "stamp",
@@ -57,6 +59,7 @@ logger = logging.getLogger("opguard")
 
 METADATA = "metadata.json"
 VERIFIED = ".verified.json"
+KNOWN_AT_MOST = 4096
 FORMAT = 1
 # Opening one of these runs what is in it.
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"})
@@ -180,8 +183,7 @@ def verify(folder: Path, metadata: Mapping[str, Any], *, afresh: bool = False) -
             raise BrokenExport(f"{name} is missing")
         if name not in listed:
             raise BrokenExport(f"{name} was not exported, somebody added it")
-    known = _verified(folder)
-    hashing.remember(known)
+    hashing.remember(known_digests(folder))
     try:
         for name, path in here.items():
             size = path.stat().st_size
@@ -194,18 +196,28 @@ def verify(folder: Path, metadata: Mapping[str, Any], *, afresh: bool = False) -
     for name, path in here.items():
         if digests[path] != listed[name]["sha256"]:
             raise BrokenExport(f"{name} has not the content that was exported")
-    if not found.keys() <= known.keys():
-        with contextlib.suppress(OSError):  # somebody else's folder, or a read-only one
-            _replace_json(folder / VERIFIED, found)
+    note_digests(folder, found)
 
 
-def _verified(folder: Path) -> dict[str, hashing.Digest]:
+def known_digests(folder: Path) -> dict[str, hashing.Digest]:
+    """Returns what was noted of files that were read on this machine: stat signature -> digest."""
     try:
         found = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     whole = isinstance(found, dict) and all(isinstance(each, str | list) for each in found.values())
     return found if whole else {}
+
+
+def note_digests(folder: Path, found: Mapping[str, hashing.Digest]) -> None:
+    """Notes digests of the export's files, or of its source's, for the next process."""
+    known = known_digests(folder)
+    if found.keys() <= known.keys():
+        return
+    if len(known) > KNOWN_AT_MOST:  # of files that were replaced again and again
+        known = {}
+    with contextlib.suppress(OSError):  # somebody else's folder, or a read-only one
+        _replace_json(folder / VERIFIED, known | dict(found))
 
 
 def touch(folder: Path) -> None:
