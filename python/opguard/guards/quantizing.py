@@ -11,9 +11,10 @@ fp4, nf4 bitsandbytes   transformers; diffusers without the cpu      cpu, xpu, c
 ======== ============== ============================================ ==============================
 
 All of it needs accelerate; bitsandbytes on the cpu needs transformers 4.53, and torchao, where
-diffusers is to use it, diffusers 0.36. Weights of linear layers become small, the others keep the dtype; 4 bit
-computes in that dtype (on processors with AVX512-BF16 in bfloat16, whatever the dtype). A pipeline
-of diffusers is quantized part by part: its denoiser and its text encoders, not its autoencoder.
+diffusers is to use it, diffusers 0.36. Weights of linear layers become small, the others keep the
+dtype; 4 bit computes in that dtype (on processors with AVX512-BF16 in bfloat16, whatever the
+dtype). A pipeline of diffusers is quantized part by part: its denoiser and its text encoders, not
+its autoencoder.
 
 bitsandbytes asks the hub for compiled code while it is imported on some processors, where the
 package `kernels` is installed. It is imported here first, off the network: what the cache holds of
