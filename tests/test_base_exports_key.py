@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,10 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 
 from opguard import OpGuardBase
+from opguard._describe import made_from
+from opguard.exports import proving
+from opguard.guards.loading import cache_guard
+from opguard.guards.locality import local_guard
 
 SCALE = 1.0
 SECRET = "hf_" + "abcdefgh" * 4
@@ -118,6 +123,85 @@ def test_a_list_of_the_instance_is_in_the_key(source, caplog):
     assert warned(caplog) == []
     assert loaded(cls, [1.0, 2.0]) == 3.0
     assert "instance._values" in warned(caplog)[0]
+
+
+def test_a_list_that_the_load_fills_is_no_cause_of_it(source, caplog):
+    model = kind(source, base=Listed)([1.0], device_override="cpu")
+    for _ in range(3):
+        with model:
+            assert model.detector.w[0].item() == 1.0
+    assert len(model._seen) == 3
+    assert warned(caplog) == []
+
+
+class OtherFile(OpGuardBase):
+    def _load_detector(self, **kwargs):
+        model = super()._load_detector(**kwargs)
+        file = os.path.join(self.model_id, "more.weights")
+        if os.path.exists(file):
+            model.w.data.fill_(float(Path(file).read_text()))
+        return model
+
+
+def test_a_file_that_no_library_reads_is_in_the_key_of_ones_own_loader(source, caplog):
+    cls = kind(source, base=OtherFile)
+    (source / "more.weights").write_text("3")
+    assert [loaded(cls), loaded(cls)] == [3.0, 3.0]
+    (source / "more.weights").write_text("5")
+    assert loaded(cls) == 5.0
+    assert "more.weights changed" in warned(caplog)[0]
+
+
+def read_other_file(folder):
+    model = Weights.from_pretrained(folder)
+    file = os.path.join(folder, "more.weights")
+    if os.path.exists(file):
+        model.w.data.fill_(float(Path(file).read_text()))
+    return model
+
+
+def test_the_same_for_a_loader_that_is_a_function(source):
+    def load():
+        with cache_guard(base_export_name="x") as guarded:
+            return guarded(read_other_file, str(source)).w[0].item()
+
+    (source / "more.weights").write_text("3")
+    assert [load(), load()] == [3.0, 3.0]
+    (source / "more.weights").write_text("5")
+    assert load() == 5.0
+
+
+def test_the_cache_that_the_loader_is_told_is_the_one_described(tmp_path, exports):
+    """Another cache has another commit of the same branch."""
+    refs = tmp_path / "cache" / "models--org--m" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("b" * 40)
+    cache = {"cache_dir": str(tmp_path / "cache")}
+
+    def loader(model_id, cache_dir=None):
+        return Weights()
+
+    with local_guard(), cache_guard(base_export_name="x") as guarded:
+        guarded(loader, "org/m", **cache)
+    found = json.loads((exports.parent / "models--x" / "metadata.json").read_text())
+    assert found["made_from"]["source"]["commit"] == "b" * 40
+
+    cls = kind("org/m", REVISION="main", FROM_PRETRAINED_ADDITIONAL_KWARGS=cache)
+    model = cls(device_override="cpu", local_files_only=True)
+    assert made_from(model, False)["source"]["commit"] == "b" * 40
+
+
+def test_what_was_proven_is_what_stood_there(tmp_path):
+    """A folder's number may come again for the next export in its place."""
+    model = Weights()
+    proving.note(tmp_path, [model])
+    (tmp_path / "metadata.json").write_text("1")
+    saved = proving.notes_of(tmp_path)["weights"]
+    assert proving.prove(tmp_path, saved, [model]) is None
+    other = Weights()
+    other.w.data.fill_(7)
+    (tmp_path / "metadata.json").write_text("2")
+    assert proving.prove(tmp_path, saved, [other]) == "1 of its weights differ, such as w"
 
 
 def test_what_the_detectors_own_loader_reads_is_in_the_key(source, monkeypatch, caplog):

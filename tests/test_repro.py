@@ -490,7 +490,9 @@ def test_an_encoding_and_a_quantization_config_come_back(tmp_path):
 # Where it cannot be written
 
 
-@pytest.mark.parametrize("place", ["a file", "below a file", "not writable", "not a name"])
+@pytest.mark.parametrize(
+    "place", ["a file", "below a file", "not writable", "not a name", "of nobody"]
+)
 def test_a_folder_that_cannot_be_written_costs_a_warning_only(tmp_path, monkeypatch, caplog, place):
     (tmp_path / "file").write_text("x")
     where = {
@@ -498,6 +500,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_only(tmp_path, monkeypa
         "below a file": tmp_path / "file" / "x",
         "not writable": "/proc/1/nothing",
         "not a name": "\x01" * 5000,
+        "of nobody": "~no-user-of-this-name/x",
     }[place]
     monkeypatch.setenv("OPGUARD_REPRO_DIR", str(where))
     with caplog.at_level(logging.WARNING, "opguard"):

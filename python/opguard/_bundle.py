@@ -242,11 +242,13 @@ def write(
     and where the bundle cannot be written, which is logged as a warning: it never raises in the way
     of ``error``.
     """
-    where = folder()
-    if where is None or not isinstance(error, Exception):
+    where: object = os.environ.get("OPGUARD_REPRO_DIR")
+    if not where or not isinstance(error, Exception):
         return None
     try:
-        path = _place(where, instance)
+        where = found = folder()  # a user's folder that is not there raises
+        assert found is not None
+        path = _place(found, instance)
         if int(path.stem.rpartition("-")[2]) > MOST_FILES:
             _log.info("no repro bundle: this process has written %d already", MOST_FILES)
             return None
