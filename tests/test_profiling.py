@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import textwrap
 import time
 
@@ -11,6 +14,7 @@ import torch
 
 import opguard
 from opguard import cli, profiling
+from opguard.guards import locality
 
 
 class Tiny(torch.nn.Linear):
@@ -98,6 +102,53 @@ def test_wrong_use_is_one_sentence():
         profiling.profile(Bare(device_override="cpu"))
 
 
+def test_without_inputs_no_model_is_loaded():
+    class Loading(Bare):
+        def _load_detector(self, **kwargs):
+            raise AssertionError("loaded")
+
+    with pytest.raises(NotImplementedError, match="example_inputs"):
+        profiling.profile(Loading(device_override="cpu"))
+
+
+class Absent(Model):
+    """A model that says, as libraries do, that no connection was had."""
+
+    MODEL_ID = "nobody/absent-model"
+
+    def _load_detector(self, **kwargs):
+        if not locality.is_local():
+            raise OSError("We couldn't connect")
+        raise opguard.LocalFileMissing("expected it here; fetch it first with: hf download X")
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_model_that_cannot_be_had_is_one_sentence_with_its_command(offline, capsys, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    assert cli.main(["profile", f"{__file__}:Absent", "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert "fetch it first with: hf download X" in said
+    assert said.count("\n") == 1
+
+
+def test_a_task_without_its_model_ends_in_the_sentence_with_its_command(tmp_path):
+    """In a process of its own, in which diffusers says much else."""
+    own = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OPGUARD_EXPORTS": str(tmp_path / "e")}
+    done = subprocess.run(
+        [sys.executable, "-m", "opguard.cli", "profile", "opguard.tasks.vae:VaeTinyForSd"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | own,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+    assert last.startswith("opguard profile: ")
+    assert last.endswith("fetch it first with: hf download madebyollin/taesd config.json")
+
+
 def test_command_prints_writes_a_trace_and_json(tmp_path, capsys):
     trace = tmp_path / "trace.json"
     arguments = ["profile", HERE, "--calls", "2", "--device", "cpu"]
@@ -143,6 +194,7 @@ def test_command_takes_the_call_from_a_repro_bundle(tmp_path, capsys, monkeypatc
         ([HERE, "--calls", "0"], 2, "--calls: expected at least 1"),
         ([HERE, "--trace", "/no/such/folder/t.json"], 2, "--trace: expected a file"),
         ([HERE, "--input", "/no/such/file"], 2, "No such file"),
+        ([f"{__file__}:Nope"], 2, "there is none; name where it is, as module:Class"),
         (["nocolon"], 2, "expected module:Class"),
         ([HERE, "--device", "nowhere"], 1, "nowhere"),
         ([f"{__file__}:Bare", "--device", "cpu"], 1, "example_inputs"),
@@ -152,4 +204,5 @@ def test_command_says_what_was_wrong(arguments, status, words, capsys):
     assert cli.main(["profile", *arguments]) == status
     said = capsys.readouterr().err
     assert words in said
+    assert "--class" not in said  # that is replay's
     assert said.count("\n") == 1

@@ -7,6 +7,7 @@ import enum
 import json
 import logging
 import resource
+import shlex
 import stat
 import struct
 import subprocess
@@ -653,6 +654,78 @@ def test_command_replays_a_script_by_its_file(script, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, path.stem, raising=False)
     assert cli.main(["replay", str(bundle), "--class", f"{path}:Model"]) == 1
     assert "no failure" in capsys.readouterr().out
+
+
+def test_the_command_on_the_exception_replays_a_script(script, tmp_path, monkeypatch, capsys):
+    """As it is printed, from another folder, with what lies beside the script."""
+    bundle, path = script
+    (path.parent / "beside_the_script.py").write_text("SIZE = 4")
+    path.write_text(path.read_text().replace("import torch", "import torch, beside_the_script"))
+    bundle.unlink()
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False)
+    (line,) = (each for each in done.stderr.splitlines() if "opguard replay" in each)
+    words = shlex.split(line.partition("again with: ")[2])
+    assert words[:2] == ["opguard", "replay"]
+    assert words[-2:] == ["--class", f"{path}:Model"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    before = [*sys.path]
+    assert cli.main(words[1:]) == 0
+    assert "reproduced" in capsys.readouterr().out
+    assert sys.path == before
+
+
+LAZY = """
+    import opguard, torch
+
+    class Tiny(torch.nn.Module):
+        def __init__(self, model_id):
+            super().__init__()
+            import beside_the_class
+            self.size = beside_the_class.SIZE
+
+    class Model(opguard.OpGuardBase):
+        NAME, MODEL_ID, DETECTOR_TYPE = "model", "none", Tiny
+        def _predict(self, *, input_proc):
+            raise ValueError(f"size {self._detector.size}")
+"""
+
+
+def test_a_class_may_import_what_lies_beside_its_file_when_it_loads(folder, tmp_path, capsys):
+    path = tmp_path / "class_of_a_file.py"
+    path.write_text(textwrap.dedent(LAZY))
+    (tmp_path / "beside_the_class.py").write_text("SIZE = 3")
+    with repro.importable(f"{path}:Model"), pytest.raises(ValueError, match="size 3"):
+        repro.load_class(f"{path}:Model")()(input_raw=torch.zeros(1))
+    sys.modules.pop("beside_the_class")
+    assert cli.main(["replay", str(only_file(folder)), "--class", f"{path}:Model"]) == 0
+    assert "reproduced" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("import no_such_thing", ["No module named 'no_such_thing'", "install no_such_thing, or"]),
+        ("from os import nothing", ["cannot import name 'nothing'", "see that python imports it"]),
+        ("raise SystemExit(3)", ["SystemExit: 3"]),
+        ("1 +", ["SyntaxError"]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["file", "module"])
+def test_a_file_that_cannot_be_imported_is_one_sentence(
+    kind, line, words, *, folder, tmp_path, capsys, monkeypatch
+):
+    fail()
+    path = tmp_path / f"broken_{abs(hash(line))}.py"
+    path.write_text(line)
+    monkeypatch.chdir(tmp_path)
+    name = str(path) if kind == "file" else path.stem
+    assert cli.main(["replay", str(only_file(folder)), "--class", f"{name}:Model"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    for each in [f"expected to import {name} for Model, got ", *words]:
+        assert each in said
+    assert path.stem not in sys.modules
 
 
 def picture(whole):

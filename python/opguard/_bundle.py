@@ -20,6 +20,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Mapping
@@ -227,6 +228,16 @@ def _save(path: Path, whole: dict[str, Any], tensors: dict[str, torch.Tensor]) -
         raise
 
 
+def _command(cls: type, path: Path) -> str:
+    """What replays the bundle at ``path``; a script's class is imported by nothing but its file."""
+    words = ["opguard", "replay", str(path)]
+    described = _class_described(cls)
+    named = described["name"].startswith("__main__:") and "<locals>" not in cls.__qualname__
+    if named and "file" in described:
+        words += ["--class", f"{described['file']}:{cls.__qualname__}"]
+    return shlex.join(words)
+
+
 def write(
     instance: Any, call_kwargs: Mapping[str, Any], error: BaseException, before: Before | None
 ) -> Path | None:
@@ -265,5 +276,5 @@ def write(
         )
         return None
     with contextlib.suppress(Exception):
-        error.add_note(f"opguard: run this call again with: opguard replay {path}")
+        error.add_note(f"opguard: run this call again with: {_command(type(instance), path)}")
     return path

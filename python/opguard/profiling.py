@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+from opguard.base import OpGuardBase
+from opguard.hub import LocalFileMissing
+
 __all__ = ["Profile", "main", "profile"]
 
 TOP = 12
@@ -161,6 +164,8 @@ def profile(obj: Any, calls: int = 10, *, trace: str | None = None, **kwargs: An
     """
     if calls < 1:
         raise ValueError(f"profile: expected at least 1 call, got {calls}; give calls=10")
+    if not kwargs and type(obj).example_inputs is OpGuardBase.example_inputs:
+        obj.example_inputs()  # raises, before a model is loaded for nothing
     wait = _synchronized(obj.device)
     peak = None
     begin = time.perf_counter()
@@ -204,6 +209,7 @@ def main(
 ) -> int:
     """``opguard profile``: returns 0, 1 where the model could not be run, 2 for wrong usage."""
     from opguard import repro
+    from opguard.guards.locality import is_offline
 
     try:
         if calls < 1:
@@ -219,15 +225,32 @@ def main(
         return _failed(error, 2)
     if device is not None:
         settings["device_override"] = device
+    if is_offline():
+        settings["local_files_only"] = True  # a missing file is one sentence with its command then
+    kwargs = bundle.kwargs if bundle is not None else {}
     try:
-        found = profile(
-            kind(**settings), calls, trace=trace, **(bundle.kwargs if bundle is not None else {})
-        )
+        with repro.importable(class_name):
+            found = profile(kind(**settings), calls, trace=trace, **kwargs)
     except Exception as error:
-        return _failed(error, 1)
+        return _failed(_missing(kind, settings) or error if _may_miss(error) else error, 1)
     shown = asdict(found) | {"overhead": found.overhead}
     print(json.dumps(shown, indent=2) if as_json else found.as_text())
     return 0
+
+
+def _may_miss(error: Exception) -> bool:
+    return isinstance(error, OSError) and not isinstance(error, LocalFileMissing)
+
+
+def _missing(kind: Any, settings: dict[str, Any]) -> LocalFileMissing | None:
+    """The sentence on a model that is not here and could not be fetched, with its command."""
+    try:
+        with kind(**settings | {"local_files_only": True}):
+            return None
+    except LocalFileMissing as missing:
+        return missing
+    except Exception:
+        return None
 
 
 def _failed(error: Exception, status: int) -> int:

@@ -35,6 +35,7 @@ from opguard.base import OpGuardBase
 __all__ = ["Bundle", "Replayed", "capture", "load_class", "main", "read", "replay", "write"]
 
 OPTIONAL: dict[str, type] = {"model": dict, "changed_by_the_call": list}
+NAMED = "name where it is, as module:Class or path/to/file.py:Class"
 NEEDED = {"class": dict, "settings": dict, "call": dict, "error": dict, "versions": dict}
 
 
@@ -177,9 +178,12 @@ def _notes(whole: dict[str, Any]) -> list[str]:
 def load_class(name: str) -> type[OpGuardBase]:
     """Imports the OpGuardBase subclass that ``module:Class`` or ``path/to/file.py:Class`` names.
 
+    As ``python`` does, a module is looked for in the current folder too, and what a file imports
+    beside it.
+
     Raises:
         ValueError: the name has another form, or what it names is no OpGuardBase.
-        ImportError: there is no such module, or it has no such class.
+        ImportError: there is no such module, it cannot be imported, or it has no such class.
     """
     place, _, qualname = name.rpartition(":")
     if not place or not qualname:
@@ -190,16 +194,15 @@ def load_class(name: str) -> type[OpGuardBase]:
     if "<locals>" in qualname or place == "__main__":
         raise ImportError(
             f"class: expected one that can be imported, {name} was defined in a function, a script "
-            "or a notebook; name where it is with --class module:Class or --class file.py:Class"
+            f"or a notebook; {NAMED}"
         )
-    found: Any = _module(place)
+    found: Any = _module(place, qualname)
     for part in qualname.split("."):
         try:
             found = getattr(found, part)
         except AttributeError:
             raise ImportError(
-                f"class: expected {qualname} in {place}, there is none; "
-                "name where it is with --class module:Class"
+                f"class: expected {qualname} in {place}, there is none; {NAMED}"
             ) from None
     if not (isinstance(found, type) and issubclass(found, OpGuardBase)):
         raise ValueError(
@@ -208,31 +211,55 @@ def load_class(name: str) -> type[OpGuardBase]:
     return found
 
 
-def _module(place: str) -> Any:
-    if not place.endswith(".py"):
-        here = os.getcwd()
-        added = here not in sys.path and "" not in sys.path
-        if added:  # what `python` itself would find
-            sys.path.insert(0, here)
-        try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"class: expected a module {place!r}, {error}; "
-                "run this where it can be imported, or name the file: --class file.py:Class"
-            ) from error
-        finally:
-            if added and here in sys.path:
-                sys.path.remove(here)
-    path = Path(place)
-    if not path.is_file():
+@contextlib.contextmanager
+def importable(name: str | None) -> Iterator[None]:
+    """Lets the code of ``name`` import what ``python`` would let it: what is beside its file."""
+    place = (name or "").rpartition(":")[0]
+    folder = str(Path(place).resolve().parent) if place.endswith(".py") else os.getcwd()
+    added = bool(place) and folder not in sys.path
+    if added:
+        sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if added and folder in sys.path:
+            sys.path.remove(folder)
+
+
+def _module(place: str, qualname: str) -> Any:
+    if place.endswith(".py") and not Path(place).is_file():
         raise ImportError(f"class: expected a file {place!r}, there is none; check the path")
+    try:
+        with importable(f"{place}:"):
+            return _run(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except (Exception, SystemExit) as error:  # a script may end itself
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            if not place.endswith(".py") and f"{place}.".startswith(f"{error.name}."):
+                raise ImportError(
+                    f"class: expected a module {place!r}, {what}; run this where it can be "
+                    "imported, or name the file, as path/to/file.py:Class"
+                ) from error
+            way = f"install {error.name}, or put its folder into PYTHONPATH"
+        else:
+            way = "see that python imports it"
+        raise ImportError(
+            f"class: expected to import {place} for {qualname}, got {what}; {way}"
+        ) from error
+
+
+def _run(path: Path) -> Any:
+    """Imports the file by its own name, though it may be in no folder of sys.path."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(path.stem, None)
+        raise
     return module
 
 
@@ -358,9 +385,12 @@ def main(file: str, *, class_name: str | None = None, as_json: bool = False) -> 
     """``opguard replay``: returns 0 reproduced, 1 another failure or none, 2 wrong usage."""
     try:
         bundle = read(file)
-        done = replay(bundle, cls=None if class_name is None else load_class(class_name))
+        with importable(class_name):
+            done = replay(bundle, cls=None if class_name is None else load_class(class_name))
     except (OSError, ValueError, ImportError) as error:
         said = str(error).replace("\n", " ")
+        if class_name is None and said.endswith(NAMED):
+            said = f"{said} with --class"
         if isinstance(error, OSError):
             said = f"expected a repro bundle in {file!r}, {error.strerror or said}; check the path"
         print(f"opguard replay: {said.removeprefix('replay: ')}", file=sys.stderr)
