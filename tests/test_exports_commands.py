@@ -79,7 +79,7 @@ def test_verify_finds_the_bad_one(root, capsys):
     said = json.loads(capsys.readouterr().out.partition("\n")[2])
     assert [row["name"] for row in said] == ["models--vae"]
     assert opguard("verify", "nobody") == 1
-    assert "no export is named nobody" in capsys.readouterr().err
+    assert "is named nobody" in capsys.readouterr().err
 
 
 def names(root):
@@ -137,3 +137,57 @@ def test_prune_leaves_what_is_being_written(root, capsys):
         assert opguard("prune", "--older-than", "0") == 1
     assert names(root) == [VAE]
     assert f"{VAE} is being written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("days", ["-1", "nan", "inf", "-inf", "soon"])
+def test_days_that_are_none_remove_nothing(root, capsys, days):
+    with pytest.raises(SystemExit) as left:
+        opguard("prune", f"--older-than={days}")
+    assert left.value.code == 2
+    assert "expected a number of days, 0 or more, got" in capsys.readouterr().err
+    assert names(root) == [BLIP, VAE]
+
+
+def called(name, **folder):
+    """An export of a class of that NAME; returns its folder's name."""
+    where = store.export_folder(f"{name}-detector", **folder)
+    matching.load_or_refresh(
+        folder=where,
+        describe=lambda network: {"name": name},
+        from_source=lambda: tiny_exports.model(1, 1000),
+        from_export=tiny_exports.load,
+        save=tiny_exports.save,
+        settings=matching.Settings(),
+    )
+    return where.name
+
+
+def test_a_name_is_the_classs_as_well(root, capsys):
+    plain = called("me/m")
+    half = called("me/m", precision="fp16", quant_type="nf4", quant_use_double=True)
+    longer = called("me/m-detector-2")
+    assert opguard("verify", "me/m", "--json") == 0
+    assert [each["name"] for each in json.loads(capsys.readouterr().out)] == [plain, half]
+    (root / half / "metadata.json").write_text("{broken")  # its folder's name has to do
+    assert opguard("prune", "--name", "me/m") == 0
+    assert names(root) == sorted([BLIP, VAE, longer])
+
+
+@pytest.mark.parametrize("action", [("verify",), ("prune", "--name")])
+def test_a_name_of_nothing_is_said(root, capsys, action):
+    assert opguard(*action, "nobody") == 1
+    said = capsys.readouterr().err
+    assert f"no export in {root} is named nobody" in said
+    assert said.count("\n") == 1
+    assert names(root) == [BLIP, VAE]
+
+
+@pytest.mark.parametrize("action", ["list", "verify", "prune"])
+def test_a_file_is_no_folder_of_exports(tmp_path, monkeypatch, capsys, action):
+    (tmp_path / "exports").write_text("")
+    monkeypatch.setenv("OPGUARD_EXPORTS", str(tmp_path / "exports"))
+    assert opguard(action) == 2
+    said = capsys.readouterr()
+    assert f"expected a folder of exports in {tmp_path / 'exports'}, it is a file" in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""

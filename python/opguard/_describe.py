@@ -12,12 +12,10 @@ import inspect
 import logging
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib import metadata
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -36,9 +34,6 @@ logger = logging.getLogger("opguard")
 
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 LIBRARIES = ("transformers", "diffusers")
-# Whose code a version number stands for.
-VERSIONED = {"opguard", "torch", *LIBRARIES, *sys.stdlib_module_names}
-PLAIN = (str, bytes, int, float, complex, os.PathLike, torch.dtype, torch.device)
 # What a loader that cannot read an export as it reads its source ends in.
 LOADER_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
@@ -87,18 +82,19 @@ def _stored_variant(folder: Path | None) -> Any:
 def _describe_class(cls: type[Contract], network: bool, outer: tuple[type, ...]) -> dict[str, Any]:
     """Returns what a class says about its weights; the classes it names are described as well."""
     from opguard.exports.identity import describe_function
+    from opguard.exports.naming import describe_globals, name_of
 
     loader = getattr(cls.DETECTOR_TYPE, "from_pretrained", None)
     described: dict[str, Any] = {
         "name": cls.NAME,
-        "class": f"{cls.__module__}.{cls.__qualname__}",
+        "class": name_of(cls),
         "attributes": {
             name: _describe_attribute(name, getattr(cls, name), network, (*outer, cls))
             for name in sorted(dir(cls))
             if name.isupper() and name not in ("NAME", "MODEL_ID", "REVISION")
         },
         "loaders": {name: describe_function(each) for name, each in _loaders(cls)},
-        "globals": _describe_globals([*(each for _, each in _loaders(cls)), *_made_by(cls)]),
+        "globals": describe_globals([*(each for _, each in _loaders(cls)), *_made_by(cls)]),
         "from_pretrained": describe_function(loader) if loader else None,
     }
     if outer:
@@ -110,10 +106,11 @@ def _describe_class(cls: type[Contract], network: bool, outer: tuple[type, ...])
 
 def _describe_attribute(name: str, value: Any, network: bool, outer: tuple[type, ...]) -> Any:
     from opguard.exports.identity import describe_named
+    from opguard.exports.naming import name_of
 
     if isinstance(value, type) and issubclass(value, Contract) and hasattr(value, "MODEL_ID"):
         if value in outer:
-            return {"class": f"{value.__module__}.{value.__qualname__}"}
+            return {"class": name_of(value)}
         return _describe_class(value, network, outer)
     if isinstance(value, Mapping) and not is_secret(name, value):
         return {
@@ -146,13 +143,6 @@ def _describe_source(
     return {"model": model_id}  # a name that only the class's own loader understands
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for value in code.co_consts:
-        if isinstance(value, CodeType):
-            yield from _names(value)
-
-
 def _code_of(function: Callable[..., Any]) -> CodeType:
     code: CodeType = inspect.unwrap(function).__code__
     return code
@@ -164,6 +154,8 @@ def _is_ours(base: type) -> bool:
 
 def _loaders(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
     """Yields the loading steps of a class and the methods they name, each by its full name."""
+    from opguard.exports.naming import names_in
+
     pending, seen = ["_load_detector", "_load_processor"], set()
     while pending:
         name = pending.pop()
@@ -175,39 +167,18 @@ def _loaders(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
             found = getattr(found, "fget", None) or getattr(found, "__func__", found)
             if isinstance(inspect.unwrap(found), FunctionType):
                 yield f"{base.__qualname__}.{name}", found
-                pending += sorted(set(_names(_code_of(found))) - seen - set(pending))
+                pending += sorted(set(names_in(_code_of(found))) - seen - set(pending))
 
 
 def _made_by(cls: type[Contract]) -> Iterator[Callable[..., Any]]:
     """Yields the function that makes the detector, where no library's version stands for it."""
+    from opguard.exports.naming import is_versioned
+
     made_by = getattr(cls.DETECTOR_TYPE, "from_pretrained", cls.DETECTOR_TYPE)
     made_by = getattr(made_by, "__func__", made_by)
     inner = inspect.unwrap(made_by)
-    if isinstance(inner, FunctionType) and _root(inner) not in VERSIONED:
+    if isinstance(inner, FunctionType) and not is_versioned(inner):
         yield inner
-
-
-def _root(function: Callable[..., Any]) -> str:
-    return str(function.__module__).partition(".")[0]
-
-
-def _version_of(root: str) -> str | None:
-    """The version of an installed package; None for a program's own modules, which have none."""
-    file = getattr(sys.modules.get(root), "__file__", None) or ""
-    if not {"site-packages", "dist-packages"} & set(Path(file).parts):
-        return None
-    try:
-        return metadata.version(root)
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def _is_plain(value: Any, holders: tuple[type, ...] = (tuple, frozenset)) -> bool:
-    """Whether a value is what it is for good: objects change while a model loads."""
-    if isinstance(value, holders):
-        inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
-        return all(_is_plain(each, holders) for each in cast(Iterable[Any], inner))
-    return isinstance(value, PLAIN)
 
 
 def describe_instance(owner: Lifecycle) -> dict[str, Any]:
@@ -217,54 +188,23 @@ def describe_instance(owner: Lifecycle) -> dict[str, Any]:
     of plain values count: a constructor is often given its adapters so.
     """
     from opguard.exports.identity import describe_named
+    from opguard.exports.naming import is_plain, names_in
 
     held = vars(owner)
     if owner._told is None:
         ours = {name for base in type(owner).__mro__ if _is_ours(base) for name in _declared(base)}
         owner._told = frozenset(held.keys() - ours)
-    named = {name for _, each in _loaders(type(owner)) for name in _names(_code_of(each))}
+    named = {name for _, each in _loaders(type(owner)) for name in names_in(_code_of(each))}
     return {
         name: describe_named(name, held[name])
         for name in sorted(named & owner._told & held.keys())
-        if _is_plain(held[name], (tuple, frozenset, list, set, Mapping))
+        if is_plain(held[name], (tuple, frozenset, list, set, Mapping))
         and held[name] not in ([], {}, set())  # which are for the load to fill
     }
 
 
 def _declared(base: type) -> set[str]:
     return {*vars(base), *vars(base).get("__annotations__", ())}
-
-
-def _describe_globals(functions: list[Callable[..., Any]]) -> dict[str, Any]:
-    """Returns the functions and plain values of their modules that loaders name, at any depth.
-
-    Of an installed package the function that is named and the version, not what is behind it: that
-    is no cause of the weights that the version would not tell, and some of it changes as it runs.
-    """
-    from opguard.exports.identity import describe_function, describe_named
-
-    found: dict[str, Any] = {}
-    pending = list(functions)
-    while pending:
-        function = inspect.unwrap(pending.pop())
-        where = function.__globals__
-        for name in sorted(set(_names(function.__code__)) & where.keys()):
-            value, key = where[name], f"{function.__module__}.{name}"
-            if key in found or name.startswith("__"):
-                continue
-            if isinstance(value, FunctionType):
-                root = _root(value)
-                if root in VERSIONED:
-                    continue
-                found[key] = describe_function(value)
-                version = _version_of(root)
-                if version is None:
-                    pending.append(value)
-                else:
-                    found[root] = version
-            elif _is_plain(value):
-                found[key] = describe_named(name, value)
-    return found
 
 
 # Where it is

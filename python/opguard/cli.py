@@ -6,6 +6,8 @@ Only argparse is imported here; each command imports what it needs, so that ``--
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -45,6 +47,14 @@ def _exports(arguments: argparse.Namespace) -> int:
     return commands.run(arguments)
 
 
+def _days(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        days = float(text)
+        if 0 <= days < math.inf:
+            return days
+    raise argparse.ArgumentTypeError(f"expected a number of days, 0 or more, got {text!r}")
+
+
 def _add_exports(commands: Any) -> None:
     exports = commands.add_parser(
         "exports", help="list, verify and prune the local exports of models"
@@ -62,8 +72,8 @@ def _add_exports(commands: Any) -> None:
         "prune",
         help="remove exports that meet every condition given, and what killed writers left",
     )
-    prune.add_argument("--older-than", type=float, metavar="DAYS", help="not loaded for DAYS days")
-    prune.add_argument("--name", action="append", metavar="NAME", help="of this name; * and ? fit")
+    prune.add_argument("--older-than", type=_days, metavar="DAYS", help="not loaded for DAYS days")
+    prune.add_argument("--name", action="append", metavar="NAME", help="of this NAME; * and ? fit")
     prune.add_argument("--broken", action="store_true", help="that verify finds bad")
     prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
 

@@ -1,6 +1,7 @@
 """``opguard exports list|verify|prune``: what is exported, whether it is whole, and what may go.
 
-Exit status: 0 done, 1 a bad export was found (verify) or one could not be removed (prune).
+Exit status: 0 done, 1 a bad export was found (verify), one could not be removed (prune) or nothing
+is of a name that was given, 2 there can be no exports where OPGUARD_EXPORTS says.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ __all__ = ["run"]
 
 _DAY_S = 86400.0
 _QUANT = re.compile(r"-((?:i8|fp4|nf4)(?:-dq)?)$")
+_OF_CLASS = re.compile(r"models--(?P<name>.+)-detector(?:-.*)?")
 _LEFT = re.compile(r"\.(?P<name>models--.+)\.(?:tmp|old)-\d+-[0-9a-f]{8}")
 
 
@@ -145,21 +146,48 @@ def _problem(folder: Path) -> str | None:
     return problem
 
 
-def _named(names: list[str] | None) -> Iterator[Path]:
-    """Yields the exports whose folder, or NAME, is like one of `names`; all for none."""
-    for folder in _folders():
-        short = folder.name.removeprefix("models--")
-        if not names or any(
-            fnmatch.fnmatchcase(found, name.replace("/", "--"))
-            for name in names
-            for found in (folder.name, short)
-        ):
-            yield folder
+def _names_of(folder: Path) -> set[str]:
+    """Returns what an export may be called: its folder, with models-- and without, and its NAME."""
+    names = {folder.name, folder.name.removeprefix("models--")}
+    try:
+        name = store.read(folder)["made_from"].get("name")
+    except (OSError, store.BrokenExport):
+        found = _OF_CLASS.fullmatch(folder.name)
+        name = found["name"] if found else None
+    return names | {name.replace("/", "--")} if isinstance(name, str) else names
+
+
+def _named(names: list[str] | None) -> tuple[list[Path], list[str]]:
+    """Returns the exports called like one of `names`, all for none, and the names of no export."""
+    if not names:
+        return _folders(), []
+    called = {folder: _names_of(folder) for folder in _folders()}
+    found: set[Path] = set()
+    unknown = []
+    for name in names:
+        like = name.replace("/", "--")
+        fits = {
+            folder
+            for folder, these in called.items()
+            if any(fnmatch.fnmatchcase(each, like) for each in these)
+        }
+        found |= fits
+        unknown += [] if fits else [name]
+    return sorted(found), unknown
+
+
+def _say_unknown(unknown: list[str]) -> bool:
+    if unknown:
+        where = store.exports_root() or "no folder: exports are off"
+        said = f"opguard exports: no export in {where} is named {' or '.join(unknown)}"
+        print(f"{said}; `opguard exports list` names them", file=sys.stderr)
+    return bool(unknown)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     results = []
-    for folder in _named(arguments.name):
+    folders, unknown = _named(arguments.name)
+    for folder in folders:
         begin = time.perf_counter()
         problem = _problem(folder)
         rate = _size(folder) / (time.perf_counter() - begin) / 1e9
@@ -168,10 +196,8 @@ def _verify(arguments: argparse.Namespace) -> int:
             print(f"{folder.name}: {problem or f'whole ({rate:.2f} GB/s)'}", flush=True)
     if arguments.json:
         print(json.dumps(results, indent=2))
-    if arguments.name and not results:
-        print(f"opguard exports: no export is named {' '.join(arguments.name)}", file=sys.stderr)
-        return 1
-    return 1 if any(result["problem"] for result in results) else 0
+    is_bad = any(result["problem"] for result in results)
+    return 1 if _say_unknown(unknown) or is_bad else 0
 
 
 def _goes(folder: Path, arguments: argparse.Namespace) -> bool:
@@ -193,8 +219,9 @@ def _leftover_names() -> set[str]:
 
 def _prune(arguments: argparse.Namespace) -> int:
     root = store.exports_root()
-    named = {folder.name: folder for folder in _named(arguments.name)}
-    status = 0
+    folders, unknown = _named(arguments.name)
+    named = {folder.name: folder for folder in folders}
+    status = 1 if _say_unknown(unknown) else 0
     for name in sorted(named.keys() | _leftover_names()):
         assert root is not None  # or there would be no names
         try:
@@ -217,5 +244,13 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs ``opguard exports``, whose arguments the command line has parsed; returns its status."""
+    root = store.exports_root()
+    if root is not None and os.path.exists(root) and not root.is_dir():
+        print(
+            f"opguard exports: expected a folder of exports in {root}, it is a file; "
+            "set OPGUARD_EXPORTS to a folder",
+            file=sys.stderr,
+        )
+        return 2
     actions = {"list": _list, "verify": _verify, "prune": _prune}
     return actions[arguments.action](arguments)

@@ -24,6 +24,7 @@ from typing import Any
 from opguard import hub
 from opguard._secrets import HIDDEN, is_secret, masked
 from opguard.exports.hashing import hash_files
+from opguard.exports.naming import full_name_of, is_of_program, is_plain, name_of
 
 __all__ = [
     "describe_function",
@@ -163,11 +164,6 @@ def _sha(text: str | bytes) -> str:
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
 
 
-def _name_of(found: Any) -> str:
-    name = getattr(found, "__qualname__", None) or getattr(found, "__name__", type(found).__name__)
-    return f"{getattr(found, '__module__', None) or 'builtins'}.{name}"
-
-
 def _constants(code: CodeType) -> list[Any]:
     described = []
     for value in code.co_consts:
@@ -210,13 +206,14 @@ def describe_function(function: Callable[..., Any], depth: int = 0) -> dict[str,
         }
     owner = getattr(function, "__self__", None)
     inner = inspect.unwrap(getattr(function, "__func__", function))
-    described: dict[str, Any] = {"name": _name_of(inner)}
+    described: dict[str, Any] = {"name": name_of(inner)}
     if isinstance(owner, type):
-        described["of"] = _name_of(owner)
+        described["of"] = name_of(owner)
     elif owner is not None and not inspect.ismodule(owner):
         described["of"] = describe_value(owner, depth + 1)
     code = getattr(inner, "__code__", None)
     if code is None:
+        described["name"] = full_name_of(inner)
         if isinstance(inner, type) or not inspect.isroutine(inner):
             return described | {"value": describe_value(inner, depth + 1)}
         return described
@@ -246,9 +243,12 @@ def _defaults(function: Any) -> Any:
 
 
 def describe_type(kind: type) -> dict[str, Any]:
-    """Returns a class's name and, where no library's version stands for it, its code."""
-    described: dict[str, Any] = {"class": _name_of(kind)}
-    functions = {}
+    """Returns a class's name and, where no library's version stands for it, its code.
+
+    Of a program's own class the plain values in it as well, since no module's name is in the key.
+    """
+    described: dict[str, Any] = {"class": name_of(kind)}
+    functions, values = {}, {}
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in _VERSIONED:
             continue
@@ -256,8 +256,12 @@ def describe_type(kind: type) -> dict[str, Any]:
             code = getattr(inspect.unwrap(getattr(value, "__func__", value)), "__code__", None)
             if isinstance(code, CodeType):
                 functions[f"{base.__qualname__}.{name}"] = [_code(code), _defaults(value)]
+            elif not name.startswith("__") and is_of_program(base) and is_plain(value):
+                values[f"{base.__qualname__}.{name}"] = describe_named(name, value)
     if functions:
         described["code"] = _sha(json.dumps(functions, sort_keys=True))
+    if values:
+        described["values"] = values
     return described
 
 
@@ -296,7 +300,10 @@ def _plain(value: Any) -> Any:
 
     described: Any = _plain
     if isinstance(value, enum.Enum):
-        described = f"{_name_of(type(value))}.{value.name}"
+        described = f"{full_name_of(type(value))}.{value.name}"
+        if is_of_program(type(value)):
+            name = f"{name_of(type(value))}.{value.name}"
+            described = {"enum": name, "is": describe_value(value.value, _DEEP - 3)}
     elif isinstance(value, str):
         described = masked(value)
     elif value is None or isinstance(value, bool | int):
@@ -325,7 +332,7 @@ def describe_value(value: Any, depth: int = 0) -> Any:
     if described is not _plain:
         return described
     if depth >= _DEEP:
-        described = {"object": _name_of(type(value))}
+        described = {"object": name_of(type(value))}
     elif isinstance(value, Mapping | list | tuple | set | frozenset):
         described = _items(value, depth)
     elif isinstance(value, torch.Tensor):
@@ -340,7 +347,10 @@ def describe_value(value: Any, depth: int = 0) -> Any:
 
 
 def _describe_object(value: Any, depth: int) -> dict[str, Any]:
-    described: dict[str, Any] = {"object": _name_of(type(value))}
+    kind = type(value)
+    described: dict[str, Any] = {"object": name_of(kind)}
+    if is_of_program(kind):  # whose methods a loader may call
+        described["type"] = describe_type(kind)
     if callable(getattr(type(value), "to_dict", None)):
         # Where it fails, what the object holds says as much.
         with contextlib.suppress(Exception):

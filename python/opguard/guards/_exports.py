@@ -5,9 +5,11 @@ What an export is made from is then the loader and its arguments, of which one i
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from opguard.guards.calling import _modules
@@ -70,9 +72,12 @@ class _Call(NamedTuple):
     local_on_refresh: bool
 
     def describe(self, network: bool) -> dict[str, Any]:
-        from opguard.exports import identity
+        from opguard.exports import identity, naming
 
         kwargs = self.kwargs
+        owner = getattr(self.loader, "__self__", None)
+        inner = inspect.unwrap(getattr(self.loader, "__func__", self.loader))
+        is_own = isinstance(inner, FunctionType) and not naming.is_versioned(inner)
         named = {name: kwargs[name] for name in kwargs if name not in _SOURCE_NAMES}
         named.pop("local_files_only", None)
         revision = named.pop("revision", None)
@@ -80,6 +85,8 @@ class _Call(NamedTuple):
         named |= {name: values_of(named[name]) for name in _QUANTIZATION if name in named}
         return {
             "loader": identity.describe_function(self.loader),
+            "loader_type": identity.describe_type(owner) if isinstance(owner, type) else None,
+            "globals": naming.describe_globals([inner] if is_own else []),
             "source": identity.describe_model(
                 _source(self.args, kwargs),
                 None if revision is None else str(revision),
