@@ -676,7 +676,24 @@ def test_a_model_without_save_pretrained_is_not_exported(exports, caplog):
     Plain(**CPU)(input_raw=torch.ones(1, 2))
     assert not exports.exists()
     assert any("no save_pretrained" in each.getMessage() for each in caplog.records)
-    with pytest.raises(LocalFileMissing, match="only_load_export"):
+    with pytest.raises(LocalFileMissing, match="makes it or says why it cannot"):
+        Plain(only_load_export=True, **CPU)(input_raw=torch.ones(1, 2))
+
+
+def test_a_type_that_cannot_be_exported_is_no_case_for_only_load_export(exports, tmp_path, caplog):
+    class Linear(torch.nn.Linear):
+        def __init__(self, where):
+            super().__init__(2, 2)
+
+    class Plain(OpGuardBase):
+        NAME = "plain"
+        MODEL_ID = tmp_path
+        DETECTOR_TYPE = Linear
+
+    Plain(**CPU)(input_raw=torch.ones(1, 2))
+    (said,) = [each.getMessage() for each in caplog.records if "export" in each.getMessage()]
+    assert said == "exports: no export of Plain, Linear has no save_pretrained"
+    with pytest.raises(ValueError, match=r"Linear has no save_pretrained; leave only_load_export"):
         Plain(only_load_export=True, **CPU)(input_raw=torch.ones(1, 2))
 
 
@@ -687,7 +704,8 @@ def test_a_model_that_is_not_in_memory_is_not_exported(exports, source, caplog):
 
     Offloaded(keep_warm=True, device_override="meta", local_files_only=True)
     assert not any(exports.glob("models--*"))
-    assert any("not in memory" in each.getMessage() for each in caplog.records)
+    (said,) = [each.getMessage() for each in caplog.records if "export" in each.getMessage()]
+    assert "not in memory" in said
 
 
 # --- nothing stays alive --------------------------------------------------------------------------
@@ -751,3 +769,11 @@ def test_a_model_is_one_copy_in_memory_while_it_is_exported_and_read(exports, so
             assert model.detector is SEEN[-1]()
     assert len(SEEN) == 2
     assert [reference() for reference in SEEN] == [None, None]
+
+
+def test_a_damaged_weight_file_is_named_by_its_folder(exports, source):
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(Exception) as caught:
+        run(kind(source)(**CPU))
+    assert f"a weight file of Bert is damaged, in {source}" in caught.value.__notes__[0]

@@ -117,6 +117,15 @@ class Listed(OpGuardBase):
         return model
 
 
+def test_a_file_named_without_its_folder_is_in_the_key(source, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    cls = kind(source, base=Filled, FILE="adapter.safetensors")
+    for value in (3.0, 4.0):
+        save_file({"x": torch.tensor([value])}, "adapter.safetensors")
+        assert loaded(cls) == value
+    assert "adapter.safetensors changed" in warned(caplog)[-1]
+
+
 def test_a_list_of_the_instance_is_in_the_key(source, caplog):
     cls = kind(source, base=Listed)
     assert loaded(cls, [1.0]) == loaded(cls, [1.0]) == 1.0

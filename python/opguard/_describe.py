@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from opguard import hub
 from opguard._contract import Contract
 from opguard._secrets import is_secret
 from opguard.guards.calling import _modules
@@ -255,6 +256,8 @@ class Loading:
                     "exports are safetensors; leave only_load_export out"
                 )
             return self.from_source()
+        if only and folder is not None and not os.path.exists(folder):
+            self._check_exportable()
         if folder is not None and not (only or self._promises() or os.path.exists(folder)):
             self._loaded = self.from_source()
             if not self._can_be_exported(self._loaded.detector):
@@ -282,6 +285,18 @@ class Loading:
         root = str(getattr(kind, "__module__", "")).partition(".")[0]
         return hasattr(kind, "save_pretrained") or root in LIBRARIES
 
+    def _check_exportable(self) -> None:
+        """Raises where no load would ever make the export that alone may be loaded."""
+        owner, kind, why = self._owner, self._owner.DETECTOR_TYPE, None
+        by_type = type(owner)._load_detector.__module__ == "opguard._lifecycle"
+        if not self._promises() and by_type and isinstance(kind, type):
+            why = f"{kind.__name__} has no save_pretrained"
+        if why is not None:
+            raise ValueError(
+                f"only_load_export: expected {owner.classname} to be a class whose model can be "
+                f"exported, but {why}; leave only_load_export out"
+            )
+
     def _can_be_exported(self, detector: Any) -> bool:
         why = None
         if not hasattr(detector, "save_pretrained"):
@@ -300,7 +315,8 @@ class Loading:
             # None that does nothing: it would clear the frames by which the outer one names files.
             with local_guard() if local else contextlib.nullcontext():
                 owner._processor = owner._load_processor()
-                return Parts(owner._processor, self._load(owner._load_detector))
+                with _noting_damage(owner):
+                    return Parts(owner._processor, self._load(owner._load_detector))
         return self._loaded
 
     def from_export(self, folder: Path) -> Parts:
@@ -344,6 +360,21 @@ class Loading:
             processor=_save_processor(parts.processor, folder),
         )
         return True
+
+
+@contextlib.contextmanager
+def _noting_damage(owner: Contract) -> Iterator[None]:
+    """Notes on the error of a damaged weight file where it is, which the error does not say."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            folder = hub.local_folder(owner._model_id, owner._revision_in_use())
+            error.add_note(
+                f"opguard: a weight file of {owner.classname} is damaged, in "
+                f"{folder or owner._model_id}; fetch it again"
+            )
+        raise
 
 
 def _all(module: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -98,8 +98,10 @@ class Lifecycle(Contract):
     def _export_identity(self) -> Mapping[str, Any]:
         """Returns what changes the weights beside the class attributes and the settings.
 
-        Such as the files of an adapter that ``_load_detector`` fuses: another value, and the
-        export is made anew. The values are what JSON can hold.
+        What a loader reads beside its source, such as a switch in ``os.environ``, which nobody
+        else can see, or the digest of an adapter's file whose path it puts together: another
+        value, and the export is made anew. Files that class attributes name are seen without it.
+        The values are what JSON can hold.
         """
         return {}
 

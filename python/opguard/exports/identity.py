@@ -136,13 +136,17 @@ def describe_named(name: str, value: Any) -> Any:
         return HIDDEN
     if isinstance(value, str | os.PathLike):
         text = os.fspath(value)
-        if isinstance(text, str) and (not isinstance(value, str) or "/" in text or os.sep in text):
+        if isinstance(text, str) and (_is_path(value) or os.path.isfile(text)):
             return _describe_named_files(text)
     if isinstance(value, Mapping):
         return {_key(key, 0): describe_named(str(key), value[key]) for key in value}
     if isinstance(value, list | tuple):
         return [describe_named("", each) for each in value]
     return describe_value(value)
+
+
+def _is_path(value: str | os.PathLike[str]) -> bool:
+    return not isinstance(value, str) or "/" in value or os.sep in value
 
 
 def _describe_named_files(text: str) -> Any:

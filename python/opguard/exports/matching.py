@@ -25,6 +25,7 @@ logger = logging.getLogger("opguard")
 T = TypeVar("T")
 _ATTEMPTS = 3
 _SHOWN = 4
+_EXPECTED = ("missing", "forced")
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -70,7 +71,7 @@ def load_or_refresh(
     from_export: loads it from the folder given, off the network. May run again, if the export was
         exchanged meanwhile. Any Exception means that the export is no good, `ExportUnfit` as above.
     save: writes the model into an empty folder as safetensors, before any forward; False: there is
-        nothing that can be exported.
+        nothing that can be exported, and it has said why.
 
     Raises:
         LocalFileMissing: under only_load_export there is no export that matches.
@@ -136,9 +137,12 @@ class _Loading(Generic[T]):
             store.note_digests(self._folder, used)
             return tried.models[0]
         if settings.only_load_export:
+            way = "leave only_load_export out, or mend the loader"
+            if tried.kind != "unfit":
+                way = "load once without only_load_export, which makes it or says why it cannot"
             raise LocalFileMissing(
                 f"only_load_export: expected an export in {self._folder} that matches, but "
-                f"{tried.why}; load once without only_load_export to make it"
+                f"{tried.why}; {way}"
             )
         if tried.kind == "unfit":
             logger.info("exports: %s is not used, %s", self._folder, tried.why)
@@ -221,7 +225,8 @@ class _Loading(Generic[T]):
     def _mark(self, reason: str) -> None:
         logger.warning(
             "exports: %s is not used from now on, loading it does not give the model that was "
-            "exported: %s; the loader must give the same model for the export as for its source",
+            "exported: %s; the loader must give the same model for the export as for its source, and "
+            "what it reads beside them (an adapter's file, the environment) _export_identity names",
             self._folder,
             reason,
         )
@@ -243,8 +248,9 @@ class _Loading(Generic[T]):
             try:
                 stack.enter_context(store.lock(self._folder))
             except (OSError, ValueError, NotImplementedError) as error:
-                logger.warning("exports: no export in %s: %s", self._folder, error)
-                return self._load(tried)
+                why = "" if tried.kind in _EXPECTED else f"; {tried.why}"
+                logger.warning("exports: no export in %s: %s%s", self._folder, error, why)
+                return self._source(tried)
             if wanted is not None and store.stamp(self._folder) != seen:
                 again = self._try(wanted)  # somebody made it while this one waited
                 if again.models:
@@ -263,8 +269,12 @@ class _Loading(Generic[T]):
         return self._from_source()
 
     def _load(self, tried: _Tried[T]) -> T:
-        level = logging.INFO if tried.kind in ("missing", "forced") else logging.WARNING
-        logger.log(level, "exports: %s is made anew, %s", self._folder, tried.why)
+        if tried.kind != "missing":  # or whether it can be made is not known yet
+            level = logging.INFO if tried.kind in _EXPECTED else logging.WARNING
+            logger.log(level, "exports: %s is made anew, %s", self._folder, tried.why)
+        return self._source(tried)
+
+    def _source(self, tried: _Tried[T]) -> T:
         try:
             return self._from_source()
         except Exception as error:
@@ -289,10 +299,8 @@ class _Loading(Generic[T]):
                 changed += _moved_meanwhile(before, made_from, wanted)
             if changed:
                 raise OSError(f"{_listed(changed)} while it was loaded")
-            if not store.write(
-                self._folder, lambda aside: self._save(model, aside), made_from, known
-            ):
-                logger.info("exports: no export in %s, it cannot be saved", self._folder)
+            if store.write(self._folder, lambda aside: self._save(model, aside), made_from, known):
+                logger.info("exports: %s is made", self._folder)
         except Exception as error:
             logger.warning(
                 "exports: no export in %s: %s: %s", self._folder, type(error).__name__, error
@@ -410,4 +418,6 @@ def _reason(found: list[tuple[str, str]]) -> str:
     text = _listed([sentence for _, sentence in found])
     if any(path == "class" for path, _ in found):
         text += "; two classes share this NAME, give one of them another"
+    elif any(path.partition(".")[0] in ("identity", "instance") for path, _ in found):
+        text += "; to keep an export of each, give one a NAME of its own in a subclass"
     return text
