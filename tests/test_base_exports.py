@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from opguard import LocalFileMissing, OpGuardBase
@@ -774,6 +775,6 @@ def test_a_model_is_one_copy_in_memory_while_it_is_exported_and_read(exports, so
 def test_a_damaged_weight_file_is_named_by_its_folder(exports, source):
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(Exception) as caught:
+    with pytest.raises(SafetensorError) as caught:
         run(kind(source)(**CPU))
     assert f"a weight file of Bert is damaged, in {source}" in caught.value.__notes__[0]

@@ -378,7 +378,7 @@ def test_an_unfit_export_is_not_tried_again(made, caplog):
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "weight w differs" in caplog.text
     assert "_export_identity" in caplog.text  # the way to say what else the loader reads
-    with pytest.raises(LocalFileMissing, match="weight w differs.*leave only_load_export out"):
+    with pytest.raises(LocalFileMissing, match=r"weight w differs.*leave only_load_export out"):
         get(only_load_export=True)
     get(2)  # made anew, so there is a new chance
     get(2)

@@ -225,8 +225,9 @@ class _Loading(Generic[T]):
     def _mark(self, reason: str) -> None:
         logger.warning(
             "exports: %s is not used from now on, loading it does not give the model that was "
-            "exported: %s; the loader must give the same model for the export as for its source, and "
-            "what it reads beside them (an adapter's file, the environment) _export_identity names",
+            "exported: %s; the loader must give the same model for the export as for its source, "
+            "and _export_identity name what it reads beside them (an adapter's file, the "
+            "environment)",
             self._folder,
             reason,
         )
