@@ -119,11 +119,11 @@ NEEDS = [
 IDS = [owner.__name__ for owner, _, _ in NEEDS]
 
 
-def load(owner, where, monkeypatch, tmp_path, **attributes):
+def load(owner, where, monkeypatch, tmp_path, *, local=True, **attributes):
     monkeypatch.setenv("OPGUARD_EXPORTS", str(tmp_path / "exports"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     kind = type(owner.__name__, (owner,), {"MODEL_ID": where, "NAME": "missing"} | attributes)
-    with kind(device_override="cpu", dtype_override="fp32", local_files_only=True):
+    with kind(device_override="cpu", dtype_override="fp32", local_files_only=local):
         pass
 
 
@@ -155,3 +155,58 @@ def test_an_absent_model_is_one_sentence_with_the_command(
     assert "\n" not in said
     assert "hf download nobody/nothing" in said
     assert "on this machine" in said
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
+@pytest.mark.parametrize(("owner", "folder", "files"), NEEDS, ids=IDS)
+def test_an_absent_model_is_the_same_sentence_where_the_user_turned_the_hub_off(
+    owner, folder, files, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(opguard.LocalFileMissing) as caught:
+        load(owner, "nobody/nothing", monkeypatch, tmp_path, local=False, REVISION="main")
+    said = str(caught.value)
+    assert "\n" not in said
+    assert "hf download nobody/nothing" in said
+    if said.startswith("local_guard"):  # the language tasks ask for a file before they load
+        assert said.endswith("; unset HF_HUB_OFFLINE for that")
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
+@pytest.mark.parametrize(
+    ("owner", "folder", "file"),
+    [(owner, folder, file) for owner, folder, files in NEEDS for file in files],
+)
+def test_a_file_the_cache_lacks_is_the_same_sentence(  # noqa: PLR0917
+    owner, folder, file, models, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repo = tmp_path / "hub" / "models--nobody--nothing"
+    shutil.copytree(models / folder, repo / "snapshots" / ("a" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    (repo / "snapshots" / ("a" * 40) / file).unlink()
+    with pytest.raises(opguard.LocalFileMissing) as caught:
+        load(owner, "nobody/nothing", monkeypatch, tmp_path, local=False, REVISION="main")
+    said = str(caught.value)
+    assert "\n" not in said
+    assert "hf download nobody/nothing" in said
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize(
+    ("owner", "folder", "weights"),
+    [
+        (nlp.Embedding, "bert", "pytorch_model.bin"),
+        (vae.AutoencoderTinyBase, "vae", "diffusion_pytorch_model.bin"),
+    ],
+)
+def test_weights_of_another_format_are_no_missing_file(  # noqa: PLR0917
+    owner, folder, weights, models, monkeypatch, tmp_path, local
+):
+    shutil.copytree(models / folder, tmp_path / folder)
+    for file in (tmp_path / folder).glob("*.safetensors"):
+        file.rename(tmp_path / folder / weights)
+    with pytest.raises(opguard.LocalFileMissing, match="set USE_SAFETENSORS = False") as caught:
+        load(owner, tmp_path / folder, monkeypatch, tmp_path, local=local, REVISION=None)
+    assert f"found {weights}" in str(caught.value)

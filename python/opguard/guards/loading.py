@@ -15,8 +15,16 @@ from opguard.devices import DeviceLike
 from opguard.guards._base import Guard
 from opguard.guards.calling import _modules
 from opguard.guards.freeing import Releasing
-from opguard.guards.locality import Naming, enter_local, is_local, leave_local
+from opguard.guards.locality import (
+    Naming,
+    enter_local,
+    is_local,
+    is_offline,
+    leave_local,
+    missing_file,
+)
 from opguard.guards.quantizing import settle
+from opguard.hub import LocalFileMissing
 
 if TYPE_CHECKING:
     from opguard.guards import _exports
@@ -142,10 +150,11 @@ class load_guard(Naming, Releasing):
     """Enters to `load(loader, *args, **kwargs)`, which loads under guard and returns the model.
 
     The model comes back in eval mode (`train_mode=True`: in train mode) and stays so. With
-    `local_files_only` nothing in the block reaches the network (see `local_guard`), and what is
-    missing is one sentence. When the block fails, nothing the loader made stays alive because of
-    it; devices of `device_list` (None: all) are waited for and, where they hold less than before,
-    their caches emptied. `garbage_collect_on_exception` collects cycles as well. The parameters of
+    `local_files_only` nothing in the block reaches the network (see `local_guard`). What is missing
+    is one sentence then, as it is under HF_HUB_OFFLINE, and always of a folder. When the block
+    fails, nothing the loader made stays alive because of it; devices of `device_list` (None: all)
+    are waited for and, where they hold less than before, their caches emptied.
+    `garbage_collect_on_exception` collects cycles as well. The parameters of
     exports are `cache_guard`'s. `detach_outputs`: a loader that returns tensors and no module has
     them detached and brought to the cpu.
     """
@@ -205,6 +214,12 @@ class load_guard(Naming, Releasing):
         if self._load is not None:
             self._load._close()
         super()._exit(error)
+
+    def _missing(self, error: BaseException | None) -> LocalFileMissing | None:
+        if error is None:
+            return None
+        # Also where the user has turned the hub off, by HF_HUB_OFFLINE.
+        return missing_file(error, folders_only=not (self.local_files_only or is_offline()))
 
     def _collects(self, error: BaseException | None) -> bool:
         return self._collect and error is not None

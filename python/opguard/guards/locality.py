@@ -339,7 +339,50 @@ def _in_models(error: BaseException) -> bool:
     return False
 
 
+def _pickled(wanted: dict[str, str]) -> str | None:
+    """Returns the weights of another format that are where safetensors were looked for."""
+    folder = local_folder(wanted["repo"], wanted.get("revision"))
+    if folder is None or not wanted.get("file", "").endswith(".safetensors"):
+        return None
+    where = (folder / wanted.get("subfolder", "") / wanted["file"]).parent
+    names = ("pytorch_model*.bin", "diffusion_pytorch_model*.bin")
+    found = sorted(path.name for name in names for path in where.glob(name))
+    return found[0] if found else None
+
+
+def _set_by_user() -> bool:
+    constants = sys.modules.get("huggingface_hub.constants")
+    own = getattr(constants, "HF_HUB_OFFLINE", False)
+    return bool(own.own if isinstance(own, _Offline) else own)
+
+
 def _sentence(wanted: dict[str, str]) -> str:
+    pickled = _pickled(wanted)
+    if pickled is not None:
+        return (
+            f"local_guard: expected {wanted['file']} of {wanted['repo']!r}, found {pickled}, which "
+            "may run code when it is opened; if you trust it set USE_SAFETENSORS = False"
+        )
+    unset = "; unset HF_HUB_OFFLINE for that" if _set_by_user() else ""
+    return _how_to_fetch(_by_id(wanted)) + unset
+
+
+_SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[^/]+/?(.*)")
+
+
+def _by_id(wanted: dict[str, str]) -> dict[str, str]:
+    """Returns what was wanted by its hub id, where a library asked for a folder of the cache."""
+    folder, file = wanted["repo"], wanted.get("file", "")
+    found = _SNAPSHOT.fullmatch(folder)
+    if found is None:
+        return wanted
+    asked = wanted | {"repo": found[1].replace("--", "/", 1)}
+    name = file.removeprefix(folder).lstrip("/")
+    name = name if not found[2] or name.startswith(found[2]) else f"{found[2]}/{name}"
+    return asked | ({"file": name} if file else {})
+
+
+def _how_to_fetch(wanted: dict[str, str]) -> str:
     repo, file = wanted["repo"], wanted.get("file")
     if wanted.get("subfolder") and file and not file.startswith(wanted["subfolder"]):
         file = f"{wanted['subfolder']}/{file}"
@@ -384,12 +427,19 @@ def check_config(kind: Any, model_id: str, given: Container[str]) -> None:
         raise LocalFileMissing(_sentence({"repo": model_id, "file": "config.json"}))
 
 
-def missing_file(error: BaseException) -> LocalFileMissing | None:
-    """Returns the one sentence that `error` means, None where it means something else."""
+def missing_file(
+    error: BaseException | None, *, folders_only: bool = False
+) -> LocalFileMissing | None:
+    """Returns the one sentence that `error` means, None where it means something else.
+
+    folders_only: of a folder only, which is on this machine whether or not the hub may be asked.
+    """
     if isinstance(error, LocalFileMissing) or not isinstance(error, Exception):
         return None
     wanted = _wanted(error)
-    if "repo" not in wanted or not _means_missing(error, wanted):
+    if "repo" not in wanted or (folders_only and not os.path.isdir(wanted["repo"])):
+        return None
+    if not _means_missing(error, wanted):
         return None
     return LocalFileMissing(_sentence(wanted))
 
@@ -398,6 +448,9 @@ class Naming(Guard):
     """A guard that, where it kept its block off the network, names the file that was missing."""
 
     local_files_only: bool = True
+
+    def _missing(self, error: BaseException | None) -> LocalFileMissing | None:
+        return missing_file(error) if self.local_files_only else None
 
     def __exit__(
         self,
@@ -408,7 +461,7 @@ class Naming(Guard):
         if self.in_graph and _is_compiling():
             return
         # Before the frames that know the name are sanitized.
-        missing = missing_file(error) if self.local_files_only and error is not None else None
+        missing = self._missing(error)
         super().__exit__(kind, error, trace)
         if missing is not None:
             try:
