@@ -488,3 +488,27 @@ def test_a_match_of_the_other_library_is_made_by_type(llama, pipeline):
     with Local(instance_to_match=unet) as back:
         assert type(back.quant_config) is transformers.BitsAndBytesConfig
         assert quantized_parameters(back.detector)
+
+
+def test_a_model_with_nothing_to_quantize_is_said(tmp_path, caplog, pipeline):
+    tiny_diffusion.build_autoencoder_tiny(tmp_path / "vae")
+
+    class Vae(OpGuardBase):
+        NAME = "vae-i8"
+        MODEL_ID = tmp_path / "vae"
+        DETECTOR_TYPE = diffusers.AutoencoderTiny
+
+    said = "i8 was asked for, but nothing of Vae is quantized, which has no linear layers"
+    for _ in range(2):  # from the source, from the export
+        with Vae(quant_type_override="i8", device_override="cpu"):
+            assert sum(said in each.getMessage() for each in caplog.records) == 1
+        caplog.clear()
+
+    class Unet(OpGuardBase):
+        NAME = "unet-i8"
+        MODEL_ID = pipeline
+        DETECTOR_TYPE = diffusers.UNet2DConditionModel
+        FROM_PRETRAINED_ADDITIONAL_KWARGS = MappingProxyType({"subfolder": "unet"})
+
+    with Unet(quant_type_override="i8", device_override="cpu"):
+        assert "nothing of" not in caplog.text

@@ -12,7 +12,7 @@ import inspect
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +24,7 @@ from opguard._contract import Contract
 from opguard._secrets import is_secret
 from opguard.guards.calling import _modules
 from opguard.guards.locality import local_guard
-from opguard.guards.quantizing import values_of
+from opguard.guards.quantizing import QUANT_TYPES, describe_quant, values_of
 
 if TYPE_CHECKING:
     from opguard._lifecycle import Lifecycle
@@ -244,6 +244,11 @@ class Loading:
 
     def run(self) -> Parts:
         """Loads from the export that matches, or from the source and exports it."""
+        parts = self._run()
+        _say_unquantized(self._owner, _modules(parts.detector) or ())
+        return parts
+
+    def _run(self) -> Parts:
         from opguard.exports.matching import Settings, load_or_refresh
 
         owner, folder = self._owner, export_folder_of(self._owner)
@@ -375,6 +380,31 @@ def _noting_damage(owner: Contract) -> Iterator[None]:
                 f"{folder or owner._model_id}; fetch it again"
             )
         raise
+
+
+def _say_unquantized(owner: Contract, modules: Sequence[torch.nn.Module]) -> None:
+    """Warns of a quantization that came to nothing, as of a model of convolutions only.
+
+    The libraries quantize linear layers, and say nothing where there are none.
+    """
+    wanted = describe_quant(owner.quant_config).quant_type
+    weights = [weight for module in modules for weight in module.parameters()]
+    if wanted not in QUANT_TYPES or not weights or any(map(_is_quantized, weights)):
+        return
+    layers = [each for module in modules for each in module.modules()]
+    found = sum(isinstance(layer, torch.nn.Linear) for layer in layers)
+    logger.warning(
+        "quant_guard: %s was asked for, but nothing of %s is quantized, which has %s linear "
+        "layers; leave the quantization out",
+        wanted,
+        owner.classname,
+        found or "no",
+    )
+
+
+def _is_quantized(weight: torch.Tensor) -> bool:
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    return type(weight) not in kinds or not weight.dtype.is_floating_point
 
 
 def _all(module: torch.nn.Module) -> Iterator[torch.Tensor]:
