@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 from pathlib import Path
 
@@ -309,6 +310,61 @@ def test_need_grads_keeps_the_graph():
         out = model(input_raw=torch.ones(1, 4))
         out.sum().backward()
         assert model.detector.linear.weight.grad is not None
+
+
+class Later:
+    """Steps that would run after the call."""
+
+    def yielded(self, *, input_proc):
+        yield self.detector(input_proc)
+
+    async def awaited(self, *, input_proc):
+        return self.detector(input_proc)
+
+    async def yielded_and_awaited(self, *, input_proc):
+        yield self.detector(input_proc)
+
+    def expressed(self, *, input_proc):
+        return (self.detector(each) for each in input_proc)
+
+    def mapped(self, *, input_proc):
+        return map(self.detector, input_proc)
+
+
+@pytest.mark.parametrize("need_grads", [False, True])
+@pytest.mark.parametrize(
+    ("step", "got", "way"),
+    [
+        ("yielded", "generator", "return list"),
+        ("awaited", "coroutine", "write the steps with def"),
+        ("yielded_and_awaited", "async_generator", "write the steps with def"),
+        ("expressed", "generator", "return list"),
+        ("mapped", "map", "return list"),
+    ],
+)
+def test_an_answer_that_is_yet_to_be_worked_out_is_refused(step, got, way, need_grads):
+    """H3: it would run without the guard, and load the model again."""
+    attributes = {"_predict": getattr(Later, step), "NEED_GRADS": need_grads}
+    model = type("Late", (Plain,), attributes)(**CPU)
+    sentence = rf"^Late\(\): expected the steps to return a finished answer, got a {got}, .*; {way}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as: coroutine was never awaited
+        with pytest.raises(TypeError, match=sentence):
+            model(input_raw=torch.ones(1, 4))
+        gc.collect()
+    assert not model.is_loaded
+
+
+def test_a_generator_that_a_step_uses_up_is_fine():
+    class Summed(Plain):
+        _predict = Later.yielded
+
+        def _postprocess(self, *, output_raw):
+            return [each.shape for each in output_raw]
+
+    assert Summed(**CPU)(input_raw=torch.ones(1, 4)) == [
+        Plain(**CPU)(input_raw=torch.ones(1, 4)).shape
+    ]
 
 
 def test_detach_outputs_false_is_respected():

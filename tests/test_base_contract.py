@@ -1,12 +1,14 @@
 """OpGuardBase's contract, item by item: class attributes, constructor keywords, properties."""
 
+import socket
+import sys
 import threading
 import weakref
 
 import pytest
 import torch
 
-from opguard import OpGuardBase, devices
+from opguard import LocalFileMissing, OpGuardBase, devices
 
 CPU = {"device_override": "cpu"}
 X = torch.ones(1, 4)
@@ -237,7 +239,14 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keyword", [None, "local_hfhub_variant_check_only", "local_files_only", "only_load_export"]
+    "keyword",
+    [
+        None,
+        "local_hfhub_variant_check_only",
+        "local_files_only",
+        "only_load_export",
+        "local_files_only_on_refresh",
+    ],
 )
 def test_who_may_ask_the_hub_for_variants(hub, keyword):
     kind = with_attributes(MODEL_ID="org/name", REVISION="main")
@@ -245,6 +254,33 @@ def test_who_may_ask_the_hub_for_variants(hub, keyword):
     model = kind(dtype_override="fp16", device_override="meta", **keywords)
     assert model.variant == (None if keyword else "fp16")
     assert hub == ([] if keyword else ["org/name"])
+
+
+def test_a_refresh_without_the_network_opens_no_socket(tmp_path, monkeypatch):
+    """H1: not for the variants of an absent model either, whether or not it is half precision."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("OPGUARD_EXPORTS", str(tmp_path / "exports"))
+    kind = with_attributes(
+        MODEL_ID="opguard/absent", REVISION="main", DETECTOR_TYPE=transformers.BertModel
+    )
+    seen, watching = [], [True]
+    sys.addaudithook(lambda event, _: watching and event.startswith("socket.") and seen.append(1))
+    try:
+        for dtype in ("bf16", "fp32"):
+            model = kind(local_files_only_on_refresh=True, dtype_override=dtype, **CPU)
+            with pytest.raises(LocalFileMissing, match="expected config.json"):
+                model.detector
+        assert seen == []
+        socket.socket().close()
+        assert seen  # the hook sees them
+    finally:
+        watching.clear()
+
+
+def test_a_device_that_is_not_there_is_said_once(caplog):
+    Local(device_override="xpu" if devices.best_device().type != "xpu" else "mps")
+    assert [each.getMessage().startswith("device_guard: no ") for each in caplog.records] == [True]
 
 
 def test_local_files_only_reaches_loader_and_processor(hub):

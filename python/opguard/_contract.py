@@ -68,6 +68,7 @@ class Contract:
     _reading: tuple[int, str] | None = None
     _local_files_only: bool
     _only_load_export: bool
+    _local_files_only_on_refresh: bool
     _settings: dict[str, Any]  # the constructor's keywords that are not at their defaults
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -141,7 +142,10 @@ class Contract:
             # On the cpu half precision is somebody's choice for this instance, not a preference.
             wish = normalize_dtype(self.DTYPE_PREFERENCE)
             preferred = torch.float32 if device.type == "cpu" and wish in HALF else wish
+        place["device"] = device  # found once: a device that is not there is said once
         local = self._local_files_only or self._only_load_export
+        # Of files that are on this machine the variant is seen there.
+        unasked = local or self._local_files_only_on_refresh
         # What is not loaded from files has no weights of several variants to look for.
         is_loaded_from = hasattr(self.DETECTOR_TYPE, "from_pretrained")
         with init_guard(
@@ -150,7 +154,8 @@ class Contract:
             model_type=self.DETECTOR_TYPE,
             model_id=self._model_id if is_loaded_from else None,
             revision=self._revision_in_use(),
-            local_hfhub_variant_check_only=local or given("local_hfhub_variant_check_only", False),
+            local_hfhub_variant_check_only=unasked
+            or given("local_hfhub_variant_check_only", False),
             local_files_only=local,
             quant_config=given("quant_config_override"),
             quant_type=given("quant_type_override", self.DEFAULT_QUANT_TYPE),

@@ -63,7 +63,6 @@ class Lifecycle(Contract):
     _free_wanted: bool
     _extra_info: dict[str, Any]
     _force_export_refresh: bool
-    _local_files_only_on_refresh: bool
 
     def _prepare(self) -> None:
         self._lock = threading.RLock()

@@ -9,9 +9,11 @@ it is loaded and freed in ``_lifecycle``; here are the constructor and the call.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, ClassVar
 
 from opguard._lifecycle import Lifecycle
@@ -20,6 +22,9 @@ from opguard.detaching import detach_to_cpu
 from opguard.guards.calling import Guard
 
 __all__ = ["OpGuardBase"]
+
+# Answers that are yet to be worked out.
+UNFINISHED = frozenset({GeneratorType, CoroutineType, AsyncGeneratorType, map, filter})
 
 
 class OpGuardBase(Lifecycle):
@@ -195,6 +200,8 @@ class OpGuardBase(Lifecycle):
         settings, models = self._guarding
         with Guard(*settings):
             result = self._caller(**kwargs)
+            if type(result) in UNFINISHED:
+                raise self._unfinished(result)
         return detach_to_cpu(result, models=models) if self._detach else result
 
     @staticmethod
@@ -207,6 +214,18 @@ class OpGuardBase(Lifecycle):
         from opguard._bundle import write
 
         write(self, kwargs, error, before)
+
+    def _unfinished(self, result: Any) -> TypeError:
+        """Closes what would run after the call, without its guard, and load the model again."""
+        with contextlib.suppress(Exception):
+            result.close()  # a coroutine that is only dropped warns that nobody awaited it
+        kind, way = type(result).__name__, "return list(...) of it"
+        if kind not in ("generator", "map", "filter"):
+            way = "write the steps with def, not async def"
+        return TypeError(
+            f"{type(self).__name__}(): expected the steps to return a finished answer, got a "
+            f"{kind}, which would run after the call without its guard; {way}"
+        )
 
     def _refusal(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TypeError:
         name = type(self).__name__
