@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from opguard._instances import Instances, not_made
 from opguard.devices import normalize_dtype
 from opguard.guards.initial import InitValues, device_guard, init_guard
 from opguard.guards.quantizing import QUANT_TYPES, same_config, settle
@@ -40,7 +41,7 @@ def _dtype_keyword(kind: Any) -> str:
     return "torch_dtype"
 
 
-class Contract:
+class Contract(Instances):
     """The class attributes of ``OpGuardBase`` and the choices made from them."""
 
     NAME: ClassVar[str]
@@ -61,15 +62,12 @@ class Contract:
     DEFAULT_QUANT_TYPE: ClassVar[str | None] = None
     DEFAULT_QUANT_USE_DOUBLE: ClassVar[bool] = False
 
-    _chosen: InitValues
-    _model_id: str
-    _use_safetensors: bool = False
+    _chosen: InitValues = not_made()
     _is_loaded: bool = False
     _reading: tuple[int, str] | None = None
     _local_files_only: bool
     _only_load_export: bool
     _local_files_only_on_refresh: bool
-    _settings: dict[str, Any]  # the constructor's keywords that are not at their defaults
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -35,6 +35,7 @@ logger = logging.getLogger("opguard")
 
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 LIBRARIES = ("transformers", "diffusers")
+OURS = {f"opguard.{name}" for name in ("_instances", "_contract", "_lifecycle", "base")}
 # What a loader that cannot read an export as it reads its source ends in.
 LOADER_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
@@ -150,7 +151,7 @@ def _code_of(function: Callable[..., Any]) -> CodeType:
 
 
 def _is_ours(base: type) -> bool:
-    return base.__module__ in ("opguard._contract", "opguard._lifecycle", "opguard.base")
+    return base.__module__ in OURS
 
 
 def _loaders(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:

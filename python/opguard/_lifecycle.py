@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 
 from opguard._contract import HALF, Contract
+from opguard._instances import not_made
 from opguard.guards._base import _sanitize
 from opguard.guards.calling import _call_settings
 from opguard.guards.freeing import Releasing
@@ -55,13 +56,13 @@ class Lifecycle(Contract):
     _told: frozenset[str] | None = None  # names of what the constructor set
     _guarding: tuple[tuple[Any, ...], tuple[torch.nn.Module, ...]]
     _keep_warm: bool
-    _sanitizes: bool
+    _sanitizes: bool = True
     _detach: bool
-    _lock: Any
-    _door: Any
+    _lock: Any = not_made()
+    _door: Any = not_made()
     _entries: list[tuple[int, BaseException | None]]
     _free_wanted: bool
-    _extra_info: dict[str, Any]
+    _extra_info: dict[str, Any] = not_made()
     _force_export_refresh: bool
 
     def _prepare(self) -> None:
@@ -124,6 +125,11 @@ class Lifecycle(Contract):
         traceback: TracebackType | None,
     ) -> None:
         with self._lock:
+            if not self._entries:
+                raise RuntimeError(
+                    f"{type(self).__name__}.__exit__: expected a with block that was entered, "
+                    "there is none; use with, or call __enter__ first"
+                )
             here = threading.get_ident()
             mine = [i for i, entry in enumerate(self._entries) if entry[0] == here]
             _, handled = self._entries.pop(mine[-1] if mine else -1)
@@ -304,6 +310,11 @@ class Held:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if not self._handled:
+            raise RuntimeError(
+                "lazy_loader_context.__exit__: expected a block that was entered, there is none; "
+                "use with, or call __enter__ first"
+            )
         handled = self._handled.pop()
         if error is None:
             self._owner._leave()

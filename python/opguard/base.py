@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, ClassVar
 
+from opguard._instances import not_made
 from opguard._lifecycle import Lifecycle
 from opguard._routing import Routes, near_miss
 from opguard.detaching import detach_to_cpu
@@ -45,6 +46,9 @@ class OpGuardBase(Lifecycle):
     freed when the outermost ``with`` ends, after a call outside any ``with`` (unless
     ``keep_warm``), by ``free()``, and when the object goes; never while another call runs.
 
+    A copy, or what a pickle is read to, is the same class made with the same arguments, of the same
+    ``model_id``; it is not loaded, and has nothing that was set on the instance afterwards.
+
     Args:
         device_override: device to use instead of ``DEFAULT_DEVICE``.
         dtype_override: dtype to use instead of ``DTYPE_PREFERENCE`` where the device can.
@@ -68,6 +72,7 @@ class OpGuardBase(Lifecycle):
     """
 
     _routes_of_class: ClassVar[Routes]
+    _routes: Routes = not_made()
 
     def __init__(
         self,
@@ -115,10 +120,13 @@ class OpGuardBase(Lifecycle):
         }
         if self._settings.pop("instance_to_match", None) is not None:
             self._match(instance_to_match)
+            self._forget_match(instance_to_match)
+        copied = self.__dict__.pop("_copied", None)
+        self.__dict__ |= copied or {}
         handled = sys.exception()
         try:
             self._choose()
-            if keep_warm:
+            if keep_warm and copied is None:
                 self._load()
         except BaseException as error:
             self._scrub(error, handled)
