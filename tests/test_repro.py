@@ -573,6 +573,77 @@ def test_a_generator_comes_back_as_it_was_before_the_call(folder):
     assert repro.replay(only_file(folder), cls=Drawing).outcome == "reproduced"
 
 
+class Shaped(Failing):
+    """Hides what it gives the base, and has arguments of its own."""
+
+    def __init__(self, width, *, shift=0.0, token="", part=None, **kwargs):
+        super().__init__(dtype_override="fp64", **kwargs)
+        self.said = f"width {width} shift {shift} dtype {self.dtype}"
+
+    def _predict(self, *, input_proc):
+        raise Broken(self.said)
+
+
+class Positional(Failing):
+    def __init__(self, first, /, *rest):
+        super().__init__(device_override="cpu")
+        self.said = f"{first} {rest}"
+
+    def _predict(self, *, input_proc):
+        raise Broken(self.said)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Shaped(3, shift=0.5, device_override="cpu"),
+        lambda: Shaped(shift=0.5, width=torch.ones(2)),
+        lambda: Shaped(3, instance_to_match=Failing(device_override="cpu")),
+        lambda: Positional(1, 2, [3]),
+    ],
+)
+def test_a_class_is_made_again_with_arguments_of_its_own(folder, make):
+    """M4: the keywords of the base alone are not enough, or too many."""
+    with pytest.raises(Broken):
+        make()(input_raw=1)
+    assert repro.replay(only_file(folder)).outcome == "reproduced"
+
+
+def test_what_the_constructor_was_given_and_a_bundle_cannot_carry_is_named(folder, capsys):
+    with pytest.raises(Broken):
+        Shaped(3, token="hush-hush", part=Failing())(input_raw=1)
+    path = only_file(folder)
+    assert "hush-hush" not in text_of(path)
+    bundle = repro.read(path)
+    assert [each.path for each in bundle.missing] == ["settings/token", "settings/part"]
+    assert cli.main(["replay", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "settings/part" in said
+    assert ".settings of" in said
+    bundle.settings.update(token="", part=None)
+    assert repro.replay(bundle).outcome == "reproduced"
+
+
+def grow(held):
+    held["list"].append(1)
+    held["dict"]["new"] = 1
+    held["set"].clear()
+    held["replaced"][0] = 3.0
+    held["same"].reverse()
+
+
+def test_holders_changed_in_place_are_told(folder):
+    class Growing(Failing):
+        def _predict(self, *, input_proc):
+            grow(input_proc)
+            raise Broken("grown")
+
+    given = {"list": [], "dict": {}, "set": {1}, "replaced": [2.0], "same": [5], "kept": [1]}
+    fail(Growing, input_raw=given)
+    (told,) = [json.loads(text_of(only_file(folder)))["changed_by_the_call"]]
+    assert told == [f"input_raw/{name}" for name in ("list", "dict", "set", "replaced")]
+
+
 def test_an_input_changed_in_place_is_told(folder):
     fail(input_raw={"inplace": torch.zeros(2), "other": torch.zeros(2)})
     notes = repro.read(only_file(folder)).notes

@@ -13,6 +13,7 @@ is a secret.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import json
 import logging
@@ -52,6 +53,22 @@ class Before(NamedTuple):
     random: dict[str, Any]  # states of the random number generators, by whose they are
     generators: dict[int, tuple[torch.Generator, torch.Generator]]  # those given, and copies
     versions: list[tuple[str, torch.Tensor, int]]  # tensors given: path, tensor, version
+    holders: list[tuple[str, Any, Any]]  # lists and such given: path, holder, what was in it
+
+    def changed(self) -> list[str]:
+        """The paths of what is not any more as it was."""
+        tensors = [path for path, tensor, version in self.versions if tensor._version != version]
+        return tensors + [path for path, held, was in self.holders if _differs(held, was)]
+
+
+def _items(held: Any) -> list[Any]:
+    return [*held.keys(), *held.values()] if isinstance(held, dict) else list(held)
+
+
+def _differs(held: Any, was: list[Any]) -> bool:
+    """Whether other objects are in a list, set or dict: their own changes are theirs."""
+    here = _items(held)
+    return len(here) != len(was) or any(a is not b for a, b in zip(here, was, strict=True))
 
 
 def folder() -> Path | None:
@@ -95,14 +112,16 @@ def capture(call_kwargs: Mapping[str, Any]) -> Before | None:
     raises an Exception; None where the state cannot be had.
     """
     try:
-        generators, versions = {}, []
+        generators, versions, holders = {}, [], []
         for name, given in call_kwargs.items():
             for path, value in _walk(given, name):
                 if isinstance(value, torch.Generator):
                     generators[id(value)] = (value, value.clone_state())
                 elif isinstance(value, torch.Tensor) and not value.is_inference():
                     versions.append((path, value, value._version))
-        return Before(_random_states(), generators, versions)
+                elif type(value) in (list, dict, set, bytearray):
+                    holders.append((path, value, _items(value)))
+        return Before(_random_states(), generators, versions, holders)
     except Exception:
         _log.debug("no state of random numbers for a repro bundle", exc_info=True)
         return None
@@ -173,6 +192,21 @@ def _model_described(instance: Any) -> dict[str, Any]:
     return found
 
 
+def _constructed_with(instance: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The constructor's arguments; those that have a name by it, which also tells secrets."""
+    args, given = getattr(instance, "_given", ((), {}))
+    settings = dict(given)
+    if "instance_to_match" in settings:  # it is not kept, what it chose is
+        del settings["instance_to_match"]
+        settings = dict(instance._matched) | settings
+    parameters = inspect.signature(type(instance)).parameters.values()
+    names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    only = any(each.kind is each.POSITIONAL_ONLY for each in parameters)
+    if only or len(args) > len(names):
+        return list(args), settings
+    return [], dict(zip(names, args, strict=False)) | settings
+
+
 def _described(
     instance: Any, kwargs: Mapping[str, Any], error: BaseException, before: Before | None
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -181,18 +215,15 @@ def _described(
     if before is not None:
         for given, as_it_was in before.generators.values():
             writer.instead_of(given, as_it_was)
-    settings = dict(getattr(instance, "_settings", {}))
+    positional, settings = _constructed_with(instance)
     whole = {
         "format": FORMAT,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "class": _class_described(type(instance)),
+        "positional": writer.write(positional, "positional"),
         "settings": writer.write(settings, "settings"),
         "call": writer.write(dict(kwargs), "call"),
-        "changed_by_the_call": [
-            path for path, tensor, version in before.versions if tensor._version != version
-        ]
-        if before is not None
-        else [],
+        "changed_by_the_call": before.changed() if before is not None else [],
         "random": writer.write(before.random, "random") if before is not None else None,
         "model": _model_described(instance),
         "versions": _versions(),
@@ -244,7 +275,7 @@ def write(
     """Writes the bundle of a failed call and notes its path on ``error``; returns the path.
 
     Args:
-        instance: the OpGuardBase that was called; its ``_settings`` are the keywords to make it by.
+        instance: the OpGuardBase that was called; what it was made with is kept.
         call_kwargs: the keywords of the call.
         error: what the call raised, sanitized.
         before: what ``capture`` returned before the call; None where it was not asked.

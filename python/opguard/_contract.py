@@ -180,7 +180,8 @@ class Contract(Instances):
         }
         if not self._settings.keys() & {"quant_config_override", "quant_type_override"}:
             matched |= self._matched_quant(match)
-        self._settings = matched | self._settings
+        self._matched = {key: matched[key] for key in matched if key not in self._settings}
+        self._settings |= self._matched
 
     def _matched_quant(self, match: Contract) -> dict[str, Any]:
         chosen = match._chosen

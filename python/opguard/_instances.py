@@ -7,6 +7,8 @@ the same class made with the same arguments: nothing of the model itself travels
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Self
 
 __all__ = ["Instances", "not_made"]
@@ -59,6 +61,7 @@ class Instances:
     _given: tuple[tuple[Any, ...], dict[str, Any]]  # the constructor's arguments
     _copied: dict[str, Any] | None = None  # of an instance made again: what it was made by
     _settings: dict[str, Any] = not_made()  # its keywords that are not at their defaults
+    _matched: Mapping[str, Any] = MappingProxyType({})  # those that instance_to_match chose
     _model_id: str = not_made()
     _use_safetensors: bool = False
 
@@ -71,6 +74,7 @@ class Instances:
         """The same class, made with the same arguments, of the same ``model_id``; not loaded."""
         state = {
             "_settings": dict(self._settings),
+            "_matched": dict(self._matched),
             "_model_id": self._model_id,
             "_use_safetensors": self._use_safetensors,
         }

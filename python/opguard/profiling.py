@@ -230,7 +230,8 @@ def main(
     kwargs = bundle.kwargs if bundle is not None else {}
     try:
         with repro.importable(class_name):
-            found = profile(kind(**settings), calls, trace=trace, **kwargs)
+            positional = bundle.positional if bundle is not None else ()
+            found = profile(kind(*positional, **settings), calls, trace=trace, **kwargs)
     except Exception as error:
         return _failed(_missing(kind, settings) or error if _may_miss(error) else error, 1)
     shown = asdict(found) | {"overhead": found.overhead}

@@ -34,7 +34,7 @@ from opguard.base import OpGuardBase
 
 __all__ = ["Bundle", "Replayed", "capture", "load_class", "main", "read", "replay", "write"]
 
-OPTIONAL: dict[str, type] = {"model": dict, "changed_by_the_call": list}
+OPTIONAL: dict[str, type] = {"model": dict, "changed_by_the_call": list, "positional": list}
 NAMED = "name where it is, as module:Class or path/to/file.py:Class"
 NEEDED = {"class": dict, "settings": dict, "call": dict, "error": dict, "versions": dict}
 
@@ -57,6 +57,7 @@ class Bundle:
     description: dict[str, Any]  # all of the readable part
     missing: list[Missing] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    positional: list[Any] = field(default_factory=list)  # the constructor's arguments without name
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,8 @@ def read(path: str | os.PathLike[str]) -> Bundle:
         raise _unreadable(path, f"safetensors says {str(error)!r:.200}") from error
     reader = ValueReader(tensors)
     try:
+        # In the order they were written: a value met again refers to where it was first.
+        positional = reader.read(whole.get("positional", []), "positional")
         settings, kwargs = (
             reader.read(whole["settings"], "settings"),
             reader.read(whole["call"], "call"),
@@ -150,6 +153,7 @@ def read(path: str | os.PathLike[str]) -> Bundle:
         description=whole,
         missing=reader.missing,
         notes=notes,
+        positional=positional,
     )
 
 
@@ -315,9 +319,9 @@ def replay(bundle: Bundle | str | os.PathLike[str], *, cls: Any = None) -> Repla
     gone = [lost for lost in bundle.missing if _still(lost, bundle)]
     if gone:
         raise ValueError(
-            f"replay: expected every value of the call, the bundle could not carry "
-            f"{', '.join(map(repr, gone))}; put them into opguard.repro.read(FILE).kwargs and "
-            "replay that"
+            "replay: expected every value of the call and of the constructor, the bundle could not "
+            f"carry {', '.join(map(repr, gone))}; put them into .kwargs or .settings of "
+            "opguard.repro.read(FILE) and replay that"
         )
     cls = load_class(bundle.class_name) if cls is None else cls
     expected = f"{bundle.error['type']}: {bundle.error['message']}"
@@ -348,7 +352,7 @@ def replay(bundle: Bundle | str | os.PathLike[str], *, cls: Any = None) -> Repla
 
 def _still(lost: Missing, bundle: Bundle) -> bool:
     """Whether ``lost`` is where it was: a caller may have put a value into its place."""
-    stack, seen = [bundle.kwargs, bundle.settings], set()
+    stack, seen = [bundle.kwargs, bundle.settings, bundle.positional], set()
     while stack:
         at: Any = stack.pop()
         if at is lost:
@@ -361,7 +365,7 @@ def _still(lost: Missing, bundle: Bundle) -> bool:
 
 
 def _call(cls: Any, bundle: Bundle) -> None:
-    instance = cls(**bundle.settings)
+    instance = cls(*bundle.positional, **bundle.settings)
     model_id = bundle.description.get("model", {}).get("model_id")
     if isinstance(model_id, str) and model_id != os.fspath(instance.model_id):
         own = bundle.description["class"].get("MODEL_ID")
