@@ -103,6 +103,10 @@ def test_the_control_is_required(opened):
         opened(input_raw=PROMPT)
     with pytest.raises(ValueError, match="expected control= one for all or a list of 2"):
         opened(input_raw=[PROMPT] * 2, control=[picture()])
+    with pytest.raises(ValueError, match="expected control= PIL pictures, got Tensor as number 1"):
+        opened(input_raw=[PROMPT] * 2, control=[picture(), torch.full((3, 8, 8), 200.0)])
+    with pytest.raises(ValueError, match="expected control_scale= a finite number, got nan"):
+        opened(input_raw=PROMPT, control=picture(), control_scale=float("nan"))
 
 
 def test_a_controlnet_is_handed_over_by_its_detector():
@@ -210,6 +214,8 @@ def test_the_bounds_count(edges):
     assert few < many
     with pytest.raises(ValueError, match="expected 0 <= low <= high"):
         edges(input_raw=soft, low=0.3, high=0.2)
+    with pytest.raises(ValueError, match="expected input_raw= PIL pictures, got Tensor as number"):
+        edges(input_raw=torch.zeros(3, 8, 8))
 
 
 def test_pictures_of_several_sizes(edges):

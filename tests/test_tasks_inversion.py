@@ -154,6 +154,20 @@ def test_an_inversion_has_no_mode():
         Tiny(**CPU)(input_raw=picture(), mode="decode")
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"steps": -1}, "steps= at least 0, got -1"),
+        ({"steps": 1.5}, r"steps= a whole number, got 1\.5"),
+        ({"learning_rate": float("nan")}, "learning_rate= a finite number, got nan"),
+    ],
+)
+def test_what_cannot_be_descended_is_one_sentence(given, words):
+    with pytest.raises(ValueError, match=f"expected {words}") as caught:
+        Tiny(**CPU)(input_raw=picture(), **given)
+    assert "\n" not in str(caught.value)
+
+
 # --- DDIM -----------------------------------------------------------------------------------------
 
 
@@ -191,6 +205,13 @@ def test_iterating_beats_the_plain_inversion(pair):
         again = reconstruct(input_raw=PROMPT, latents=noise)
         errors.append(((values(again) - wanted) ** 2).mean())
     assert errors[0] > 2 * errors[1] > 2 * errors[2]
+
+
+def test_no_iterations_are_not_one(pair):
+    with pytest.raises(ValueError, match="expected fixed_point_iterations= at least 1, got 0"):
+        pair[0](input_raw=picture(), fixed_point_iterations=0)
+    with pytest.raises(ValueError, match="expected pictures of 2 pixels a side at least"):
+        pair[0](input_raw=picture(1))
 
 
 def test_several_pictures_and_prompts(pair):

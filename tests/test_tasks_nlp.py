@@ -347,14 +347,65 @@ def test_a_model_set_to_hide_nonfinite_values_does_not_hide_them(tiny):
     assert [each.finish_reason == "nonfinite" for each in answers] == [False, True, False]
 
 
-def test_a_prompt_without_tokens_is_refused(tiny):
-    """As those of a tokenizer that begins with none of its own; the model would fail, or guess."""
+def test_a_prompt_without_tokens_begins_as_texts_do(tiny, caplog):
+    """As those of a tokenizer that begins with none of its own."""
+    given = {"max_new_tokens": 3}
+    with tiny(nlp.TextGeneration) as writer:
+        begun = writer(input_raw="", **given)  # the tokenizer's own beginning
+        writer.processor.backend_tokenizer.post_processor = None
+        plain = writer(input_raw="a cat", **given)
+        assert writer(input_raw="", **given) == begun
+        assert writer(input_raw=["a cat", "", " "], **given) == [plain, begun, begun]
+    assert not [each for each in caplog.records if "padding" in each.getMessage()]
+
+
+def test_a_prompt_without_tokens_is_refused_where_texts_have_no_beginning(tiny):
+    """The model would fail, or guess."""
     with tiny(nlp.TextGeneration) as writer:
         writer.processor.backend_tokenizer.post_processor = None
+        writer.processor.bos_token = None
         assert writer(input_raw="a cat", max_new_tokens=2).tokens
-        for prompts in ("", ["", "a cat"]):
-            with pytest.raises(ValueError, match="a token at least, got '' as number 0; begin"):
+        for at, prompts in enumerate(("", ["a cat", ""])):
+            with pytest.raises(ValueError, match=f"a token at least .*'' as number {at}; begin"):
                 writer(input_raw=prompts, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("owner", [nlp.TextGeneration, nlp.Embedding])
+def test_what_is_no_text_is_one_sentence(tiny, owner):
+    with tiny(owner) as model:
+        for at, given in enumerate((3, ["a cat", None])):
+            with pytest.raises(TypeError, match=f"expected input_raw= a text .* as number {at};"):
+                model(input_raw=given)
+
+
+def test_a_sentence_without_tokens_has_no_vector(tiny):
+    with tiny(nlp.Embedding) as embedder:
+        assert embedder(input_raw="").norm() > 0.99  # of the tokenizer's own tokens
+        embedder.processor.backend_tokenizer.post_processor = None
+        for at, given in enumerate(("", ["a cat", ""])):
+            with pytest.raises(ValueError, match=f"a token at least .*'' as number {at}; begin"):
+                embedder(input_raw=given)
+
+
+def test_positions_behind_the_one_of_padding_are_not_counted(tiny, folders, tmp_path):
+    """RoBERTa's: its config says two more than it has."""
+    config = transformers.XLMRobertaConfig(
+        vocab_size=len(tiny_models.bert_vocabulary()),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        pad_token_id=1,
+    )
+    transformers.XLMRobertaModel(config).save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders["bert"])
+    tokenizer.model_max_length = 512
+    tokenizer.save_pretrained(tmp_path)
+    with tiny(nlp.Embedding, tmp_path) as embedder:
+        longest = embedder(input_raw="cat " * 8)
+        assert torch.equal(embedder(input_raw="cat " * 400), longest)
+        assert not torch.equal(embedder(input_raw="cat " * 7), longest)
 
 
 def test_a_model_set_to_return_more_than_tokens_is_read(tiny):
@@ -438,11 +489,39 @@ def test_a_tokenizer_without_padding_pads_with_its_end(tiny, tmp_path):
             r"renormalize_logits: expected False with num_beams > 1, got True",
         ),
         ({"input_raw": []}, r"expected one input or several, got an empty list"),
+        ({"max_new_tokens": 0}, "expected max_new_tokens= at least 1, got 0"),
+        ({"num_beams": 0}, "expected num_beams= at least 1, got 0"),
+        ({"num_return_sequences": 0}, "expected num_return_sequences= at least 1, got 0"),
+        ({"max_new_tokens": 2.5}, r"expected max_new_tokens= a whole number, got 2\.5"),
+        ({"settings": {"max_new_tokens": 5}}, "settings: .*; give max_new_tokens= to the call"),
+        ({"settings": {"temperature": 0.5}}, "settings: .*; give temperature= to the call"),
+        ({"settings": {"output_scores": True}}, "settings: .* got 'output_scores'; leave it out"),
+        (
+            {"settings": {"return_dict_in_generate": True}},
+            "settings: .* got 'return_dict_in_generate'; leave it out",
+        ),
+        ({"settings": {"pad_token_id": 1}}, "settings: .* got 'pad_token_id'; leave it out"),
     ],
 )
 def test_what_cannot_be_meant_is_one_sentence(tiny, keywords, sentence):
     with pytest.raises(ValueError, match=sentence):
         tiny(nlp.TextGeneration)(**{"input_raw": "a cat", **keywords})
+
+
+@pytest.mark.parametrize("settings", [[("top_k", 3)], "top_k", 3])
+def test_settings_are_a_mapping(tiny, settings):
+    with pytest.raises(TypeError, match="settings: expected a mapping of keywords of generate"):
+        tiny(nlp.TextGeneration)(input_raw="a cat", settings=settings)
+
+
+def test_what_is_no_picture_has_no_caption(tiny):
+    (one,) = pictures(0)
+    with tiny(nlp.Blip1) as captioner:
+        for at, given in enumerate((torch.zeros(3, 8, 8), [one, torch.full((3, 8, 8), NAN)])):
+            with pytest.raises(ValueError, match=f"input_raw= PIL .* Tensor as number {at}; make"):
+                captioner(input_raw=given)
+        with pytest.raises(ValueError, match="expected num_beams= at least 1, got 0"):
+            captioner(input_raw=one, num_beams=0)
 
 
 def test_an_unknown_keyword_names_the_near_miss(tiny):

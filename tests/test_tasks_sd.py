@@ -95,6 +95,57 @@ def test_no_steps_are_not_the_default(opened):
         opened(input_raw=PROMPT, num_inference_steps=0)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"num_inference_steps": -1}, "num_inference_steps= at least 1, got -1"),
+        ({"num_inference_steps": 1.5}, r"num_inference_steps= a whole number, got 1\.5"),
+        ({"height": 0}, "height= at least 8, got 0"),  # the pipeline would take its default
+        ({"width": -8}, "width= at least 8, got -8"),
+        ({"width": 20}, "width= a multiple of 8, got 20; give 16 or 24"),
+        ({"height": 32.0}, r"height= a whole number, got 32\.0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale= a finite number, got nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale= a finite number, got inf"),
+        ({"guidance_scale": "much"}, "guidance_scale= a finite number, got 'much'"),
+        ({"latents": torch.full((4, 16, 16), torch.nan)}, "latents= finite numbers, got NaN"),
+        ({"latents": torch.zeros(4, 16, 16, dtype=torch.int64)}, "latents= .*of torch.int64"),
+        ({"latents": torch.zeros(3, 16, 16)}, r"latents= .*\(4, height, width\)"),
+        ({"latents": [0.0]}, "latents= a latent tensor .*got list"),
+    ],
+)
+def test_what_a_pipeline_would_misread_is_one_sentence(opened, given, words):
+    with pytest.raises(ValueError, match=f"expected {words}") as caught:
+        opened(input_raw=PROMPT, seed=1, **given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_picture_that_is_not_finite_is_said(models, caplog, value):
+    """Which; without numpy's own noise, which would be an error here; the others are whole."""
+    with Plain(**CPU) as made:
+        given = {"input_raw": [PROMPT] * 3, "seed": 1}
+        sound = [each.tobytes() for each in made(**given)]
+        assert not caplog.records
+        vae = made.detector.vae
+        decode = vae.decode
+
+        def broken(latents, *args, **kwargs):
+            (found,) = decode(latents, *args, **kwargs)
+            found[1, :, 0, 0] = value
+            return (found,)
+
+        vae.decode = broken
+        got = [each.tobytes() for each in made(**given)]
+        del vae.decode
+        assert [one == two for one, two in zip(got, sound, strict=True)] == [True, False, True]
+        (said,) = (each.getMessage() for each in caplog.records)
+        assert "1 of 3 pictures came out broken" in said
+        assert "picture 1;" in said
+        caplog.clear()
+        assert [each.tobytes() for each in made(**given)] == sound
+        assert not caplog.records
+
+
 def test_without_a_seed_pictures_differ(opened):
     assert opened(input_raw=PROMPT).tobytes() != opened(input_raw=PROMPT).tobytes()
 

@@ -164,9 +164,16 @@ def test_wrong_inputs_are_one_sentence(opened):
         (torch.full((3, 8, 8), torch.nan), "got nan to nan"),
         (torch.zeros(8, 8), r"of shape \(3, height, width\) .*got \(8, 8\)"),
         (torch.zeros(4, 8, 8), r"got \(4, 8, 8\)"),
-        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)], "got Tensor; stack tensors"),
-        (picture().__array_interface__, "expected PIL pictures .*got dict"),
-        (None, "expected PIL pictures .*got NoneType"),
+        (torch.zeros(1, 32, 32), r"got \(1, 32, 32\)"),
+        (torch.zeros(32, 32, 3), r"got \(32, 32, 3\)"),
+        (torch.zeros(0, 3, 32, 32), r"got \(0, 3, 32, 32\)"),
+        (torch.zeros(3, 1, 8), "pictures of 2 pixels a side at least, got 8 x 1; enlarge"),
+        (picture(1), "pictures of 2 pixels a side at least, got 1 x 1"),
+        (torch.stack([torch.zeros(3, 8, 8), torch.full((3, 8, 8), torch.inf)]), "in picture 1;"),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)], "got Tensor as number 0; stack tensors"),
+        ([picture(), 3], "input_raw= PIL pictures .*got int as number 1"),
+        (picture().__array_interface__, "expected input_raw= PIL pictures .*got dict"),
+        (None, "expected input_raw= PIL pictures .*got NoneType"),
     ],
 )
 def test_what_is_no_picture_is_refused(opened, given, words):
@@ -174,6 +181,49 @@ def test_what_is_no_picture_is_refused(opened, given, words):
     with pytest.raises(ValueError, match=words) as caught:
         opened(input_raw=given, mode="encode")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (torch.zeros(3, 4, 4), r"of shape \(4, height, width\) .*got \(3, 4, 4\)"),
+        (torch.zeros(4, 0, 4), r"got \(4, 0, 4\)"),
+        (torch.zeros(0, 4, 4, 4), r"got \(0, 4, 4, 4\)"),
+        (torch.zeros(4, 4), r"got \(4, 4\)"),
+        (torch.zeros(4, 4, 4, dtype=torch.int64), "tensor of floats, .*of torch.int64"),
+        (torch.full((4, 4, 4), torch.nan), "finite numbers, got NaN or infinity in latent 0"),
+        (torch.tensor([0.0, torch.inf]).reshape(2, 1, 1, 1).expand(2, 4, 4, 4), "in latent 1;"),
+    ],
+)
+def test_what_is_no_latent_is_refused(opened, given, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        opened(input_raw=given, mode="decode")
+    assert "expected input_raw= " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_answer_that_is_not_finite_is_said(opened, caplog, value):
+    """Of a list, which; without numpy's own noise, which would be an error here."""
+    latents = opened(input_raw=[picture(seed=seed) for seed in range(3)], mode="encode")
+    sound = [each.tobytes() for each in opened(input_raw=latents, mode="decode")]
+    decode = type(opened)._decode
+
+    class Broken(type(opened)):
+        NAME = f"{opened.NAME}-broken"
+
+        def _decode(self, values):
+            found = decode(self, values)
+            found[1, :, 0, 0] = value
+            return found
+
+    assert not caplog.records
+    with Broken(device_override="cpu") as broken:
+        made = broken(input_raw=latents, mode="decode")
+    assert [each.tobytes() for each in made][::2] == sound[::2]
+    (said,) = (each.getMessage() for each in caplog.records)
+    assert "Broken: 1 of 3 pictures came out broken" in said
+    assert "picture 1;" in said
 
 
 def test_nothing_stays_after_it_is_freed(kind, collected):

@@ -16,13 +16,43 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["Generation", "RowGuard", "Sequences", "generate"]
+from opguard.tasks._checks import count
+
+__all__ = ["Generation", "RowGuard", "Sequences", "check_settings", "generate"]
 
 logger = logging.getLogger("opguard")
 
 # The score of every token of a row that failed: the same for all, so that drawing from the row
 # works, and below any real one, so that a beam of it never beats a sound beam.
 FAILED_SCORE = -1e6
+
+# What is a keyword of the call, and is none of ``settings``.
+NAMED = frozenset(
+    [
+        "max_new_tokens",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "num_beams",
+        "num_return_sequences",
+    ]
+)
+# What would make generate return or read something else than it is asked for here.
+FIXED = frozenset(
+    [
+        "attention_mask",
+        "input_ids",
+        "inputs",
+        "output_attentions",
+        "output_hidden_states",
+        "output_logits",
+        "output_scores",
+        "pad_token_id",
+        "remove_invalid_values",
+        "return_dict_in_generate",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -149,6 +179,32 @@ class Sequences:
             )
 
 
+def check_settings(settings: Any) -> None:
+    """Raises for ``settings`` that are none, that the call names itself, or that change its answer.
+
+    Raises:
+        TypeError: no mapping.
+        ValueError: a name that cannot be one of them.
+    """
+    if not isinstance(settings, Mapping | None):
+        raise TypeError(
+            f"settings: expected a mapping of keywords of generate, got {type(settings).__name__}; "
+            'give one such as {"repetition_penalty": 1.2}'
+        )
+    names = [name for name in settings or () if name in NAMED]
+    if names:
+        raise ValueError(
+            f"settings: expected keywords that the call does not have itself, got {names[0]!r}; "
+            f"give {names[0]}= to the call"
+        )
+    names = [name for name in settings or () if name in FIXED]
+    if names:
+        raise ValueError(
+            f"settings: expected keywords that leave what generate returns and looks at as it is, "
+            f"got {names[0]!r}; leave it out, a Generation has the text, the tokens and the end"
+        )
+
+
 def generate(
     model: Any,
     inputs: Mapping[str, Any],
@@ -166,10 +222,13 @@ def generate(
     its generation config; ``settings`` are keywords of transformers' ``generate``.
 
     Raises:
-        ValueError: a setting under which sequences cannot be kept apart.
+        ValueError: a count below 1, or a setting under which sequences cannot be kept apart.
     """
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
+    max_new_tokens = count("generate", "max_new_tokens", max_new_tokens, 1)
+    num_beams = count("generate", "num_beams", num_beams, 1)
+    count("generate", "num_return_sequences", settings.get("num_return_sequences", 1), 1)
     config = (model if decoder is None else decoder).generation_config
     if num_beams > 1 and settings.get("renormalize_logits", config.renormalize_logits):
         raise ValueError(

@@ -16,6 +16,7 @@ import torch
 
 from opguard.base import OpGuardBase
 from opguard.tasks._canny import Canny
+from opguard.tasks._checks import number, pictures
 from opguard.tasks._late import Late
 from opguard.tasks.sd import Request, StableDiffusionBase
 
@@ -102,8 +103,10 @@ class ControlledStableDiffusionBase(StableDiffusionBase):
                 f"{self.classname}: expected control= a picture for the ControlNet, got none; "
                 "a detector such as CannyDetector makes one"
             )
+        pictures(self.classname, "control", images)
         request.arguments["image"] = images
-        request.arguments["controlnet_conditioning_scale"] = float(control_scale)
+        scale = number(self.classname, "control_scale", control_scale)
+        request.arguments["controlnet_conditioning_scale"] = scale
         return request
 
     def example_inputs(self) -> dict[str, Any]:
@@ -139,7 +142,9 @@ class CannyDetector(OpGuardBase):
     DTYPE_PREFERENCE = torch.float32
 
     def _preprocess(self, *, input_raw: Any) -> list[torch.Tensor] | torch.Tensor:
-        if isinstance(input_raw, list | tuple):
+        several = isinstance(input_raw, list | tuple)
+        pictures(self.classname, "input_raw", list(input_raw) if several else [input_raw])
+        if several:
             return [self._grey(each) for each in input_raw]
         return self._grey(input_raw)
 

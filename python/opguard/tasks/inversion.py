@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from opguard.tasks._checks import count, number
 from opguard.tasks.sd import Request, StableDiffusionBase
 from opguard.tasks.vae import (
     AutoencoderBase,
@@ -80,6 +81,8 @@ class LatentInversionBase(AutoencoderBase):
         self, *, input_proc: torch.Tensor, steps: int = 100, learning_rate: float = 0.05
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the latents and the losses, of as many pictures as came in."""
+        steps = count(self.classname, "steps", steps, 0)
+        learning_rate = number(self.classname, "learning_rate", learning_rate)
         one = input_proc.ndim == 3
         pixels = input_proc.unsqueeze(0) if one else input_proc
         with torch.no_grad():
@@ -171,7 +174,7 @@ class DdimInversionBase(DdimBase):
     """
 
     def _preprocess(self, *, input_raw: Any, prompt: str | Sequence[str] = "") -> Request:  # type: ignore[override]
-        several = is_batch(self.classname, input_raw)
+        several = is_batch(self.classname, input_raw, self._detector.vae_scale_factor)
         pictures = list(input_raw) if several else [input_raw]
         prompts = self._one_each(prompt, "prompt", len(pictures))
         pixels = self._detector.image_processor.preprocess(pictures)
@@ -186,6 +189,7 @@ class DdimInversionBase(DdimBase):
         fixed_point_iterations: int = 10,
     ) -> torch.Tensor:
         pipeline, steps = self._detector, self._steps(num_inference_steps)
+        iterations = count(self.classname, "fixed_point_iterations", fixed_point_iterations, 1)
         text = pipeline.encode_prompt(input_proc.arguments["prompt"], self.device, 1, False)[0]
         latents = self._encoded(input_proc.arguments["pixels"]).float()
         # One of its own: the pipeline's is in use by whoever samples beside this call.
@@ -194,9 +198,9 @@ class DdimInversionBase(DdimBase):
         moved = 0.0
         for time in reversed(scheduler.timesteps.tolist()):
             step = _step(scheduler, time)
-            latents, last = self._noisier(latents, time, step, text, fixed_point_iterations)
+            latents, last = self._noisier(latents, time, step, text, iterations)
             moved = max(moved, last)
-        if fixed_point_iterations > 1 and not moved <= UNSOLVED:
+        if iterations > 1 and not moved <= UNSOLVED:
             logger.warning(
                 "%s: a step was left unsolved, its answer still moved by %.0f %%; the noise will "
                 "not give the picture back; raise num_inference_steps or fixed_point_iterations",
@@ -228,7 +232,7 @@ class DdimInversionBase(DdimBase):
         """
         kept, added = step
         noisy, moved = clean, 0.0
-        for _ in range(max(1, iterations)):
+        for _ in range(iterations):
             told = self._detector.unet(noisy.to(self.dtype), time, encoder_hidden_states=text)
             solved = (clean - added * told.sample.float()) / kept
             moved = float((solved - noisy).norm() / solved.norm())

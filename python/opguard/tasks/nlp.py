@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from opguard.base import OpGuardBase
-from opguard.tasks._generating import Generation, Sequences, generate
+from opguard.tasks._checks import pictures
+from opguard.tasks._generating import Generation, Sequences, check_settings, generate
 from opguard.tasks._late import Late
 from opguard.tasks._processors import load_processor
 
@@ -59,6 +60,28 @@ class _OneOrMany(OpGuardBase):
             )
         return super()._caller(input_raw=list(input_raw), **kwargs)
 
+    def _tokenized(self, texts: list[str], **how: Any) -> Any:
+        """Returns the tokens of texts on the cpu; TypeError for what is no text."""
+        for at, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"{type(self).__name__}: expected input_raw= a text or a list of texts, got "
+                    f"{type(text).__name__} as number {at}; make it a str"
+                )
+        return self.processor(texts, padding=True, return_tensors="pt", **how)
+
+    def _without_tokens(self, tokens: Any) -> list[int]:
+        """Returns which of the texts became no token at all."""
+        found = tokens["attention_mask"].bool().any(1).tolist()
+        return [at for at, some in enumerate(found) if not some]
+
+    def _need_tokens(self, texts: list[str], empty: list[int]) -> None:
+        if empty:
+            raise ValueError(
+                f"{type(self).__name__}: expected texts of a token at least as input_raw=, got "
+                f"{texts[empty[0]]!r:.80} as number {empty[0]}; begin it with a word"
+            )
+
 
 class Blip(_OneOrMany):
     """Captions of pictures; subclasses say which model::
@@ -81,6 +104,7 @@ class Blip(_OneOrMany):
                 f"{type(self).__name__}: expected text to be one string for all pictures or None, "
                 f"got {type(text).__name__}; call once for each text"
             )
+        pictures(type(self).__name__, "input_raw", input_raw)
         texts = {} if text is None else {"text": [text] * len(input_raw)}
         inputs = self.processor(images=input_raw, return_tensors="pt", **texts)
         return inputs.to(self.device, self.dtype)
@@ -184,7 +208,8 @@ class Embedding(_OneOrMany):
 
     A vector is the mean of the vectors of its sentence's tokens, scaled to the length 1. A string
     gives a float32 tensor (width,) on the CPU, a list gives (sentences, width). Sentences are cut
-    after ``MAX_TOKENS`` tokens.
+    after ``MAX_TOKENS`` tokens, or where the model's positions end. Raises ValueError for a
+    sentence of no token.
     """
 
     NAME = "all-minilm-l6-v2"
@@ -199,12 +224,21 @@ class Embedding(_OneOrMany):
     def _preprocess(self, *, input_raw: list[str]) -> Any:
         limits = [self.MAX_TOKENS, self.processor.model_max_length]
         # Not every tokenizer was told how many positions its model has.
-        limits.append(getattr(self.detector.config, "max_position_embeddings", None))
+        limits.append(self._positions())
         limit = min(each for each in (*limits, sys.maxsize) if each and each > 0)
-        tokens = self.processor(
-            input_raw, padding=True, truncation=True, max_length=limit, return_tensors="pt"
-        )
+        tokens = self._tokenized(input_raw, truncation=True, max_length=limit)
+        self._need_tokens(input_raw, self._without_tokens(tokens))
         return tokens.to(self.device)
+
+    def _positions(self) -> int | None:
+        """Returns how many tokens the model has positions for, None where it does not say."""
+        for name, part in self.detector.named_modules():
+            behind = getattr(part, "padding_idx", None)
+            if name.endswith("position_embeddings") and behind is not None:
+                # As in RoBERTa, positions are counted from behind the one for padding.
+                return int(part.num_embeddings) - int(behind) - 1
+        found: int | None = getattr(self.detector.config, "max_position_embeddings", None)
+        return found
 
     def _predict(self, *, input_proc: Any) -> torch.Tensor:
         states = self.detector(**input_proc).last_hidden_state.float()  # (sentences, tokens, width)
@@ -224,7 +258,8 @@ class TextGeneration(_OneOrMany):
             print(each.text, each.finish_reason)
 
     Call keywords:
-        input_raw: a prompt or a list of prompts, of any lengths.
+        input_raw: a prompt or a list of prompts, of any lengths; of one without a token the model
+            gets the token that begins texts, where its tokenizer has one.
         max_new_tokens: the longest length of what follows a prompt, in tokens.
         do_sample, temperature, top_k, top_p: draw the tokens, instead of taking the likeliest.
         num_beams, num_return_sequences: ways followed at once, and answers for each prompt.
@@ -251,15 +286,14 @@ class TextGeneration(_OneOrMany):
         return tokenizer
 
     def _preprocess(self, *, input_raw: list[str]) -> Any:
-        tokens = self.processor(
-            input_raw, padding=True, return_token_type_ids=False, return_tensors="pt"
-        )
-        for number, mask in enumerate(tokens["attention_mask"]):
-            if not mask.any():
-                raise ValueError(
-                    f"{type(self).__name__}: expected prompts of a token at least, got "
-                    f"{input_raw[number]!r} as number {number}; begin it with a word"
-                )
+        tokens = self._tokenized(input_raw, return_token_type_ids=False)
+        if empty := self._without_tokens(tokens):
+            begin = self.processor.bos_token
+            if begin is not None:  # nothing, as the model knows it
+                texts = [begin if at in empty else text for at, text in enumerate(input_raw)]
+                tokens = self._tokenized(texts, return_token_type_ids=False)
+                empty = self._without_tokens(tokens)
+            self._need_tokens(input_raw, empty)
         return tokens.to(self.device)
 
     def _predict(
@@ -275,6 +309,7 @@ class TextGeneration(_OneOrMany):
         num_return_sequences: int = 1,
         settings: Mapping[str, Any] | None = None,
     ) -> Sequences:
+        check_settings(settings)
         ways = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         drawing: dict[str, Any] = {name: ways[name] for name in ways if ways[name] is not None}
         if drawing and not do_sample:

@@ -8,9 +8,11 @@ stays as long as it, and goes with its last user.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import index
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -19,8 +21,9 @@ import torch
 from opguard._describe import made_from
 from opguard._routing import near_miss
 from opguard.base import OpGuardBase
+from opguard.tasks._checks import count, number, warn_broken
 from opguard.tasks._late import Late
-from opguard.tasks.vae import VaeSdxlFp16Fix
+from opguard.tasks.vae import VaeSdxlFp16Fix, check_latent
 
 __all__ = ["SdTinyNanoTextToImage", "SdxlTextToImage", "StableDiffusionBase"]
 
@@ -195,22 +198,68 @@ class StableDiffusionBase(OpGuardBase):
         arguments = input_proc.arguments | {
             "generator": self._generators(seed, input_proc.pictures),
             "num_inference_steps": self._steps(num_inference_steps),
-            "guidance_scale": self.GUIDANCE_SCALE if guidance_scale is None else guidance_scale,
-            "height": height,
-            "width": width,
+            "guidance_scale": self._guidance(guidance_scale),
+            "height": self._side("height", height),
+            "width": self._side("width", width),
             "latents": self._noise(latents, input_proc.pictures),
         }
-        with self._sampling:
+        with self._sampling, self._watched():
             found = self._detector(**arguments).images
         return found[0] if input_proc.one else found
 
     def _steps(self, given: int | None) -> int:
-        if given is not None and given < 1:
+        if given is None:
+            return self.NUM_INFERENCE_STEPS
+        return count(self.classname, "num_inference_steps", given, 1)
+
+    def _guidance(self, given: float | None) -> float:
+        return (
+            self.GUIDANCE_SCALE
+            if given is None
+            else number(self.classname, "guidance_scale", given)
+        )
+
+    def _side(self, name: str, given: int | None) -> int | None:
+        """Returns a side of the pictures in pixels; of 0, the pipeline would take its default."""
+        if given is None:
+            return None
+        # Pipelines ask for multiples of 8, and an element of a latent is so many pixels a side.
+        unit = math.lcm(8, getattr(self._detector, "vae_scale_factor", 8))
+        side = count(self.classname, name, given, unit)
+        if side % unit:
             raise ValueError(
-                f"{self.classname}: expected num_inference_steps= at least 1, got {given}; "
-                f"leave it out for {self.NUM_INFERENCE_STEPS}"
+                f"{self.classname}: expected {name}= a multiple of {unit}, got {side}; "
+                f"give {side - side % unit} or {side - side % unit + unit}"
             )
-        return self.NUM_INFERENCE_STEPS if given is None else given
+        return side
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Says which pictures are not finite, for which the pipeline gives black ones.
+
+        It looks between the last of the models and the pictures, where pixels are still numbers;
+        the lock of the call around it keeps it this call's.
+        """
+        processor = getattr(self._detector, "image_processor", None)
+        if processor is None:
+            yield
+            return
+        finish, seen = processor.postprocess, []
+
+        def postprocess(image: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(image, torch.Tensor):
+                seen.append(image.isfinite().flatten(1).all(1))
+                image = image.nan_to_num(nan=-1.0)
+            return finish(image, *args, **kwargs)
+
+        processor.postprocess = postprocess
+        try:
+            yield
+        finally:
+            del processor.postprocess
+        if seen:
+            # A safety checker had them once more.
+            warn_broken(self.classname, torch.where(seen[0], 0.0, torch.nan)[:, None])
 
     def _one_each(self, given: Any, name: str, prompts: int) -> list[Any] | None:
         """Returns one value for each prompt; a value that is no list stands for each of them."""
@@ -238,8 +287,11 @@ class StableDiffusionBase(OpGuardBase):
     def _noise(self, latents: torch.Tensor | None, prompts: int) -> torch.Tensor | None:
         if latents is None:
             return None
+        vae = getattr(self._detector, "vae", None)
+        channels = getattr(getattr(vae, "config", None), "latent_channels", None)
+        check_latent(self.classname, "latents", latents, channels)
         noise = latents.unsqueeze(0) if latents.ndim == 3 else latents
-        if noise.ndim != 4 or len(noise) != prompts:
+        if len(noise) != prompts:
             raise ValueError(
                 f"{self.classname}: expected latents= of shape (channels, height, width), for "
                 f"several ({prompts}, channels, height, width), got {tuple(latents.shape)}"

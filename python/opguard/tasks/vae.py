@@ -8,11 +8,13 @@ autoencoder.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from opguard.base import OpGuardBase
+from opguard.tasks._checks import broken, warn_broken
 from opguard.tasks._late import Late
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ __all__ = [
     "VaeSdxlFp16Fix",
     "VaeTinyForSd",
     "VaeTinyForSdxl",
+    "check_latent",
     "is_batch",
 ]
 
@@ -47,7 +50,8 @@ class AutoencoderBase(OpGuardBase):
         seed: draws the latent from the distribution of a KL autoencoder, which gives its mode
             otherwise; an AutoencoderTiny has nothing to draw.
 
-    Returns a latent tensor or PIL pictures. Raises ValueError for another mode or shape.
+    Returns a latent tensor or PIL pictures. Raises ValueError for another mode or shape, and for
+    pixels or latents that are not finite; of an answer that is not finite a WARNING says which.
     """
 
     SCALE_FACTOR: ClassVar[int] = 8  # pixels along each side of one element of a latent
@@ -65,10 +69,11 @@ class AutoencoderBase(OpGuardBase):
                 f"got {'none' if mode is None else repr(mode)}"
             )
         if mode == "decode":
-            _check_latent(self.classname, input_raw)
+            channels = getattr(self._detector.config, "latent_channels", None)
+            check_latent(self.classname, "input_raw", input_raw, channels)
             values = input_raw
         else:
-            many = is_batch(self.classname, input_raw)
+            many = is_batch(self.classname, input_raw, self.SCALE_FACTOR)
             values = self._processor.preprocess(input_raw)
             values = values if many else values[0]
         placed: torch.Tensor = values.to(self.device, self.dtype)
@@ -87,11 +92,13 @@ class AutoencoderBase(OpGuardBase):
         return values[0] if one else values
 
     def _postprocess(self, *, output_raw: torch.Tensor, mode: str | None = None) -> Any:
+        one = output_raw.ndim == 3
+        several = output_raw.unsqueeze(0) if one else output_raw
+        warn_broken(self.classname, several)
         if mode == "encode":
             return output_raw
-        one = output_raw.ndim == 3
-        # Pixels go to numpy, which has no bfloat16.
-        pixels = (output_raw.unsqueeze(0) if one else output_raw).float().cpu()
+        # Pixels go to numpy, which has no bfloat16; what is no number is black, without its noise.
+        pixels = several.float().cpu().nan_to_num(nan=-1.0)
         pictures: list[Image] = self._processor.postprocess(pixels, output_type="pil")
         return pictures[0] if one else pictures
 
@@ -172,31 +179,46 @@ class VaeSdxlFp16Fix(AutoencoderKLBase):
     DTYPE_PREFERENCE = torch.float16
 
 
-def _check_latent(name: str, given: Any) -> None:
-    if not isinstance(given, torch.Tensor) or given.ndim not in (3, 4):
-        got = (
-            f"{given.ndim} dimensions" if isinstance(given, torch.Tensor) else type(given).__name__
-        )
+def check_latent(owner: str, name: str, given: Any, channels: int | None = None) -> None:
+    """Raises ValueError for what is no latent of ``channels``, or several, or is not finite."""
+    whole = isinstance(given, torch.Tensor) and given.ndim in (3, 4) and given.numel()
+    if not whole or not given.is_floating_point() or channels not in (None, given.shape[-3]):
+        got = type(given).__name__
+        if isinstance(given, torch.Tensor):
+            got = f"{tuple(given.shape)} of {given.dtype}"
         raise ValueError(
-            f"{name}: expected input_raw= a latent tensor of 3 dimensions, or 4 for several, with "
-            f"mode='decode', got {got}; encode gives one"
+            f"{owner}: expected {name}= a latent tensor of floats, of shape "
+            f"({channels or 'channels'}, height, width) or one dimension more for several, "
+            f"got {got}; encoding a picture gives one"
+        )
+    if found := broken(given if given.ndim == 4 else given.unsqueeze(0)):
+        raise ValueError(
+            f"{owner}: expected {name}= finite numbers, got NaN or infinity in latent {found[0]}; "
+            "look at what made it"
         )
 
 
-def is_batch(name: str, given: Any) -> bool:
-    """Whether there may be several pictures; ValueError for what is none, or cannot be stacked."""
+def is_batch(name: str, given: Any, least: int = 1) -> bool:
+    """Whether there may be several pictures.
+
+    ValueError for what is none, cannot be stacked, or has a side of less than ``least`` pixels.
+    """
     if isinstance(given, torch.Tensor):
         _check_pixels(name, given)
+        _check_sides(name, given.shape[:-3:-1], least)
         return given.ndim == 4
     many = isinstance(given, list | tuple)
     from PIL.Image import Image
 
-    for each in given if many else [given]:
+    for at, each in enumerate(given if many else [given]):
         if not isinstance(each, Image):
+            number = f" as number {at}" if many else ""
             raise ValueError(
-                f"{name}: expected PIL pictures or one tensor of them, got {type(each).__name__}; "
-                "stack tensors, and make an array a picture with PIL.Image.fromarray"
+                f"{name}: expected input_raw= PIL pictures or one tensor of them, got "
+                f"{type(each).__name__}{number}; stack tensors, and make an array a picture with "
+                "PIL.Image.fromarray"
             )
+        _check_sides(name, each.size, least)
     if many and len(sizes := sorted({each.size for each in given})) != 1:
         raise ValueError(
             f"{name}: expected pictures of one size, got {sizes or 'none'}; "
@@ -205,15 +227,27 @@ def is_batch(name: str, given: Any) -> bool:
     return many
 
 
+def _check_sides(name: str, size: Sequence[int], least: int) -> None:
+    if min(size) < least:
+        raise ValueError(
+            f"{name}: expected pictures of {least} pixels a side at least, got "
+            f"{size[0]} x {size[1]}; enlarge them"
+        )
+
+
 def _check_pixels(name: str, pixels: torch.Tensor) -> None:
-    if pixels.ndim not in (3, 4) or pixels.shape[-3] != 3 or not pixels.is_floating_point():
+    shaped = pixels.ndim in (3, 4) and pixels.shape[-3] == 3 and pixels.numel()
+    if not shaped or not pixels.is_floating_point():
         raise ValueError(
-            f"{name}: expected pixels of shape (3, height, width) or (pictures, 3, height, width) "
-            f"as floats in [0, 1], got {tuple(pixels.shape)} of {pixels.dtype}"
+            f"{name}: expected input_raw= pixels of shape (3, height, width) or (pictures, 3, "
+            f"height, width) as floats in [0, 1], got {tuple(pixels.shape)} of {pixels.dtype}; "
+            "make bytes floats and divide them by 255"
         )
-    low, high = (float(bound) for bound in pixels.aminmax())
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"{name}: expected pixels in [0, 1], got {low:g} to {high:g}; "
-            "divide bytes by 255, shift what is in [-1, 1], clamp what a resize overshot"
-        )
+    for at, each in enumerate(pixels if pixels.ndim == 4 else [pixels]):
+        low, high = (float(bound) for bound in each.aminmax())
+        if not (low >= 0 and high <= 1):
+            number = f" in picture {at}" if pixels.ndim == 4 else ""
+            raise ValueError(
+                f"{name}: expected input_raw= pixels in [0, 1], got {low:g} to {high:g}{number}; "
+                "divide bytes by 255, shift what is in [-1, 1], clamp what a resize overshot"
+            )
