@@ -125,7 +125,7 @@ def test_a_picture_that_is_not_finite_is_said(models, caplog, value):
     with Plain(**CPU) as made:
         given = {"input_raw": [PROMPT] * 3, "seed": 1}
         sound = [each.tobytes() for each in made(**given)]
-        assert not caplog.records
+        assert not [each for each in caplog.records if each.name == "opguard"]
         vae = made.detector.vae
         decode = vae.decode
 
@@ -138,12 +138,12 @@ def test_a_picture_that_is_not_finite_is_said(models, caplog, value):
         got = [each.tobytes() for each in made(**given)]
         del vae.decode
         assert [one == two for one, two in zip(got, sound, strict=True)] == [True, False, True]
-        (said,) = (each.getMessage() for each in caplog.records)
+        (said,) = (each.getMessage() for each in caplog.records if each.name == "opguard")
         assert "1 of 3 pictures came out broken" in said
         assert "picture 1;" in said
         caplog.clear()
         assert [each.tobytes() for each in made(**given)] == sound
-        assert not caplog.records
+        assert not [each for each in caplog.records if each.name == "opguard"]
 
 
 def test_without_a_seed_pictures_differ(opened):

@@ -217,11 +217,11 @@ def test_an_answer_that_is_not_finite_is_said(opened, caplog, value):
             found[1, :, 0, 0] = value
             return found
 
-    assert not caplog.records
+    assert not [each for each in caplog.records if each.name == "opguard"]
     with Broken(device_override="cpu") as broken:
         made = broken(input_raw=latents, mode="decode")
     assert [each.tobytes() for each in made][::2] == sound[::2]
-    (said,) = (each.getMessage() for each in caplog.records)
+    (said,) = (each.getMessage() for each in caplog.records if each.name == "opguard")
     assert "Broken: 1 of 3 pictures came out broken" in said
     assert "picture 1;" in said
 
