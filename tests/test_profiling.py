@@ -146,7 +146,7 @@ def test_a_task_without_its_model_ends_in_the_sentence_with_its_command(tmp_path
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 1
     assert last.startswith("opguard profile: ")
-    assert last.endswith("fetch it first with: hf download madebyollin/taesd config.json")
+    assert "fetch it first with: hf download madebyollin/taesd config.json" in last
 
 
 def test_command_prints_writes_a_trace_and_json(tmp_path, capsys):
