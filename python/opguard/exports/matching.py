@@ -261,7 +261,8 @@ class _Loading(Generic[T]):
             except OSError as error:
                 return self._without(error)
             model = self._load(tried)
-            self._export(model, before, wanted)
+            if self._export(model, before, wanted) and tried.kind == "missing":
+                logger.info("exports: %s is made", self._folder)
             return model
 
     def _without(self, error: OSError) -> T:
@@ -288,7 +289,7 @@ class _Loading(Generic[T]):
 
     def _export(
         self, model: T, before: Mapping[str, Any], wanted: Mapping[str, Any] | None
-    ) -> None:
+    ) -> bool:
         """Saves the model; that is best effort, since the model is there."""
         try:
             # Described again: loading may have brought the source to this machine.
@@ -300,12 +301,14 @@ class _Loading(Generic[T]):
                 changed += _moved_meanwhile(before, made_from, wanted)
             if changed:
                 raise OSError(f"{_listed(changed)} while it was loaded")
-            if store.write(self._folder, lambda aside: self._save(model, aside), made_from, known):
-                logger.info("exports: %s is made", self._folder)
+            return store.write(
+                self._folder, lambda aside: self._save(model, aside), made_from, known
+            )
         except Exception as error:
             logger.warning(
                 "exports: no export in %s: %s: %s", self._folder, type(error).__name__, error
             )
+            return False
 
 
 # Comparing
