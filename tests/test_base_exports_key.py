@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from opguard import OpGuardBase
 from opguard._describe import made_from
 from opguard.exports import proving
-from opguard.guards.loading import cache_guard
+from opguard.guards.loading import cache_guard, load_guard
 from opguard.guards.locality import local_guard
 
 SCALE = 1.0
@@ -260,3 +261,21 @@ def test_no_secret_is_written(source, exports, caplog):
     loaded(cls)
     assert warned(caplog) == []
     assert "another" not in caplog.text
+
+
+def scaled(folder):
+    model = Weights.from_pretrained(folder)
+    if os.path.exists(os.path.join(folder, "raw")):
+        model.w.data *= SCALE
+    return model
+
+
+def test_what_the_loader_of_a_guard_names_is_in_the_key(source, monkeypatch, caplog):
+    def get():
+        with load_guard(base_export_name="scaled") as load:
+            return load(scaled, str(source)).w[0].item()
+
+    assert [get(), get()] == [1.0, 1.0]
+    monkeypatch.setattr(sys.modules[__name__], "SCALE", 7.0)
+    assert get() == 7.0
+    assert "globals.SCALE was 1.0 and is 7.0" in warned(caplog)[-1]
