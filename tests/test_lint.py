@@ -310,6 +310,7 @@ LAYERS = (
         "sanitizing",
         "detaching",
         "holders",
+        "_attributes",
         "_instances",
         "_ipython",
         "_numbers",

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from opguard._attributes import check_attributes
 from opguard._instances import Instances, not_made
 from opguard.devices import normalize_dtype
 from opguard.guards.initial import InitValues, device_guard, init_guard
@@ -71,6 +72,7 @@ class Contract(Instances):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        check_attributes(cls)
         skip = cls.FROM_PRETRAINED_SKIP_KWARGS
         if not isinstance(skip, tuple):
             raise TypeError(
@@ -105,12 +107,17 @@ class Contract(Instances):
                 f"folder, got {type(cls.MODEL_ID).__name__}"
             )
 
+    @property
+    def _detector_type(self) -> Any:
+        """``DETECTOR_TYPE`` as the class has it: a function in a class body is no method here."""
+        return vars(self).get("DETECTOR_TYPE", type(self).DETECTOR_TYPE)
+
     def _revision_in_use(self) -> str | None:
         """The revision of a hub id; None for a local folder, which has none.
 
         Raises what is wrong with the model id before any library is asked to load it.
         """
-        if not hasattr(self.DETECTOR_TYPE, "from_pretrained"):
+        if not hasattr(self._detector_type, "from_pretrained"):
             return self.REVISION
         name, where = type(self).__name__, self._model_id
         if os.path.isdir(where):
@@ -136,20 +143,21 @@ class Contract(Instances):
             "device": given("device_override", self.DEFAULT_DEVICE),
             "device_map": given("device_map_override", self.DEFAULT_DEVICE_MAP),
         }
-        with device_guard(**place) as device:
-            # On the cpu half precision is somebody's choice for this instance, not a preference.
+        with self._naming("DTYPE_PREFERENCE"):
             wish = normalize_dtype(self.DTYPE_PREFERENCE)
+        with self._naming("DEFAULT_DEVICE", "device_override"), device_guard(**place) as device:
+            # On the cpu half precision is somebody's choice for this instance, not a preference.
             preferred = torch.float32 if device.type == "cpu" and wish in HALF else wish
         place["device"] = device  # found once: a device that is not there is said once
         local = self._local_files_only or self._only_load_export
         # Of files that are on this machine the variant is seen there.
         unasked = local or self._local_files_only_on_refresh
         # What is not loaded from files has no weights of several variants to look for.
-        is_loaded_from = hasattr(self.DETECTOR_TYPE, "from_pretrained")
+        is_loaded_from = hasattr(self._detector_type, "from_pretrained")
         with init_guard(
             **place,
             dtype=given("dtype_override", preferred),
-            model_type=self.DETECTOR_TYPE,
+            model_type=self._detector_type,
             model_id=self._model_id if is_loaded_from else None,
             revision=self._revision_in_use(),
             local_hfhub_variant_check_only=unasked
@@ -162,6 +170,17 @@ class Contract(Instances):
             subfolder=self.FROM_PRETRAINED_ADDITIONAL_KWARGS.get("subfolder"),
         ) as chosen:
             self._chosen = chosen
+
+    @contextlib.contextmanager
+    def _naming(self, attribute: str, override: str | None = None) -> Iterator[None]:
+        """An error about the value of a class attribute names that, unless it was overridden."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            _, _, said = str(error).partition(": ")
+            if override in self._settings or not str(error).startswith(("device: ", "dtype: ")):
+                raise
+            raise type(error)(f"{type(self).__name__}.{attribute}: {said}") from None
 
     def _match(self, match: Any) -> None:
         """Joins the choices of ``match`` to the settings, also those where it chose nothing.
@@ -185,7 +204,7 @@ class Contract(Instances):
 
     def _matched_quant(self, match: Contract) -> dict[str, Any]:
         chosen = match._chosen
-        alike = same_config(match.DETECTOR_TYPE, self.DETECTOR_TYPE)
+        alike = same_config(match._detector_type, self._detector_type)
         if alike or chosen.quant_type not in QUANT_TYPES:
             return {"quant_type_override": None, "quant_config_override": chosen.quant_config}
         # A configuration is one library's own; what it means can be had from the other too.
@@ -213,7 +232,7 @@ class Contract(Instances):
     def _from_pretrained_kwargs(self) -> dict[str, Any]:
         chosen = self._chosen
         kwargs: dict[str, Any] = {
-            _dtype_keyword(self.DETECTOR_TYPE): chosen.dtype,
+            _dtype_keyword(self._detector_type): chosen.dtype,
             "use_safetensors": self.use_safetensors or None,
             "local_files_only": self._local_files_only or None,
             "device_map": chosen.device_map,

@@ -287,13 +287,13 @@ class Loading:
 
         Others are described, which reads every file of a folder, only if they can be.
         """
-        kind = self._owner.DETECTOR_TYPE
+        kind = self._owner._detector_type
         root = str(getattr(kind, "__module__", "")).partition(".")[0]
         return hasattr(kind, "save_pretrained") or root in LIBRARIES
 
     def _check_exportable(self) -> None:
         """Raises where no load would ever make the export that alone may be loaded."""
-        owner, kind, why = self._owner, self._owner.DETECTOR_TYPE, None
+        owner, kind, why = self._owner, self._owner._detector_type, None
         by_type = type(owner)._load_detector.__module__ == "opguard._lifecycle"
         if not self._promises() and by_type and isinstance(kind, type):
             why = f"{kind.__name__} has no save_pretrained"

@@ -82,12 +82,12 @@ class Lifecycle(Contract):
         ``FROM_PRETRAINED_SKIP_KWARGS``, plus ``FROM_PRETRAINED_ADDITIONAL_KWARGS`` and
         ``kwargs``; a ``DETECTOR_TYPE`` without ``from_pretrained`` gets the model id alone.
         """
-        loader = getattr(self.DETECTOR_TYPE, "from_pretrained", None)
+        loader = getattr(self._detector_type, "from_pretrained", None)
         if loader is None:
-            detector = self.DETECTOR_TYPE(str(self.model_id), **kwargs)
+            detector = self._detector_type(str(self.model_id), **kwargs)
         else:
             kwargs = self._from_pretrained_kwargs() | kwargs
-            check_config(self.DETECTOR_TYPE, str(self.model_id), kwargs)
+            check_config(self._detector_type, str(self.model_id), kwargs)
             detector = loader(str(self.model_id), **kwargs)
         return self._place(detector)
 

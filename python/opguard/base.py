@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, ClassVar
 
+from opguard._attributes import check_switches
 from opguard._instances import not_made
 from opguard._lifecycle import Lifecycle
 from opguard._routing import Routes, near_miss
@@ -102,6 +103,7 @@ class OpGuardBase(Lifecycle):
                 f"{cls.__name__}(): expected keywords of OpGuardBase, got "
                 f"{near_miss(unknown, defaults)}"
             )
+        check_switches(cls.__name__, given, defaults)
         self._check_class()
         if "_routes_of_class" not in cls.__dict__:
             cls._routes_of_class = Routes.of(cls, OpGuardBase)
