@@ -6,6 +6,7 @@ one of the known ones, with a value that would fit it, is most likely a slip and
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -62,8 +63,9 @@ def check_attributes(cls: type) -> None:
     revision = getattr(cls, "REVISION", None)
     if revision is not None and not isinstance(revision, str):
         raise _wrong(cls, "REVISION", "a commit, tag or branch, or None", revision, "write a str")
-    kind = getattr(cls, "DETECTOR_TYPE", None)
-    if kind is not None and not (callable(kind) or hasattr(kind, "from_pretrained")):
+    kind = inspect.getattr_static(cls, "DETECTOR_TYPE", None)
+    late = hasattr(type(kind), "__get__")  # imported when it is read: that is not now
+    if kind is not None and not (late or callable(kind) or hasattr(kind, "from_pretrained")):
         what = "a class with from_pretrained, or a callable that gets the model id"
         raise _wrong(cls, "DETECTOR_TYPE", what, kind, "give the class itself, not its name")
     _warn_of_near_misses(cls)

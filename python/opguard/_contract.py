@@ -110,7 +110,8 @@ class Contract(Instances):
     @property
     def _detector_type(self) -> Any:
         """``DETECTOR_TYPE`` as the class has it: a function in a class body is no method here."""
-        return vars(self).get("DETECTOR_TYPE", type(self).DETECTOR_TYPE)
+        found = type(self).DETECTOR_TYPE
+        return self.DETECTOR_TYPE if isinstance(found, property) else found
 
     def _revision_in_use(self) -> str | None:
         """The revision of a hub id; None for a local folder, which has none.
