@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 
 from opguard import OpGuardBase
-from opguard._describe import made_from
+from opguard._exporting import made_from
 from opguard.exports import proving
 from opguard.guards.loading import cache_guard, load_guard
 from opguard.guards.locality import local_guard

@@ -324,7 +324,7 @@ LAYERS = (
     {"_bundle"},
     {"exports"},
     {"guards"},
-    {"_contract", "_describe", "_lifecycle"},
+    {"_contract", "_exporting", "_lifecycle"},
     {"base"},
     {"tasks"},
     {"repro", "profiling"},

@@ -223,7 +223,7 @@ class Lifecycle(Contract):
                 self._is_loading = False
 
     def _load_parts(self) -> None:
-        from opguard._describe import Loading
+        from opguard._exporting import Loading
 
         # Weights made in somebody's inference mode could never be part of a graph.
         with (

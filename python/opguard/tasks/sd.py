@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 
-from opguard._describe import made_from
+from opguard._exporting import made_from
 from opguard._routing import near_miss
 from opguard.base import OpGuardBase
 from opguard.tasks._checks import count, number, warn_broken
