@@ -12,6 +12,8 @@ Subclass :class:`OpGuardBase` to wrap a model once and for all. The guards, alon
 - repeating: ``seed_guard deterministic_guard``
 """
 
+from typing import TYPE_CHECKING, Any
+
 from opguard import _runtime as _runtime  # first: a missing or old torch is one clear sentence
 from opguard._ipython import load_ipython_extension, unload_ipython_extension
 from opguard.base import OpGuardBase
@@ -35,8 +37,10 @@ from opguard.guards.initial import (
 from opguard.guards.loading import cache_guard, load_guard
 from opguard.guards.locality import LocalFileMissing, local_guard
 from opguard.guards.reproducible import deterministic_guard, seed_guard
-from opguard.holders import who_holds
 from opguard.sanitizing import ObjectSummary, TensorSummary, sanitize_exception
+
+if TYPE_CHECKING:
+    from opguard.holders import who_holds
 
 __version__ = "0.1.0"
 
@@ -70,3 +74,17 @@ __all__ = [
     "vram_guard",
     "who_holds",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # A seventh of the time that importing opguard takes, and few programs ask.
+    if name == "who_holds":
+        from opguard.holders import who_holds
+
+        globals()[name] = who_holds
+        return who_holds
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | set(__all__))
