@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 import torch
 
-from checkout import PYTHON
+import opguard
 from opguard import OpGuardBase
 from opguard.guards import locality, quantizing
 from opguard.guards.initial import quant_guard
@@ -350,7 +351,7 @@ def test_importing_bitsandbytes_fetches_no_code(tmp_path, way):
             "assert 'bitsandbytes' in sys.modules",
         ]
     )
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", str(PYTHON))])
+    path = os.pathsep.join([str(tmp_path), str(Path(opguard.__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": path}
     environment.pop("HF_HUB_OFFLINE", None)
     done = subprocess.run(
