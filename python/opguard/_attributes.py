@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["check_attributes", "check_switches"]
@@ -69,6 +70,23 @@ def check_attributes(cls: type) -> None:
         what = "a class with from_pretrained, or a callable that gets the model id"
         raise _wrong(cls, "DETECTOR_TYPE", what, kind, "give the class itself, not its name")
     _warn_of_near_misses(cls)
+    _check_loading(cls)
+
+
+def _check_loading(cls: Any) -> None:
+    skip = cls.FROM_PRETRAINED_SKIP_KWARGS
+    if not isinstance(skip, tuple):
+        raise _wrong(
+            cls, "FROM_PRETRAINED_SKIP_KWARGS", "a tuple of names", skip, "write ('name',)"
+        )
+    more = cls.FROM_PRETRAINED_ADDITIONAL_KWARGS
+    if not isinstance(more, Mapping):
+        name = "FROM_PRETRAINED_ADDITIONAL_KWARGS"
+        raise _wrong(cls, name, "a mapping", more, "write {'name': value}")
+    for name in ("NAME", "MODEL_ID", "REVISION", "DETECTOR_TYPE"):
+        value = cls.__dict__.get(name, ...)
+        if isinstance(value, str) and not value:
+            raise ValueError(f"{cls.__name__}.{name}: expected a value, got an empty string")
 
 
 def _warn_of_near_misses(cls: type) -> None:

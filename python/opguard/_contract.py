@@ -73,21 +73,6 @@ class Contract(Instances):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_attributes(cls)
-        skip = cls.FROM_PRETRAINED_SKIP_KWARGS
-        if not isinstance(skip, tuple):
-            raise TypeError(
-                f"{cls.__name__}.FROM_PRETRAINED_SKIP_KWARGS: expected a tuple of names, "
-                f"got {type(skip).__name__}; write ('name',)"
-            )
-        if not isinstance(cls.FROM_PRETRAINED_ADDITIONAL_KWARGS, Mapping):
-            raise TypeError(
-                f"{cls.__name__}.FROM_PRETRAINED_ADDITIONAL_KWARGS: expected a mapping, got "
-                f"{type(cls.FROM_PRETRAINED_ADDITIONAL_KWARGS).__name__}; write {{'name': value}}"
-            )
-        for name in ("NAME", "MODEL_ID", "REVISION", "DETECTOR_TYPE"):
-            value = cls.__dict__.get(name, ...)
-            if isinstance(value, str) and not value:
-                raise ValueError(f"{cls.__name__}.{name}: expected a value, got an empty string")
 
     def _check_class(self) -> None:
         cls = type(self)

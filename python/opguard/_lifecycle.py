@@ -112,7 +112,7 @@ class Lifecycle(Contract):
         try:
             self._join()
         except BaseException as error:
-            self._scrub(error, handled)
+            self._scrub(error, handled)  # in this frame, or the traceback would keep its self
             raise
         with self._lock:
             self._entries.append((threading.get_ident(), handled))
@@ -135,11 +135,7 @@ class Lifecycle(Contract):
             _, handled = self._entries.pop(mine[-1] if mine else -1)
             if not self._entries:
                 self._free_wanted = True
-        if error is None:
-            self._leave()
-        else:
-            self._scrub(error, handled)
-            self._leave_quietly()
+        self._leave_block(error, handled)
 
     def lazy_loader_context(self) -> Held:
         """A block in which the model is loaded; after it as after a call: freed, or kept warm.
@@ -198,6 +194,13 @@ class Lifecycle(Contract):
         """Leaves while a failure is under way, which a failure to clean up must not hide."""
         with contextlib.suppress(Exception):
             self._leave()
+
+    def _leave_block(self, error: BaseException | None, handled: BaseException | None) -> None:
+        if error is None:
+            self._leave()
+        else:
+            self._scrub(error, handled)
+            self._leave_quietly()
 
     def _part(self, name: str) -> Any:
         with self._lock:
@@ -315,9 +318,4 @@ class Held:
                 "lazy_loader_context.__exit__: expected a block that was entered, there is none; "
                 "use with, or call __enter__ first"
             )
-        handled = self._handled.pop()
-        if error is None:
-            self._owner._leave()
-        else:
-            self._owner._scrub(error, handled)
-            self._owner._leave_quietly()
+        self._owner._leave_block(error, self._handled.pop())
