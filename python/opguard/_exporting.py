@@ -34,7 +34,6 @@ __all__ = ["Loading", "Parts", "describe_instance", "export_folder_of", "made_fr
 logger = logging.getLogger("opguard")
 
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
-LIBRARIES = ("transformers", "diffusers")
 OURS = {f"opguard.{name}" for name in ("_instances", "_contract", "_lifecycle", "base")}
 # What a loader that cannot read an export as it reads its source ends in.
 LOADER_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError)
@@ -125,8 +124,9 @@ def _describe_attribute(name: str, value: Any, network: bool, outer: tuple[type,
 
 def _is_own(cls: type[Contract]) -> bool:
     """Whether code that is no library's reads the source's files."""
-    root = str(getattr(cls.DETECTOR_TYPE, "__module__", "")).partition(".")[0]
-    return root not in LIBRARIES or any(
+    from opguard.exports.naming import is_of_library
+
+    return not is_of_library(cls.DETECTOR_TYPE) or any(
         not each.__module__.startswith("opguard.") for _, each in _loaders(cls)
     )
 
@@ -287,20 +287,21 @@ class Loading:
 
         Others are described, which reads every file of a folder, only if they can be.
         """
+        from opguard.exports.naming import is_of_library
+
         kind = self._owner._detector_type
-        root = str(getattr(kind, "__module__", "")).partition(".")[0]
-        return hasattr(kind, "save_pretrained") or root in LIBRARIES
+        return hasattr(kind, "save_pretrained") or is_of_library(kind)
+
+    def _has_own_loader(self) -> bool:
+        return type(self._owner)._load_detector.__module__ != "opguard._lifecycle"
 
     def _check_exportable(self) -> None:
         """Raises where no load would ever make the export that alone may be loaded."""
-        owner, kind, why = self._owner, self._owner._detector_type, None
-        by_type = type(owner)._load_detector.__module__ == "opguard._lifecycle"
-        if not self._promises() and by_type and isinstance(kind, type):
-            why = f"{kind.__name__} has no save_pretrained"
-        if why is not None:
+        owner, kind = self._owner, self._owner._detector_type
+        if isinstance(kind, type) and not (self._promises() or self._has_own_loader()):
             raise ValueError(
                 f"only_load_export: expected {owner.classname} to be a class whose model can be "
-                f"exported, but {why}; leave only_load_export out"
+                f"exported, but {kind.__name__} has no save_pretrained; leave only_load_export out"
             )
 
     def _can_be_exported(self, detector: Any) -> bool:
@@ -351,14 +352,14 @@ class Loading:
         return self._owner._load_processor()
 
     def save(self, parts: Parts, folder: Path) -> bool:
+        from opguard.exports.naming import is_of_library
         from opguard.exports.proving import note
 
         owner, detector = self._owner, parts.detector
         if not self._can_be_exported(detector):
             return False
         detector.save_pretrained(str(folder))
-        own = type(owner)._load_detector.__module__ != "opguard._lifecycle"
-        own |= str(type(detector).__module__).partition(".")[0] not in LIBRARIES
+        own = self._has_own_loader() or not is_of_library(type(detector))
         compared = own and owner.quant_config is None
         note(
             folder,

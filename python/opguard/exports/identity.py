@@ -24,7 +24,7 @@ from typing import Any
 from opguard import hub
 from opguard._secrets import HIDDEN, is_secret, masked
 from opguard.exports.hashing import hash_files
-from opguard.exports.naming import full_name_of, is_of_program, is_plain, name_of
+from opguard.exports.naming import LIBRARIES, full_name_of, is_of_program, is_plain, name_of
 
 __all__ = [
     "describe_function",
@@ -39,10 +39,9 @@ _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _SOURCES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".py"}) | _PICKLES
 _PROSE = frozenset({".md"})
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LIBRARIES = ("transformers", "diffusers")
 _QUANTIZERS = ("bitsandbytes", "torchao")
 # Classes whose code a version stands for; what exec makes may call itself a builtin.
-_VERSIONED = frozenset({"torch", *_LIBRARIES, *sys.stdlib_module_names}) - {"builtins"}
+_VERSIONED = frozenset({"torch", *LIBRARIES, *sys.stdlib_module_names}) - {"builtins"}
 _DEEP = 12
 _READ_AS = ("dtype", "shape", "typecode", "mode", "size")
 
@@ -57,7 +56,7 @@ def describe_versions(quantized: bool = False) -> dict[str, str]:
     import opguard
 
     found = {"opguard": str(opguard.__version__), "torch": str(torch.__version__)}
-    for name in _LIBRARIES + (_QUANTIZERS if quantized else ()):
+    for name in LIBRARIES + (_QUANTIZERS if quantized else ()):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -19,8 +19,10 @@ from typing import Any, cast
 import torch
 
 __all__ = [
+    "LIBRARIES",
     "describe_globals",
     "full_name_of",
+    "is_of_library",
     "is_of_program",
     "is_plain",
     "is_versioned",
@@ -28,9 +30,9 @@ __all__ = [
     "names_in",
 ]
 
-_LIBRARIES = ("transformers", "diffusers")
+LIBRARIES = ("transformers", "diffusers")
 # Whose code a version number stands for.
-_VERSIONED = {"opguard", "torch", *_LIBRARIES, *sys.stdlib_module_names}
+_VERSIONED = {"opguard", "torch", *LIBRARIES, *sys.stdlib_module_names}
 _PLAIN = (str, bytes, int, float, complex, os.PathLike, torch.dtype, torch.device)
 _INSTALLED = {"site-packages", "dist-packages"}
 
@@ -45,6 +47,11 @@ def _module_of(found: Any) -> str:
 
 def _root(found: Any) -> str:
     return _module_of(found).partition(".")[0]
+
+
+def is_of_library(found: Any) -> bool:
+    """Returns whether a class is one of the hub's libraries', which loads what it has saved."""
+    return _root(found) in LIBRARIES
 
 
 def is_versioned(found: Any) -> bool:

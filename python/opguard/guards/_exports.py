@@ -21,7 +21,6 @@ __all__ = ["Settings", "load", "parameters_of"]
 _SOURCE_NAMES = ("pretrained_model_name_or_path", "model_id")
 # An export is one folder, quantized already.
 _OF_THE_SOURCE = ("revision", "variant", "subfolder", "quantization_config")
-_LIBRARIES = ("transformers", "diffusers")
 _QUANTIZATION = ("quantization_config", "quant_config")
 _PARAMETERS = (
     "model_id",
@@ -91,7 +90,7 @@ class _Call(NamedTuple):
                 _source(self.args, kwargs),
                 None if revision is None else str(revision),
                 network=network,
-                every_file=not self._is_of_library(),
+                every_file=not naming.is_of_library(owner),
                 cache_dir=kwargs.get("cache_dir"),
             ),
             "arguments": identity.describe_value([self.args[1:], named]),
@@ -121,19 +120,15 @@ class _Call(NamedTuple):
 
     def save(self, model: Any, folder: Path) -> bool:
         from opguard.exports import proving
+        from opguard.exports.naming import is_of_library
 
         if not hasattr(model, "save_pretrained"):
             raise TypeError(f"{type(model).__name__} has no save_pretrained")
         model.save_pretrained(str(folder))
         quantized = any(self.kwargs.get(name) for name in _QUANTIZATION)
-        compared = not (quantized or self._is_of_library())
+        compared = not (quantized or is_of_library(getattr(self.loader, "__self__", None)))
         proving.note(folder, _modules(model) or () if compared else None)
         return True
-
-    def _is_of_library(self) -> bool:
-        """Whether the loader is a library's, which loads what its save_pretrained saved."""
-        kind = getattr(self.loader, "__self__", None)
-        return str(getattr(kind, "__module__", "")).partition(".")[0] in _LIBRARIES
 
 
 def load(
