@@ -29,6 +29,13 @@ typedef enum og_status {
     OG_TORCH_FAILED = -3,
     OG_CUDA_FAILED = -4,
     OG_NOT_FOUND = -5,
+    /* Of flags, apart from other bad arguments: Python has a class of its own
+     * for each. */
+    OG_BAD_LOCATION = -6,
+    OG_BAD_CODE = -7,
+    OG_BAD_SEVERITY = -8,
+    OG_BAD_LAYOUT = -9,
+    OG_BAD_BATCH = -10,
 } og_status;
 
 /* Owned by the caller; filled only when a function returns an error. */

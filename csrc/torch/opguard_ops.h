@@ -12,6 +12,15 @@
 extern "C" {
 #endif
 
+/* What flags_query asks of each sample. */
+typedef enum og_flags_what {
+    OG_FLAGS_FIND,        /* any non-zero slot with slot & mask == value */
+    OG_FLAGS_OK,          /* no slot in use */
+    OG_FLAGS_ERR,         /* some slot in use */
+    OG_FLAGS_COUNT,       /* slots in use */
+    OG_FLAGS_MAX_SEVERITY /* of all slots */
+} og_flags_what;
+
 /* Grows at its end only; callers look at size before they use a newer field.
  * A tensor is given as the at::TensorImpl * that torch.Tensor._cdata holds. */
 typedef struct og_ops {
@@ -26,6 +35,46 @@ typedef struct og_ops {
     og_status (*cuda_ready)(og_error *err);
     /* Address of the first byte of the storage, NULL where there is none. */
     og_status (*tensor_storage)(void *impl, void **data);
+
+    /* The flag ops (schemas in library.c, semantics in core/slots.h). Every
+     * tensor is borrowed; CPU or CUDA, all on one device. What is wrong with
+     * an argument comes back as a status with one sentence in err, nothing
+     * is written then. flags: (N, W) of int64, int32, float64 or float32,
+     * NULL for samples without errors. out: allocated by the caller; flags
+     * themselves for in place, else (N, W) contiguous, of flags' dtype. The
+     * caller answers for what torch would do on the way: functorch, dispatch
+     * modes, fake tensors (data NULL is refused), autograd of float flags.
+     *
+     * checks: 1 NaN, 2 +Inf, 4 -Inf; x without the conj or neg bit, unless 2
+     * and 4 come together. */
+    og_status (*flags_check)(void *x, void *flags, void *out, int64_t location,
+                             int64_t checks, int64_t key, og_error *err);
+    /* clamped: ids' shape and dtype, contiguous; NULL when not wanted. */
+    og_status (*flags_index)(void *ids, void *flags, void *out, void *clamped,
+                             int64_t size, int64_t location, int64_t key,
+                             og_error *err);
+    /* where: (N,) bool, NULL for every sample. */
+    og_status (*flags_push)(void *flags, void *where, void *out, int64_t slot,
+                            int64_t key, og_error *err);
+    /* codes: (N,) integers; severity -1: by code, default_severity for codes
+     * without one of their own. */
+    og_status (*flags_push_codes)(void *flags, void *codes, void *out,
+                                  int64_t location, int64_t severity,
+                                  int64_t default_severity, int64_t key,
+                                  og_error *err);
+    /* count >= 1, eldest first; out may be the first of them. */
+    og_status (*flags_merge)(void *const *flags, size_t count, void *out,
+                             int64_t key, og_error *err);
+    /* out: (N,) contiguous; bool for FIND, OK, ERR, int32 for COUNT, int64 or
+     * int32 for MAX_SEVERITY. mask and value are for FIND alone. */
+    og_status (*flags_query)(void *flags, og_flags_what what, int64_t mask,
+                             int64_t value, void *out, og_error *err);
+    og_status (*flags_clear)(void *flags, int64_t code, void *out,
+                             og_error *err);
+    /* The slots in use of one sample in host memory: at most capacity are
+     * written, *used is how many there are. */
+    og_status (*flags_read)(void *flags, int64_t row, uint16_t *slots,
+                            int64_t capacity, int64_t *used, og_error *err);
 } og_ops;
 
 /* A static table, never NULL; any thread. */
