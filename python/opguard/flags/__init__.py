@@ -1,0 +1,73 @@
+"""Per-sample error flags: every NaN, Inf, bad index or fallback of a batch, recorded in a tensor.
+
+Flags are a tensor ``(samples, words)`` that travels with the data, in eager and in compiled code,
+without a device sync: each word holds two or four 16-bit errors of code, severity and location.
+"""
+
+from __future__ import annotations
+
+from opguard.flags.codes import ErrorCode, ErrorDomain, Severity
+from opguard.flags.config import (
+    CONFIG,
+    AccumulationConfig,
+    Dedupe,
+    ErrorConfig,
+    Order,
+    Priority,
+    get_config,
+    set_config,
+)
+from opguard.flags.constants import (
+    CODE_BITS,
+    CODE_MASK,
+    CODE_SHIFT,
+    LOCATION_BITS,
+    LOCATION_MASK,
+    LOCATION_SHIFT,
+    SEVERITY_BITS,
+    SEVERITY_MASK,
+    SEVERITY_SHIFT,
+    SLOT_BITS,
+    SLOT_MASK,
+    SLOTS_PER_WORD,
+)
+from opguard.flags.errors import (
+    BatchMismatchError,
+    CodeError,
+    FlagsError,
+    FlagsLayoutError,
+    LocationError,
+    SeverityError,
+)
+
+__all__ = [
+    "CODE_BITS",
+    "CODE_MASK",
+    "CODE_SHIFT",
+    "CONFIG",
+    "LOCATION_BITS",
+    "LOCATION_MASK",
+    "LOCATION_SHIFT",
+    "SEVERITY_BITS",
+    "SEVERITY_MASK",
+    "SEVERITY_SHIFT",
+    "SLOTS_PER_WORD",
+    "SLOT_BITS",
+    "SLOT_MASK",
+    "AccumulationConfig",
+    "BatchMismatchError",
+    "CodeError",
+    "Dedupe",
+    "ErrorCode",
+    "ErrorConfig",
+    "ErrorDomain",
+    "FlagsError",
+    "FlagsLayoutError",
+    "LocationError",
+    "Order",
+    "Priority",
+    "Severity",
+    "SeverityError",
+    "get_config",
+    "set_config",
+]
