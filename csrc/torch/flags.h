@@ -39,11 +39,6 @@ enum {
     OG_DTYPE_FLOAT8_E8M0FNU = 44,
 };
 
-/* Most dimensions of a tensor given to a check. */
-#define OG_MAX_DIMS 64
-
-enum { OG_CHECK_NAN = 1, OG_CHECK_POS = 2, OG_CHECK_NEG = 4 };
-
 /* A tensor of at least one dimension; dim 0 are the samples, a 0-d tensor is
  * one. Sizes and strides are in elements, borrowed from the tensor or the
  * call. data is NULL when there are no elements; it is written only where a
@@ -69,24 +64,22 @@ typedef struct og_flags_rows {
     int32_t device_index;
 } og_flags_rows;
 
-/* NaN and Inf of each sample of x. x is seen as real: complex has one more,
- * last dimension of size 2. */
+/* NaN and Inf of each sample of x. */
 typedef struct og_flags_check {
-    og_flags_rows rows;
+    og_flags_rows rows; /* with bits: samples and device_index alone */
     og_tensor x;
     og_scan_kind kind; /* OG_SCAN_NONE: nothing can be found */
-    int32_t checks;    /* OG_CHECK_*; what is not asked for is not recorded */
-    uint16_t nan;      /* slot to record for OG_CHECK_NAN, first */
-    uint16_t inf;      /* slot for OG_CHECK_POS and OG_CHECK_NEG */
-    uint8_t *bits;     /* row_findings: (samples,) instead of rows, or NULL */
-    int64_t room[2][OG_MAX_DIMS + 1];
+    int32_t checks;    /* OG_FOUND_* bits; the others are not recorded */
+    int32_t location;  /* of NAN, then INF, both CRITICAL */
+    uint8_t *bits;     /* row_findings: written instead of rows, or NULL */
 } og_flags_check;
 
 /* Any id of a sample below 0 or not below size. */
 typedef struct og_flags_index {
     og_flags_rows rows;
-    og_tensor ids; /* any integer dtype but bool */
-    int64_t size;  /* at least 0 */
+    og_tensor ids;
+    og_id_kind kind;
+    int64_t size; /* at least 0 */
     uint16_t slot;
     /* Written where not NULL: ids clamped to 0..size-1 (0 when size is 0),
      * contiguous in the order of ids' dimensions, of ids' dtype. */
@@ -105,9 +98,7 @@ typedef struct og_flags_push {
  * (a device cannot raise; the host refuses them). */
 typedef struct og_flags_codes {
     og_flags_rows rows;
-    const void *codes;
-    int64_t codes_stride;     /* bytes */
-    int32_t codes_dtype;      /* an integer dtype but bool */
+    og_column codes;
     int32_t location;         /* 0..OG_LOCATION_MAX */
     int32_t severity;         /* 0..3, -1: by code */
     int32_t default_severity; /* of codes without one of their own */
