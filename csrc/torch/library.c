@@ -4,6 +4,7 @@
 
 #include "core/cpu.h"
 #include "cuda/opguard_cuda.h"
+#include "torch/look.h"
 #include "torch/ops.h"
 #include "torch/shim.h"
 
@@ -119,6 +120,7 @@ og_ops_table(void)
         .cpu_isa = og_cpu_isa,
         .cuda_ready = og_cuda_ready,
         .tensor_storage = tensor_storage,
+        .tensor_look = og_tensor_look,
     };
     return &table;
 }

@@ -21,6 +21,18 @@ typedef enum og_flags_what {
     OG_FLAGS_MAX_SEVERITY /* of all slots */
 } og_flags_what;
 
+/* What tensor_look tells. sizes are borrowed from the tensor; dtype and
+ * device_type as torch numbers them; data is NULL where there is nothing to
+ * read, in a fake tensor as in one without elements. */
+typedef struct og_look {
+    int64_t ndim;
+    int64_t numel;
+    const int64_t *sizes;
+    const void *data;
+    int32_t dtype;
+    int32_t device_type;
+} og_look;
+
 /* Grows at its end only; callers look at size before they use a newer field.
  * A tensor is given as the at::TensorImpl * that torch.Tensor._cdata holds. */
 typedef struct og_ops {
@@ -75,6 +87,8 @@ typedef struct og_ops {
      * written, *used is how many there are. */
     og_status (*flags_read)(void *flags, int64_t row, uint16_t *slots,
                             int64_t capacity, int64_t *used, og_error *err);
+    /* OG_TORCH_FAILED for tensors without strides or memory. */
+    og_status (*tensor_look)(void *impl, og_look *look);
 } og_ops;
 
 /* A static table, never NULL; any thread. */
