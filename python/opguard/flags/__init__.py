@@ -6,6 +6,8 @@ without a device sync: each word holds two or four 16-bit errors of code, severi
 
 from __future__ import annotations
 
+from opguard.flags import experimental
+from opguard.flags._err import err
 from opguard.flags.codes import ErrorCode, ErrorDomain, Severity
 from opguard.flags.config import (
     CONFIG,
@@ -31,6 +33,7 @@ from opguard.flags.constants import (
     SLOT_MASK,
     SLOTS_PER_WORD,
 )
+from opguard.flags.control import AND, HAS, IF, IS, NOT, OR
 from opguard.flags.errors import (
     BatchMismatchError,
     CodeError,
@@ -39,15 +42,23 @@ from opguard.flags.errors import (
     LocationError,
     SeverityError,
 )
+from opguard.flags.inspection import ErrorFlags, UnpackedError, flags
+from opguard.flags.results import Err, Ok, Result, as_exception, as_result, unwrap
 
 __all__ = [
+    "AND",
     "CODE_BITS",
     "CODE_MASK",
     "CODE_SHIFT",
     "CONFIG",
+    "HAS",
+    "IF",
+    "IS",
     "LOCATION_BITS",
     "LOCATION_MASK",
     "LOCATION_SHIFT",
+    "NOT",
+    "OR",
     "SEVERITY_BITS",
     "SEVERITY_MASK",
     "SEVERITY_SHIFT",
@@ -58,16 +69,27 @@ __all__ = [
     "BatchMismatchError",
     "CodeError",
     "Dedupe",
+    "Err",
     "ErrorCode",
     "ErrorConfig",
     "ErrorDomain",
+    "ErrorFlags",
     "FlagsError",
     "FlagsLayoutError",
     "LocationError",
+    "Ok",
     "Order",
     "Priority",
+    "Result",
     "Severity",
     "SeverityError",
+    "UnpackedError",
+    "as_exception",
+    "as_result",
+    "err",
+    "experimental",
+    "flags",
     "get_config",
     "set_config",
+    "unwrap",
 ]

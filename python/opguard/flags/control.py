@@ -1,0 +1,262 @@
+"""Conditions on a whole batch, and branches on them, that a compiled graph holds.
+
+    z, f = IF(IS(err.NAN, f), lambda: fix(z, f, layer)).ELSE(lambda: (z.clone(), f.clone()))
+
+In eager code the condition is read and one branch runs. While compiling, all branches are traced.
+If no gradient flows, all run and ``torch.where`` selects. If one does, ``torch.cond`` runs the one
+taken alone, forward and backward, because where's gradient of a branch not taken is 0 times that
+branch's derivative: NaN wherever that is not finite. On a GPU torch.cond reads the condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from opguard.flags import _engine
+from opguard.flags._err import err
+from opguard.flags.config import ErrorConfig
+from opguard.flags.errors import FlagsError
+
+__all__ = ["AND", "HAS", "IF", "IS", "NOT", "OR"]
+
+T = TypeVar("T")
+
+
+def _condition(cond: Any, name: str) -> Tensor:
+    if not isinstance(cond, Tensor):
+        raise TypeError(f"expected {name} to be a 0-d bool tensor, got {type(cond).__name__}")
+    if cond.dtype is not torch.bool:
+        raise TypeError(
+            f"expected {name} to be a 0-d bool tensor, got one of {cond.dtype}; compare first, or"
+            " use HAS or IS"
+        )
+    if cond.dim() != 0:
+        raise ValueError(
+            f"expected {name} to be a 0-d bool tensor, got shape {tuple(cond.shape)}; reduce it"
+            " with .any() or .all()"
+        )
+    return cond
+
+
+def HAS(flags: Tensor) -> Tensor:
+    """0-d bool: some sample has errors."""
+    return _engine.is_err(flags).any()
+
+
+def IS(code: int, flags: Tensor, *, config: ErrorConfig | None = None) -> Tensor:
+    """0-d bool: some sample has an error of this code."""
+    return err.find(code, flags).any()
+
+
+def OR(*conds: Tensor) -> Tensor:
+    """0-d bool: one of the conditions holds. All are evaluated."""
+    if not conds:
+        raise ValueError("expected OR to get at least one condition, got none")
+    result = _condition(conds[0], "OR's condition")
+    for cond in conds[1:]:
+        result = result | _condition(cond, "OR's condition")
+    return result
+
+
+def AND(*conds: Tensor) -> Tensor:
+    """0-d bool: all conditions hold. All are evaluated."""
+    if not conds:
+        raise ValueError("expected AND to get at least one condition, got none")
+    result = _condition(conds[0], "AND's condition")
+    for cond in conds[1:]:
+        result = result & _condition(cond, "AND's condition")
+    return result
+
+
+def NOT(cond: Tensor) -> Tensor:
+    """0-d bool: the condition does not hold."""
+    return ~_condition(cond, "NOT's condition")
+
+
+# --- what a branch returns, apart and together again ----------------------------------------------
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in a branch's result, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return []
+
+
+def _rebuilt(value: Any, tensors: list[Tensor]) -> Any:
+    """value with its tensors replaced by the next of ``tensors``, which are taken out."""
+    if isinstance(value, Tensor):
+        return tensors.pop(0)
+    if isinstance(value, dict):
+        return {name: _rebuilt(part, tensors) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_rebuilt(part, tensors) for part in value]
+    if isinstance(value, tuple):
+        parts = [_rebuilt(part, tensors) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def _same(a: Any, b: Any, where: str) -> Any:
+    """Raises unless two branches' results differ in the values of their tensors alone.
+
+    Returns b with its dicts in a's order.
+    """
+    if type(a) is not type(b):
+        raise FlagsError(
+            f"expected every branch of IF to return the same structure, got {type(a).__name__} and"
+            f" {type(b).__name__} at {where}"
+        )
+    if isinstance(a, Tensor):
+        if a.shape != b.shape or a.dtype is not b.dtype:
+            raise FlagsError(
+                "expected every branch of IF to return tensors of one shape and dtype, got"
+                f" {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype} at {where}"
+            )
+        return b
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            raise FlagsError(
+                f"expected every branch of IF to return the same keys, got {list(a)} and {list(b)}"
+                f" at {where}"
+            )
+        return {name: _same(a[name], b[name], f"{where}[{name!r}]") for name in a}
+    if isinstance(a, tuple | list):
+        if len(a) != len(b):
+            raise FlagsError(
+                f"expected every branch of IF to return as many values, got {len(a)} and {len(b)}"
+                f" at {where}"
+            )
+        parts = [_same(a[i], b[i], f"{where}[{i}]") for i in range(len(a))]
+        if isinstance(a, list):
+            return parts
+        return type(a)(*parts) if hasattr(a, "_fields") else tuple(parts)
+    if a is not b and a != b:
+        raise FlagsError(
+            "expected every branch of IF to return the same in place of a tensor, since a compiled"
+            f" graph holds one value, got {a!r} and {b!r} at {where}; return a tensor instead"
+        )
+    return b
+
+
+# --- while compiling ------------------------------------------------------------------------------
+
+_FLOAT_OF_WIDTH = {
+    torch.int64: torch.float64,
+    torch.int32: torch.float32,
+    torch.uint64: torch.float64,
+    torch.uint32: torch.float32,
+    torch.int16: torch.float32,
+    torch.uint16: torch.float32,
+    torch.int8: torch.float32,
+    torch.uint8: torch.float32,
+    torch.bool: torch.float32,
+}
+_VIEWED = (torch.int64, torch.int32, torch.uint64, torch.uint32)
+
+
+def _encoded(tensor: Tensor) -> Tensor:
+    """A new tensor of a floating dtype with the same bits or values.
+
+    torch.cond (2.13) cannot differentiate branches that also return integers, and flags are.
+    """
+    carrier = _FLOAT_OF_WIDTH.get(tensor.dtype)
+    if carrier is None:
+        return tensor.clone()
+    return tensor.clone().view(carrier) if tensor.dtype in _VIEWED else tensor.to(carrier)
+
+
+def _decoded(tensor: Tensor, dtype: torch.dtype, with_grad: bool) -> Tensor:
+    if not with_grad:
+        tensor = tensor.detach()
+    if dtype not in _FLOAT_OF_WIDTH:
+        return tensor
+    return tensor.view(dtype) if dtype in _VIEWED else tensor.to(dtype)
+
+
+def _select_word(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """torch.where; words that may be flags are moved as integers."""
+    if a.dtype in (torch.float32, torch.float64):
+        words = torch.int32 if a.dtype is torch.float32 else torch.int64
+        return torch.where(cond, a.view(words), b.view(words)).view(a.dtype)
+    return torch.where(cond, a, b)
+
+
+def _run_taken(conds: list[Tensor], fns: list[Callable[[], Any]]) -> list[Tensor]:
+    """What the branch taken returns, encoded; len(fns) == len(conds) + 1."""
+    if not conds:
+        return [_encoded(tensor).contiguous() for tensor in _tensors(fns[0]())]
+
+    def then() -> list[Tensor]:
+        return [_encoded(tensor).contiguous() for tensor in _tensors(fns[0]())]
+
+    def otherwise() -> list[Tensor]:
+        return _run_taken(conds[1:], fns[1:])
+
+    return list(torch.cond(conds[0], then, otherwise, ()))
+
+
+def _compiled(conds: list[Tensor], fns: list[Callable[[], Any]]) -> Any:
+    results = [fn() for fn in fns]
+    first = results[0]
+    results = [first, *(_same(first, result, "its result") for result in results[1:])]
+    columns = list(zip(*(_tensors(result) for result in results), strict=True))
+    with_grad = [any(tensor.requires_grad for tensor in column) for column in columns]
+    if torch.is_grad_enabled() and any(with_grad):
+        # The results above are only looked at: nothing uses their values, so they are not computed.
+        taken = _run_taken(conds, fns)
+        tensors = [
+            _decoded(tensor, column[0].dtype, grad)
+            for tensor, column, grad in zip(taken, columns, with_grad, strict=True)
+        ]
+        return _rebuilt(first, tensors)
+    selected = []
+    for column in columns:
+        value = column[-1]
+        for cond, tensor in zip(reversed(conds), reversed(column[:-1]), strict=True):
+            value = _select_word(cond, tensor, value)
+        selected.append(value)
+    return _rebuilt(first, selected)
+
+
+class _IfChain(Generic[T]):
+    """IF and the ELIFs so far; nothing has run yet."""
+
+    def __init__(self, cond: Tensor, fn: Callable[[], T]) -> None:
+        self._conds = [cond]
+        self._fns = [fn]
+
+    def ELIF(self, cond: Tensor, fn: Callable[[], T]) -> _IfChain[T]:
+        """``fn`` runs where no condition before holds and this one does."""
+        self._conds.append(_condition(cond, "ELIF's condition"))
+        self._fns.append(fn)
+        return self
+
+    def ELSE(self, fn: Callable[[], T]) -> T:
+        """The result of the first branch whose condition holds, of ``fn`` if none does.
+
+        All branches must return the same structure; while compiling, that is checked, and what is
+        no tensor in it must be equal in all.
+        """
+        if torch.compiler.is_compiling():
+            return _compiled(self._conds, [*self._fns, fn])  # type: ignore[no-any-return]
+        for cond, branch in zip(self._conds, self._fns, strict=True):
+            if cond.item():
+                return branch()
+        return fn()
+
+
+def IF(cond: Tensor, then_fn: Callable[[], T]) -> _IfChain[T]:
+    """Begins ``IF(cond, fn).ELIF(cond, fn).ELSE(fn)``; conditions are 0-d bool tensors.
+
+    Branches take no arguments and should have no side effects: compiled code traces all of them.
+    """
+    return _IfChain(_condition(cond, "IF's condition"), then_fn)

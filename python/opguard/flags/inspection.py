@@ -1,0 +1,222 @@
+"""What flags say, as Python values: for the boundary, not for compiled code.
+
+Everything is read off the tensor itself, whatever its width and dtype and whatever the current
+configuration is; ``config`` is taken for the sake of older code.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+from opguard.flags import _engine
+from opguard.flags._words import as_words
+from opguard.flags.codes import ErrorCode, Severity
+from opguard.flags.config import ErrorConfig
+from opguard.flags.errors import FlagsError
+
+__all__ = ["ErrorFlags", "UnpackedError", "flags"]
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _boundary(fn: Callable[_P, _R]) -> Callable[_P, _R]:
+    """What torch.compiler.disable does, without importing torch's compiler when nobody has."""
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(fn)
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not disabled:
+            if "torch._dynamo" not in sys.modules:
+                return fn(*args, **kwargs)
+            disabled.append(torch.compiler.disable(fn))  # type: ignore[no-untyped-call]
+        return disabled[0](*args, **kwargs)  # type: ignore[no-any-return]
+
+    called._torchdynamo_disable = True  # type: ignore[attr-defined]
+    called._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+        "it reads flags as Python values; call it outside the compiled function"
+    )
+    return called
+
+
+class UnpackedError(NamedTuple):
+    """One error of a sample: its numbers and their names."""
+
+    severity: int
+    code: int
+    location: int
+    severity_name: str
+    code_name: str
+    location_name: str
+
+    def __repr__(self) -> str:
+        if self.severity == Severity.OK:
+            return "UnpackedError(OK)"
+        return f"UnpackedError({self.severity_name}:{self.code_name}@{self.location_name})"
+
+
+def _location_name(location: int) -> str:
+    from opguard.flags.locations import ErrorLocation
+
+    return str(ErrorLocation.name(location))
+
+
+def _named(error: tuple[int, int, int]) -> UnpackedError:
+    severity, code, location = error
+    return UnpackedError(
+        severity,
+        code,
+        location,
+        Severity.name(severity),
+        ErrorCode.name(code),
+        _location_name(location),
+    )
+
+
+def _counts(flags: torch.Tensor) -> list[tuple[int, int, int]]:
+    """(location, code, how often), by location and code, of the errors of the whole batch."""
+    # int16 is the narrowest integer dtype that every device's unique and comparisons know.
+    slots = as_words(flags).contiguous().view(torch.int16)
+    values, counts = torch.unique(slots[slots != 0], return_counts=True)
+    found: dict[tuple[int, int], int] = {}
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        slot = value & 0xFFFF
+        place = (slot >> 6, slot >> 2 & 0xF)
+        found[place] = found.get(place, 0) + count
+    return [(location, code, count) for (location, code), count in sorted(found.items())]
+
+
+class ErrorFlags:
+    """Reads flags for people and logs."""
+
+    @classmethod
+    @_boundary
+    def unpack(
+        cls, flags: torch.Tensor, sample_idx: int = 0, config: ErrorConfig | None = None
+    ) -> list[UnpackedError]:
+        """The errors of one sample, in the order of its slots."""
+        return [_named(error) for error in _engine.read(flags, sample_idx)]
+
+    @classmethod
+    @_boundary
+    def unpack_all(
+        cls, flags: torch.Tensor, config: ErrorConfig | None = None
+    ) -> list[list[UnpackedError]]:
+        """The errors of every sample."""
+        names: dict[tuple[int, int, int], UnpackedError] = {}
+        samples = _engine.read_all(flags)
+        for errors in samples:
+            for error in errors:
+                if error not in names:
+                    names[error] = _named(error)
+        return [[names[error] for error in errors] for errors in samples]
+
+    unpack_all_vectorized = unpack_all
+
+    @classmethod
+    @_boundary
+    def to_errors(
+        cls, flags: torch.Tensor, config: ErrorConfig | None = None
+    ) -> list[UnpackedError]:
+        """The errors of all samples in one list, sample after sample."""
+        return [error for errors in cls.unpack_all(flags) for error in errors]
+
+    @classmethod
+    @_boundary
+    def interpret(
+        cls, flags: torch.Tensor, component: str, config: ErrorConfig | None = None
+    ) -> list[UnpackedError]:
+        """:meth:`to_errors` with ``component.`` put before the name of every location."""
+        return [
+            error._replace(location_name=f"{component}.{error.location_name}")
+            for error in cls.to_errors(flags)
+        ]
+
+    @classmethod
+    @_boundary
+    def summary(
+        cls, flags: torch.Tensor, config: ErrorConfig | None = None
+    ) -> dict[str, dict[str, int]]:
+        """``{location name: {code name: how often}}`` over the batch, by location and code."""
+        found: dict[str, dict[str, int]] = {}
+        for location, code, count in _counts(flags):
+            codes = found.setdefault(_location_name(location), {})
+            name = ErrorCode.name(code)
+            codes[name] = codes.get(name, 0) + count
+        return found
+
+    @classmethod
+    @_boundary
+    def repr(cls, flags: torch.Tensor, config: ErrorConfig | None = None) -> str:
+        """One line: ``ErrorFlags(32 samples, 5 errors: 3xNAN, 2xINF @ encoder, output)``.
+
+        The codes come by how often they are there; of the locations the first three by name.
+        """
+        counts = _counts(flags)
+        samples = flags.shape[0]
+        if not counts:
+            return f"ErrorFlags({samples} samples, no errors)"
+        by_code: dict[int, int] = {}
+        for _, code, count in counts:
+            by_code[code] = by_code.get(code, 0) + count
+        most = sorted(by_code.items(), key=lambda item: (-item[1], item[0]))
+        codes = ", ".join(f"{count}x{ErrorCode.name(code)}" for code, count in most)
+        places = sorted({_location_name(location) for location, _, _ in counts})
+        shown = ", ".join(places[:3]) + (f" +{len(places) - 3} more" if len(places) > 3 else "")
+        return f"ErrorFlags({samples} samples, {sum(by_code.values())} errors: {codes} @ {shown})"
+
+    @classmethod
+    @_boundary
+    def pretty_print(
+        cls, flags: torch.Tensor, sample_idx: int = 0, config: ErrorConfig | None = None
+    ) -> str:
+        """A line an error of one sample; the text is returned, not printed."""
+        errors = cls.unpack(flags, sample_idx)
+        if not errors:
+            return "[OK] No errors"
+        lines = [
+            f"  [{i}] {error.severity_name} | {ErrorCode.domain_name(error.code)}."
+            f"{error.code_name} | @ {error.location_name}"
+            for i, error in enumerate(errors)
+        ]
+        return "\n".join([f"Found {len(errors)} error(s):", *lines])
+
+    @classmethod
+    def reduce_or(cls, flags_list: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The bits of all flags, or-ed: whether anything is wrong, not what.
+
+        All have one shape and dtype; the result is on the first one's device.
+        """
+        if not flags_list:
+            raise FlagsError("expected at least one flags tensor to reduce, got none")
+        first = flags_list[0]
+        bits = as_words(first).clone()
+        for other in flags_list[1:]:
+            if other.shape != first.shape or other.dtype != first.dtype:
+                raise FlagsError(
+                    f"expected flags of shape {tuple(first.shape)} and {first.dtype} to reduce,"
+                    f" got {tuple(other.shape)} and {other.dtype}"
+                )
+            bits |= as_words(other).to(first.device)
+        return bits.view(first.dtype)
+
+
+class _Flags:
+    """What :data:`flags` is: the readers most used, in one place."""
+
+    __slots__ = ()
+
+    unpack = staticmethod(ErrorFlags.unpack)
+    unpack_all = staticmethod(ErrorFlags.unpack_all)
+    repr = staticmethod(ErrorFlags.repr)
+    summary = staticmethod(ErrorFlags.summary)
+    pretty_print = staticmethod(ErrorFlags.pretty_print)
+
+
+flags = _Flags()
