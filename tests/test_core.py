@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def test_core_under_sanitizers(program, tmp_path):
 
 def test_every_core_file_has_a_program():
     tested = {path.stem.removeprefix("test_") for path in PROGRAMS}
-    assert {path.stem for path in (CSRC / "core").glob("*.c")} <= tested
+    stems = {path.stem for path in (CSRC / "core").glob("*.c")}
+    # One program tries the kernels of every instruction set.
+    assert {re.sub("_(scalar|avx2|avx512|neon)$", "", stem) for stem in stems} <= tested
 
 
 def test_the_sanitizers_are_on(tmp_path):

@@ -2,8 +2,14 @@
  * the operating system whether it saves the wide registers. */
 #include "core/cpu.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "core/kernels.h"
+
+/* Written once, by whoever asks first; those who race write the same. */
+static _Atomic(const og_kernels *) chosen;
 
 /* Best last. */
 static const char *const tiers[] = {"scalar", "neon", "avx2", "avx512"};
@@ -43,4 +49,29 @@ og_cpu_isa(void)
         best--;
     }
     return tiers[best];
+}
+
+static const og_kernels *
+kernels_named(const char *isa)
+{
+    const og_kernels *const all[] = {
+        &og_kernels_scalar,
+    };
+    size_t count = sizeof all / sizeof *all, i = 0;
+    while (i + 1 < count && strcmp(all[i]->isa, isa) != 0) {
+        i++;
+    }
+    return all[i];
+}
+
+const og_kernels *
+og_cpu_kernels(void)
+{
+    const og_kernels *kernels =
+        atomic_load_explicit(&chosen, memory_order_acquire);
+    if (!OG_LIKELY(kernels != NULL)) {
+        kernels = kernels_named(og_cpu_isa());
+        atomic_store_explicit(&chosen, kernels, memory_order_release);
+    }
+    return kernels;
 }

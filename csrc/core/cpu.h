@@ -1,4 +1,5 @@
-/* Which instruction set this processor and its operating system offer. */
+/* Which instruction set this processor and its operating system offer, and
+ * the kernels written for it. */
 #ifndef OPGUARD_CORE_CPU_H
 #define OPGUARD_CORE_CPU_H
 
@@ -9,5 +10,12 @@
  * tier; a tier the machine lacks is not taken. */
 const char *
 og_cpu_isa(void);
+
+struct og_kernels;
+
+/* The kernels (kernels.h) of that tier, chosen at the first call and the same
+ * ever after. A static table, never NULL; any thread. */
+const struct og_kernels *
+og_cpu_kernels(void);
 
 #endif

@@ -43,6 +43,9 @@ typedef enum og_id_kind {
     OG_ID_I16,
     OG_ID_I32,
     OG_ID_I64,
+    OG_ID_U16,
+    OG_ID_U32,
+    OG_ID_U64,
 } og_id_kind;
 
 #define OG_SCAN_DIMS 64
@@ -52,7 +55,17 @@ typedef struct og_scan_dim {
     int64_t stride; /* bytes */
 } og_scan_dim;
 
-struct og_scan_kernels;
+/* What the kernels of kernels.h are told about the elements. */
+typedef struct og_format {
+    uint64_t inf;  /* Inf without its sign, NaN is above; for ids, the first
+                      value that is outside */
+    uint8_t keep;  /* the OG_FOUND_* that these elements can have */
+    int32_t width; /* log2 of an element's bytes */
+} og_format;
+
+typedef uint8_t (*og_run_fn)(const void *run, int64_t n, const og_format *f);
+typedef void (*og_each_fn)(const void *run, int64_t n, const og_format *f,
+                           uint8_t *bits);
 
 /* A prepared scan: plain data, borrowed pointers, read-only once prepared.
  * On the caller's stack (1 KB, of which only what is used is written). Of its
@@ -63,17 +76,18 @@ typedef struct og_scan {
     int64_t grain; /* so many units are worth a thread of their own */
 
     const char *data;
-    const struct og_scan_kernels *kernels;
-    const void *format;   /* of the kind, for the kernels */
-    int64_t row_stride;   /* bytes, 0 only for a single row */
-    int64_t run;          /* elements that lie side by side in a row */
-    int64_t slices;       /* a row, or all rows, split in so many units */
-    int32_t slice_dim;    /* index in dims, -1: the run itself */
-    int32_t element_size; /* bytes, of a real number */
-    bool same_rows;       /* all rows are one row in memory (stride 0) */
-    int32_t outer;        /* dims[0..outer) step further than a row does */
-    int32_t dims_used;    /* dims[outer..dims_used) lie within a row */
-    og_scan_dim dims[OG_SCAN_DIMS + 1];
+    og_run_fn fast; /* the three kernels, as kernels.h has them */
+    og_run_fn exact;
+    og_each_fn each;
+    og_format format;
+    int64_t row_stride; /* bytes */
+    int64_t run;        /* elements side by side at the bottom of a row */
+    int64_t slices;     /* the units of a row, or of all rows together */
+    int32_t slice_dim;  /* what is cut: index in dims, -1 for the run */
+    bool same_rows;     /* all rows are one in memory (stride 0) */
+    int32_t outer;      /* dims[0..outer) step further than a row does */
+    int32_t used;       /* dims[outer..used) lie within a row */
+    og_scan_dim dims[OG_SCAN_DIMS + 1]; /* largest stride first */
 } og_scan;
 
 /* Prepares a scan of ndim dimensions, strides in elements, none negative,
