@@ -39,6 +39,9 @@ enum {
     OG_DTYPE_FLOAT8_E8M0FNU = 44,
 };
 
+/* torch's numbers of the device types. */
+enum { OG_DEVICE_CPU = 0, OG_DEVICE_CUDA = 1 };
+
 /* A tensor of at least one dimension; dim 0 are the samples, a 0-d tensor is
  * one. Sizes and strides are in elements, borrowed from the tensor or the
  * call. data is NULL when there are no elements; it is written only where a
@@ -141,40 +144,48 @@ typedef struct og_flags_runner {
 } og_flags_runner;
 
 extern const og_flags_runner og_flags_cpu;  /* flags.c */
-extern const og_flags_runner og_flags_cuda; /* flags_cuda.c */
+extern const og_flags_runner og_flags_cuda __attribute__((weak));
 
-/* The calls on tensors: they decode, validate and run. out is allocated by
- * the caller, (N, W); out == flags means in place, which the tensor must then
- * allow (no two rows in one place). flags NULL: samples without errors. The
- * handles stay the caller's. */
+/* The calls on tensors: they decode, validate and run. flags NULL: samples
+ * without errors. *out NULL: a new tensor, the caller's then; else (N, W) to
+ * write to, and the same handle as flags means in place. The handles stay the
+ * caller's. */
 og_status
 og_flags_check_run(AtenTensorHandle x, AtenTensorHandle flags,
-                   AtenTensorHandle out, int64_t location, int64_t checks,
+                   AtenTensorHandle *out, int64_t location, int64_t checks,
                    int64_t key, og_error *err);
+/* clamped: of ids' shape and dtype, contiguous; NULL when not wanted. */
 og_status
 og_flags_index_run(AtenTensorHandle ids, AtenTensorHandle flags,
-                   AtenTensorHandle out, AtenTensorHandle clamped,
+                   AtenTensorHandle *out, AtenTensorHandle clamped,
                    int64_t size, int64_t location, int64_t key, og_error *err);
+/* An uninitialised, contiguous tensor like ids, for clamped. */
+og_status
+og_flags_empty_like(AtenTensorHandle ids, AtenTensorHandle *out,
+                    og_error *err);
+/* where NULL: every sample. */
 og_status
 og_flags_push_run(AtenTensorHandle flags, AtenTensorHandle where,
-                  AtenTensorHandle out, int64_t slot, int64_t key,
+                  AtenTensorHandle *out, int64_t slot, int64_t key,
                   og_error *err);
 og_status
 og_flags_codes_run(AtenTensorHandle flags, AtenTensorHandle codes,
-                   AtenTensorHandle out, int64_t location, int64_t severity,
+                   AtenTensorHandle *out, int64_t location, int64_t severity,
                    int64_t default_severity, int64_t key, og_error *err);
 og_status
 og_flags_merge_run(const AtenTensorHandle *flags, size_t count,
-                   AtenTensorHandle out, int64_t key, og_error *err);
+                   AtenTensorHandle *out, int64_t key, og_error *err);
+og_status
+og_flags_clear_run(AtenTensorHandle flags, int64_t code, AtenTensorHandle *out,
+                   og_error *err);
+/* *out: (N,). */
 og_status
 og_flags_query_run(AtenTensorHandle flags, og_flags_what what, int64_t mask,
-                   int64_t value, AtenTensorHandle out, og_error *err);
+                   int64_t value, AtenTensorHandle *out, og_error *err);
+/* *out: (N,) uint8. */
 og_status
-og_flags_clear_run(AtenTensorHandle flags, int64_t code, AtenTensorHandle out,
-                   og_error *err);
-/* out: (N,) uint8. */
-og_status
-og_flags_findings_run(AtenTensorHandle x, AtenTensorHandle out, og_error *err);
+og_flags_findings_run(AtenTensorHandle x, AtenTensorHandle *out,
+                      og_error *err);
 /* The slots in use of one sample in host memory; *used may exceed capacity,
  * the rest is then left out. */
 og_status

@@ -5,12 +5,17 @@
 #include "core/cpu.h"
 #include "cuda/opguard_cuda.h"
 #include "torch/look.h"
+#include "torch/flags_read.h"
+#include "torch/flags_table.h"
 #include "torch/ops.h"
 #include "torch/shim.h"
 
 static const char *const schemas[] = {
     "pack(Tensor[] leaves) -> Tensor",
     "unpack(Tensor packed, Tensor[] like) -> Tensor[]",
+#define X(name, schema) #name schema,
+#include "torch/flag_ops.h"
+#undef X
 };
 
 static const struct {
@@ -20,6 +25,12 @@ static const struct {
 } kernels[] = {
     {"CPU", "pack", og_op_pack_cpu},
     {"CUDA", "pack", og_op_pack_cuda},
+#define X(name, schema) {"CPU", #name, og_op_##name},
+#include "torch/flag_ops.h"
+#undef X
+#define X(name, schema) {"CUDA", #name, og_op_##name},
+#include "torch/flag_ops.h"
+#undef X
     /* packed is in host memory while like may be on a device. */
     {"CompositeExplicitAutograd", "unpack", og_op_unpack},
 };
@@ -33,9 +44,12 @@ static og_status
 register_all(og_error *err)
 {
     TorchLibraryHandle library = NULL;
-    og_status status = og_shim_check(
-        aoti_torch_library_init_def("opguard", __FILE__, __LINE__, &library),
-        "registering the namespace opguard", err);
+    og_status status = og_dtypes_agree(err);
+    if (status == OG_OK) {
+        status = og_shim_check(aoti_torch_library_init_def("opguard", __FILE__,
+                                                           __LINE__, &library),
+                               "registering the namespace opguard", err);
+    }
     for (size_t i = 0; status == OG_OK && i < sizeof schemas / sizeof *schemas;
          i++) {
         status = og_shim_check(aoti_torch_library_def(library, schemas[i]),
@@ -120,6 +134,14 @@ og_ops_table(void)
         .cpu_isa = og_cpu_isa,
         .cuda_ready = og_cuda_ready,
         .tensor_storage = tensor_storage,
+        .flags_check = og_table_flags_check,
+        .flags_index = og_table_flags_index,
+        .flags_push = og_table_flags_push,
+        .flags_push_codes = og_table_flags_push_codes,
+        .flags_merge = og_table_flags_merge,
+        .flags_query = og_table_flags_query,
+        .flags_clear = og_table_flags_clear,
+        .flags_read = og_table_flags_read,
         .tensor_look = og_tensor_look,
     };
     return &table;

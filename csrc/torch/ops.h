@@ -1,4 +1,4 @@
-/* The boxed kernels, one line each; schemas are in library.c. */
+/* The boxed kernels; schemas are in library.c and flag_ops.h. */
 #ifndef OPGUARD_TORCH_OPS_H
 #define OPGUARD_TORCH_OPS_H
 
@@ -13,5 +13,10 @@ og_op_pack_cuda(StableIValue *stack, uint64_t inputs, uint64_t outputs);
 /* opguard::unpack(Tensor packed, Tensor[] like) -> Tensor[] */
 void
 og_op_unpack(StableIValue *stack, uint64_t inputs, uint64_t outputs);
+
+#define X(name, schema) \
+    void og_op_##name(StableIValue *stack, uint64_t inputs, uint64_t outputs);
+#include "torch/flag_ops.h"
+#undef X
 
 #endif
