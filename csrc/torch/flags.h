@@ -143,7 +143,7 @@ typedef struct og_flags_runner {
     og_status (*query)(const og_flags_query *call, og_error *err);
 } og_flags_runner;
 
-extern const og_flags_runner og_flags_cpu;  /* flags.c */
+extern const og_flags_runner og_flags_cpu; /* flags.c */
 extern const og_flags_runner og_flags_cuda __attribute__((weak));
 
 /* The calls on tensors: they decode, validate and run. flags NULL: samples

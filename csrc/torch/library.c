@@ -2,6 +2,8 @@
  * any C or C++ program, and keeps the table that opguard._C fetches. */
 #include "torch/opguard_ops.h"
 
+#include <string.h>
+
 #include "core/cpu.h"
 #include "cuda/opguard_cuda.h"
 #include "torch/look.h"
@@ -24,10 +26,10 @@ static const struct {
     void (*kernel)(StableIValue *, uint64_t, uint64_t);
 } kernels[] = {
     {"CPU", "pack", og_op_pack_cpu},
-    {"CUDA", "pack", og_op_pack_cuda},
 #define X(name, schema) {"CPU", #name, og_op_##name},
 #include "torch/flag_ops.h"
 #undef X
+    {"CUDA", "pack", og_op_pack_cuda},
 #define X(name, schema) {"CUDA", #name, og_op_##name},
 #include "torch/flag_ops.h"
 #undef X
@@ -55,12 +57,16 @@ register_all(og_error *err)
         status = og_shim_check(aoti_torch_library_def(library, schemas[i]),
                                schemas[i], err);
     }
+    const char *key = "";
     for (size_t i = 0; status == OG_OK && i < sizeof kernels / sizeof *kernels;
          i++) {
-        status = og_shim_check(
-            aoti_torch_library_init_impl("opguard", kernels[i].key, __FILE__,
-                                         __LINE__, &library),
-            kernels[i].key, err);
+        if (strcmp(key, kernels[i].key) != 0) {
+            key = kernels[i].key;
+            status = og_shim_check(
+                aoti_torch_library_init_impl("opguard", key, __FILE__,
+                                             __LINE__, &library),
+                key, err);
+        }
         if (status == OG_OK) {
             status = og_shim_check(
                 torch_library_impl(library, kernels[i].name, kernels[i].kernel,

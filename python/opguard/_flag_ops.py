@@ -146,11 +146,15 @@ META = {
 }
 
 
+# The ops whose x may require grad. Flags carry none; as float words they would be given one.
+CHECKS = ("flags_check", "flags_check_", "flags_check_new", "row_findings")
+
+
 def _register() -> torch.library.Library:
     library = torch.library.Library("opguard", "IMPL")
     for name, meta in META.items():
         library.impl(name, meta, "Meta")
-        # Flags carry no gradient, whatever x requires; as float words they would be given one.
+    for name in CHECKS:
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     return library
 

@@ -7,6 +7,8 @@ from typing import cast
 
 import torch
 
+from opguard import _flag_ops as _flag_ops  # what fake tensors need of the flag ops
+
 __all__ = ["pack", "unpack"]
 
 # Leaves start at multiples of this, as csrc/core/layout.h has it.
