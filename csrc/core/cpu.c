@@ -20,11 +20,12 @@ have_tier(size_t tier)
     switch (tier) {
 #if defined(__x86_64__)
         case 2:
-            return __builtin_cpu_supports("avx2");
+            return __builtin_cpu_supports("avx2") &&
+                   __builtin_cpu_supports("popcnt");
         case 3:
             return __builtin_cpu_supports("avx512f") &&
                    __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512vl");
+                   __builtin_cpu_supports("avx512vl") && have_tier(2);
 #elif defined(__aarch64__)
         case 1:
             return true;
@@ -55,6 +56,12 @@ static const og_kernels *
 kernels_named(const char *isa)
 {
     const og_kernels *const all[] = {
+#if defined(__x86_64__)
+        &og_kernels_avx512,
+        &og_kernels_avx2,
+#elif defined(__aarch64__)
+        &og_kernels_neon,
+#endif
         &og_kernels_scalar,
     };
     size_t count = sizeof all / sizeof *all, i = 0;

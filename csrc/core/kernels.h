@@ -53,10 +53,14 @@ og_scalar_each64(const void *run, int64_t n, const og_format *f,
                  uint8_t *bits);
 bool
 og_scalar_has(const uint16_t *slots, int64_t n, uint16_t mask, uint16_t value);
-int32_t
-og_scalar_count(const uint16_t *slots, int64_t n);
-int32_t
-og_scalar_severity(const uint16_t *slots, int64_t n);
+void
+og_scalar_find_rows(og_rows in, uint16_t mask, uint16_t value, bool inverse,
+                    bool *out, int64_t begin, int64_t end);
+void
+og_scalar_count_rows(og_rows in, int32_t *out, int64_t begin, int64_t end);
+void
+og_scalar_severity_rows(og_rows in, bool wide, void *out, int64_t begin,
+                        int64_t end);
 
 /* Formats where one byte is the only NaN (format.inf is that byte), and the
  * elements of ids: the same on every instruction set. */

@@ -113,8 +113,8 @@ og_scalar_has(const uint16_t *slots, int64_t n, uint16_t mask, uint16_t value)
     return false;
 }
 
-int32_t
-og_scalar_count(const uint16_t *slots, int64_t n)
+static int32_t
+slots_count(const uint16_t *slots, int64_t n)
 {
     int32_t count = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -123,8 +123,8 @@ og_scalar_count(const uint16_t *slots, int64_t n)
     return count;
 }
 
-int32_t
-og_scalar_severity(const uint16_t *slots, int64_t n)
+static int32_t
+slots_severity(const uint16_t *slots, int64_t n)
 {
     int32_t highest = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -134,9 +134,9 @@ og_scalar_severity(const uint16_t *slots, int64_t n)
     return highest;
 }
 
-static void
-find(og_rows in, uint16_t mask, uint16_t value, bool inverse, bool *out,
-     int64_t begin, int64_t end)
+void
+og_scalar_find_rows(og_rows in, uint16_t mask, uint16_t value, bool inverse,
+                    bool *out, int64_t begin, int64_t end)
 {
     for (int64_t r = begin; r < end; r++) {
         const uint16_t *row = (const uint16_t *)(in.data + r * in.stride);
@@ -144,21 +144,22 @@ find(og_rows in, uint16_t mask, uint16_t value, bool inverse, bool *out,
     }
 }
 
-static void
-count(og_rows in, int32_t *out, int64_t begin, int64_t end)
+void
+og_scalar_count_rows(og_rows in, int32_t *out, int64_t begin, int64_t end)
 {
     for (int64_t r = begin; r < end; r++) {
         const uint16_t *row = (const uint16_t *)(in.data + r * in.stride);
-        out[r] = og_scalar_count(row, in.capacity);
+        out[r] = slots_count(row, in.capacity);
     }
 }
 
-static void
-severity(og_rows in, bool wide, void *out, int64_t begin, int64_t end)
+void
+og_scalar_severity_rows(og_rows in, bool wide, void *out, int64_t begin,
+                        int64_t end)
 {
     for (int64_t r = begin; r < end; r++) {
         const uint16_t *row = (const uint16_t *)(in.data + r * in.stride);
-        int32_t highest = og_scalar_severity(row, in.capacity);
+        int32_t highest = slots_severity(row, in.capacity);
         if (wide) {
             ((int64_t *)out)[r] = highest;
         }
@@ -175,8 +176,8 @@ const og_kernels og_kernels_scalar = {
     .each = {og_scalar_each8, og_scalar_each16, og_scalar_each32,
              og_scalar_each64},
     .outside = {outside8, outside16, outside32, outside64},
-    .find = find,
-    .count = count,
-    .severity = severity,
+    .find = og_scalar_find_rows,
+    .count = og_scalar_count_rows,
+    .severity = og_scalar_severity_rows,
     .has = og_scalar_has,
 };

@@ -27,6 +27,7 @@ for_each_tier(void (*test)(void))
         }
         pid_t child = fork();
         if (child == 0) {
+            CHECK(strcmp(og_cpu_kernels()->isa, tiers[i]) == 0);
             test();
             exit(failures != 0);
         }
