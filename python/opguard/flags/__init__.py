@@ -43,7 +43,9 @@ from opguard.flags.errors import (
     SeverityError,
 )
 from opguard.flags.inspection import ErrorFlags, UnpackedError, flags
+from opguard.flags.locations import ErrorLocation
 from opguard.flags.results import Err, Ok, Result, as_exception, as_result, unwrap
+from opguard.flags.tracked import tracked
 
 __all__ = [
     "AND",
@@ -74,6 +76,7 @@ __all__ = [
     "ErrorConfig",
     "ErrorDomain",
     "ErrorFlags",
+    "ErrorLocation",
     "FlagsError",
     "FlagsLayoutError",
     "LocationError",
@@ -91,5 +94,6 @@ __all__ = [
     "flags",
     "get_config",
     "set_config",
+    "tracked",
     "unwrap",
 ]
