@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_modules_that_refuse_attributes():
     class Frozen(nn.Linear):
         @property
         def __dict__(self):
-            raise AttributeError("closed")
+            return MappingProxyType(vars(nn.Module)["__dict__"].__get__(self))
 
     @tracked
     class Model(nn.Module):
