@@ -4,6 +4,7 @@
 
 #include "py/detach.h"
 #include "py/files.h"
+#include "py/flags.h"
 #include "py/guards.h"
 #include "py/ops.h"
 #include "py/sanitize.h"
@@ -13,6 +14,7 @@ typedef struct og_state {
     og_sanitize_state sanitize;
     og_detach_state detach;
     og_guards_state guards;
+    og_flags_state flags;
 } og_state;
 
 /* Borrowed; module is an opguard._C. Never NULL after exec. */

@@ -283,7 +283,16 @@ def _slots(f: Tensor) -> list[list[int]]:
     return cast("list[list[int]]", words.view(torch.uint16).tolist())
 
 
-def read(f: Tensor, row: int) -> list[tuple[int, int, int]]:
+def _named(slot: int, how: tuple[Any, ...] | None) -> Any:
+    severity, code, location = slot & 3, slot >> 2 & 15, slot >> 6
+    if how is None:
+        return severity, code, location
+    make, severities, codes, location_name = how
+    names = severities[severity], codes[code], location_name(location)
+    return make(severity, code, location, *names)
+
+
+def read(f: Tensor, row: int, how: tuple[Any, ...] | None = None) -> list[Any]:
     """The errors of one sample as (severity, code, location), in the order of its slots."""
     samples = _flags(f).shape[0]
     if not -samples <= row < samples:
@@ -291,11 +300,9 @@ def read(f: Tensor, row: int) -> list[tuple[int, int, int]]:
     if row < 0:
         row += samples
     (slots,) = _slots(f[row : row + 1])
-    return [(slot & 3, slot >> 2 & 15, slot >> 6) for slot in slots if slot]
+    return [_named(slot, how) for slot in slots if slot]
 
 
-def read_all(f: Tensor) -> list[list[tuple[int, int, int]]]:
+def read_all(f: Tensor, how: tuple[Any, ...] | None = None) -> list[list[Any]]:
     """:func:`read` of every sample."""
-    return [
-        [(slot & 3, slot >> 2 & 15, slot >> 6) for slot in slots if slot] for slots in _slots(f)
-    ]
+    return [[_named(slot, how) for slot in slots if slot] for slots in _slots(f)]
