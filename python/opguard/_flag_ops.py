@@ -6,11 +6,12 @@ tenth of ``register_fake``: ``import opguard`` has 10 ms for everything.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__: list[str] = []
+__all__ = ["LIBRARY"]
 
 # bits 0-15 of a key are num_slots, 21-22 the carrier (csrc/core/slots.h).
 CARRIERS = (torch.int64, torch.int32, torch.float64, torch.float32)
@@ -150,14 +151,25 @@ META = {
 CHECKS = ("flags_check", "flags_check_", "flags_check_new", "row_findings")
 
 
-def _register() -> torch.library.Library:
-    library = torch.library.Library("opguard", "IMPL")
+def _batched(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        from opguard._flag_vmap import run  # vmap's helpers cost more than all of this module
+
+        return run(name, args)
+
+    return run
+
+
+def _register() -> Any:
+    library: Any = torch.library.Library  # untyped before torch 2.14
+    library = library("opguard", "IMPL")
     for name, meta in META.items():
         library.impl(name, meta, "Meta")
+        library.impl(name, _batched(name), "FuncTorchBatched")
     for name in CHECKS:
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     return library
 
 
-# Taking it back would take the kernels back.
-_LIBRARY: Any = _register()
+# Kept: when it goes, the kernels go.
+LIBRARY = _register()

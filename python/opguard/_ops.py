@@ -1,4 +1,4 @@
-"""torch.ops.opguard.* seen from Python: the ops, and what they do to fake tensors."""
+"""torch.ops.opguard.pack and unpack seen from Python."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from opguard import _flag_ops as _flag_ops  # what fake tensors need of the flag ops
+from opguard import _flag_ops
 
 __all__ = ["pack", "unpack"]
 
@@ -31,16 +31,19 @@ def unpack(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Ten
     return cast("list[torch.Tensor]", torch.ops.opguard.unpack.default(packed, like))
 
 
-@torch.library.register_fake("opguard::pack")  # type: ignore[untyped-decorator]
-def _(leaves: list[torch.Tensor]) -> torch.Tensor:
+def _pack_meta(leaves: list[torch.Tensor]) -> torch.Tensor:
     size = sum(-(-leaf.numel() * leaf.element_size() // ALIGNMENT) * ALIGNMENT for leaf in leaves)
     device = leaves[0].device if leaves else "cpu"
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-@torch.library.register_fake("opguard::unpack")  # type: ignore[untyped-decorator]
-def _(packed: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
+def _unpack_meta(packed: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
     return [
-        torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="cpu")
+        torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=packed.device)
         for leaf in like
     ]
+
+
+# register_fake looks for the caller's source, which takes a tenth of all that importing may take.
+_flag_ops.LIBRARY.impl("pack", _pack_meta, "Meta")
+_flag_ops.LIBRARY.impl("unpack", _unpack_meta, "Meta")

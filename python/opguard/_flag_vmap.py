@@ -1,0 +1,63 @@
+"""The flag ops under torch.vmap: they work sample by sample, so a batch of batches is one batch.
+
+Imported when the first flag op is called under vmap.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._functorch.autograd_function import custom_function_call_vmap_helper
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+__all__ = ["run"]
+
+
+def run(name: str, args: tuple[Any, ...]) -> Any:
+    """Calls ``torch.ops.opguard.<name>`` one level of vmap further down."""
+    if name.endswith("_"):
+        raise RuntimeError(
+            f"expected opguard::{name} outside of vmap, which cannot write into the flags of its "
+            f"caller; use opguard::{name[:-1]}, which returns new ones"
+        )
+    op = getattr(torch.ops.opguard, name).default
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *inside: Any) -> tuple[Any, Any]:
+        return _as_one_batch(op, info.batch_size, in_dims, inside)
+
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    return custom_function_call_vmap_helper(interpreter, rule, op, *args)
+
+
+def _flat(tensor: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+    """(size, N, ...) as (size * N, ...), wherever vmap's dimension is; without N there is one."""
+    if dim is None:
+        tensor = tensor.unsqueeze(0).expand(size, *tensor.shape)
+    else:
+        tensor = tensor.movedim(dim, 0)
+    return tensor if tensor.dim() == 1 else tensor.flatten(0, 1)
+
+
+def _apart(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    return tensor.reshape(size, tensor.shape[0] // size, *tensor.shape[1:])
+
+
+def _as_one_batch(
+    op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    flat: list[Any] = []
+    has_samples = True  # as the last tensor has: only ids and x may be 0-d, and come last
+    for dims, arg in zip(in_dims, args, strict=True):
+        if isinstance(arg, torch.Tensor):
+            has_samples = arg.dim() > (dims is not None)
+            flat.append(_flat(arg, dims, size))
+        elif isinstance(arg, list):
+            flat.append([_flat(one, d, size) for one, d in zip(arg, dims, strict=True)])
+        else:
+            flat.append(arg)
+    out = op(*flat)
+    if isinstance(out, torch.Tensor):
+        return _apart(out, size), 0
+    flags, ids = out
+    return (_apart(flags, size), _apart(ids, size) if has_samples else ids), (0, 0)
