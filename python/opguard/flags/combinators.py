@@ -64,7 +64,7 @@ def _holds(dtype: torch.dtype, value: Any) -> bool:
     if dtype is torch.bool:
         return value in (0, 1)
     limits = torch.iinfo(dtype)
-    return limits.min <= value <= limits.max
+    return bool(limits.min <= value <= limits.max)
 
 
 def _filled(tensor: Tensor, mask: Tensor, fill: Tensor | complex, name: str) -> Tensor:
@@ -288,9 +288,13 @@ ReplaceTarget: TypeAlias = "int | float | str"
 _NAMED_TARGETS = ("nan", "inf", "posinf", "neginf")
 
 
+def _is_real(target: Any) -> bool:
+    return isinstance(target, int | float)
+
+
 def _target_mask(t: Tensor, target: ReplaceTarget) -> Tensor | None:
     """Where t is the target, None for nowhere."""
-    if isinstance(target, str) and target not in _NAMED_TARGETS:
+    if target not in _NAMED_TARGETS if isinstance(target, str) else not _is_real(target):
         raise FlagsError(
             f"expected each of replace's targets to be err.NAN, err.INF, a number or one of"
             f" {', '.join(map(repr, _NAMED_TARGETS))}, got {target!r}"

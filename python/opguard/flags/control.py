@@ -80,15 +80,25 @@ def NOT(cond: Tensor) -> Tensor:
 # --- what a branch returns, apart and together again ----------------------------------------------
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in a branch's result, in order."""
+def _skeleton(value: Any) -> Any:
+    """The dicts, tuples and lists of a branch's result alone."""
+    if isinstance(value, dict):
+        return {name: _skeleton(part) for name, part in value.items()}
+    return [_skeleton(part) for part in value] if isinstance(value, tuple | list) else None
+
+
+def _tensors(value: Any, skeleton: Any) -> list[Tensor]:
+    """The tensors in a branch's result, in the order of the skeleton, which is another branch's."""
     if isinstance(value, Tensor):
         return [value]
+    found: list[Tensor] = []
     if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, tuple | list):
-        return [tensor for part in value for tensor in _tensors(part)]
-    return []
+        for name, part in skeleton.items():
+            found += _tensors(value[name], part)
+    elif isinstance(value, tuple | list):
+        for part, shape in zip(value, skeleton, strict=True):
+            found += _tensors(part, shape)
+    return found
 
 
 def _rebuilt(value: Any, tensors: list[Tensor]) -> Any:
@@ -105,11 +115,8 @@ def _rebuilt(value: Any, tensors: list[Tensor]) -> Any:
     return value
 
 
-def _same(a: Any, b: Any, where: str) -> Any:
-    """Raises unless two branches' results differ in the values of their tensors alone.
-
-    Returns b with its dicts in a's order.
-    """
+def _same(a: Any, b: Any, where: str) -> None:
+    """Raises unless two branches' results differ in the values of their tensors alone."""
     if type(a) is not type(b):
         raise FlagsError(
             f"expected every branch of IF to return the same structure, got {type(a).__name__} and"
@@ -121,30 +128,27 @@ def _same(a: Any, b: Any, where: str) -> Any:
                 "expected every branch of IF to return tensors of one shape and dtype, got"
                 f" {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype} at {where}"
             )
-        return b
-    if isinstance(a, dict):
+    elif isinstance(a, dict):
         if a.keys() != b.keys():
             raise FlagsError(
                 f"expected every branch of IF to return the same keys, got {list(a)} and {list(b)}"
                 f" at {where}"
             )
-        return {name: _same(a[name], b[name], f"{where}[{name!r}]") for name in a}
-    if isinstance(a, tuple | list):
+        for name in a:
+            _same(a[name], b[name], f"{where}[{name!r}]")
+    elif isinstance(a, tuple | list):
         if len(a) != len(b):
             raise FlagsError(
                 f"expected every branch of IF to return as many values, got {len(a)} and {len(b)}"
                 f" at {where}"
             )
-        parts = [_same(a[i], b[i], f"{where}[{i}]") for i in range(len(a))]
-        if isinstance(a, list):
-            return parts
-        return type(a)(*parts) if hasattr(a, "_fields") else tuple(parts)
-    if a is not b and a != b:
+        for i in range(len(a)):
+            _same(a[i], b[i], f"{where}[{i}]")
+    elif a is not b and a != b:
         raise FlagsError(
             "expected every branch of IF to return the same in place of a tensor, since a compiled"
             f" graph holds one value, got {a!r} and {b!r} at {where}; return a tensor instead"
         )
-    return b
 
 
 # --- while compiling ------------------------------------------------------------------------------
@@ -182,49 +186,48 @@ def _decoded(tensor: Tensor, dtype: torch.dtype, with_grad: bool) -> Tensor:
     return tensor.view(dtype) if dtype in _VIEWED else tensor.to(dtype)
 
 
-def _select_word(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """torch.where; words that may be flags are moved as integers."""
-    if a.dtype in (torch.float32, torch.float64):
-        words = torch.int32 if a.dtype is torch.float32 else torch.int64
-        return torch.where(cond, a.view(words), b.view(words)).view(a.dtype)
-    return torch.where(cond, a, b)
+def _selected(conds: list[Tensor], column: tuple[Tensor, ...]) -> Tensor:
+    """The tensor of the first condition that holds; the last for none.
+
+    Words that may be flags are moved as integers.
+    """
+    dtype = column[0].dtype
+    words = {torch.float32: torch.int32, torch.float64: torch.int64}.get(dtype, dtype)
+    value = column[-1].view(words)
+    for cond, tensor in zip(reversed(conds), reversed(column[:-1]), strict=True):
+        value = torch.where(cond, tensor.view(words), value)
+    return value.view(dtype)
 
 
-def _run_taken(conds: list[Tensor], fns: list[Callable[[], Any]]) -> list[Tensor]:
-    """What the branch taken returns, encoded; len(fns) == len(conds) + 1."""
-    if not conds:
-        return [_encoded(tensor).contiguous() for tensor in _tensors(fns[0]())]
+def _run_taken(conds: list[Tensor], fns: list[Callable[[], Any]], skeleton: Any) -> list[Tensor]:
+    """What the branch taken returns, encoded; there is one function more than conditions."""
 
     def then() -> list[Tensor]:
-        return [_encoded(tensor).contiguous() for tensor in _tensors(fns[0]())]
+        return [_encoded(tensor).contiguous() for tensor in _tensors(fns[0](), skeleton)]
 
     def otherwise() -> list[Tensor]:
-        return _run_taken(conds[1:], fns[1:])
+        return _run_taken(conds[1:], fns[1:], skeleton)
 
-    return list(torch.cond(conds[0], then, otherwise, ()))
+    return list(torch.cond(conds[0], then, otherwise, ())) if conds else then()
 
 
 def _compiled(conds: list[Tensor], fns: list[Callable[[], Any]]) -> Any:
     results = [fn() for fn in fns]
-    first = results[0]
-    results = [first, *(_same(first, result, "its result") for result in results[1:])]
-    columns = list(zip(*(_tensors(result) for result in results), strict=True))
+    for result in results[1:]:
+        _same(results[0], result, "its result")
+    skeleton = _skeleton(results[0])
+    columns = list(zip(*(_tensors(result, skeleton) for result in results), strict=True))
     with_grad = [any(tensor.requires_grad for tensor in column) for column in columns]
     if torch.is_grad_enabled() and any(with_grad):
-        # The results above are only looked at: nothing uses their values, so they are not computed.
-        taken = _run_taken(conds, fns)
+        # Of the results above only shapes and dtypes are used, so the compiler drops their values.
+        taken = _run_taken(conds, fns, skeleton)
         tensors = [
             _decoded(tensor, column[0].dtype, grad)
             for tensor, column, grad in zip(taken, columns, with_grad, strict=True)
         ]
-        return _rebuilt(first, tensors)
-    selected = []
-    for column in columns:
-        value = column[-1]
-        for cond, tensor in zip(reversed(conds), reversed(column[:-1]), strict=True):
-            value = _select_word(cond, tensor, value)
-        selected.append(value)
-    return _rebuilt(first, selected)
+    else:
+        tensors = [_selected(conds, column) for column in columns]
+    return _rebuilt(results[0], tensors)
 
 
 class _IfChain(Generic[T]):
