@@ -9,13 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct cuda_table {
-    int (*launch_pack)(void *, const og_cuda_span *, size_t, int, void *);
-    const char *(*error_text)(int);
-} cuda_table;
-
 /* NULL until a load has succeeded; then never changed or freed. */
-static _Atomic(const cuda_table *) published;
+static _Atomic(const og_cuda_table *) published;
 
 static og_status
 library_path(char *path, size_t size, og_error *err)
@@ -38,6 +33,20 @@ library_path(char *path, size_t size, og_error *err)
     return OG_OK;
 }
 
+/* dlsym gives object pointers; ISO C has no cast from them to functions. */
+static bool
+fill(og_cuda_table *table, void *library)
+{
+#define OG_CUDA_FIND(name)                                     \
+    *(void **)&table->name = dlsym(library, "og_cuda_" #name); \
+    if (table->name == NULL) {                                 \
+        return false;                                          \
+    }
+    OG_CUDA_FUNCTIONS(OG_CUDA_FIND)
+#undef OG_CUDA_FIND
+    return true;
+}
+
 static og_status
 load(og_error *err)
 {
@@ -53,15 +62,13 @@ load(og_error *err)
                        "nvcc on PATH",
                        dlerror());
     }
-    cuda_table *table = calloc(1, sizeof *table);
+    og_cuda_table *table = calloc(1, sizeof *table);
     if (table == NULL) {
         dlclose(library);
         return og_fail(err, OG_NO_MEMORY, "no memory for the CUDA table");
     }
-    *(void **)&table->launch_pack = dlsym(library, "og_cuda_launch_pack");
-    *(void **)&table->error_text = dlsym(library, "og_cuda_error_text");
-    const cuda_table *expected = NULL;
-    if (table->launch_pack == NULL || table->error_text == NULL) {
+    const og_cuda_table *expected = NULL;
+    if (!fill(table, library)) {
         status =
             og_fail(err, OG_NOT_FOUND,
                     "%.160s is not of this opguard; install it again", path);
@@ -76,24 +83,29 @@ load(og_error *err)
 }
 
 og_status
-og_cuda_ready(og_error *err)
+og_cuda_functions(const og_cuda_table **table, og_error *err)
 {
-    return atomic_load(&published) != NULL ? OG_OK : load(err);
+    *table = atomic_load(&published);
+    if (OG_LIKELY(*table != NULL)) {
+        return OG_OK;
+    }
+    og_status status = load(err);
+    *table = atomic_load(&published);
+    return status;
 }
 
 og_status
-og_cuda_pack(void *packed, const og_cuda_span *spans, size_t count, int device,
-             void *stream, og_error *err)
+og_cuda_ready(og_error *err)
 {
-    og_status status = og_cuda_ready(err);
-    if (status != OG_OK) {
-        return status;
-    }
-    const cuda_table *table = atomic_load(&published);
-    int code = table->launch_pack(packed, spans, count, device, stream);
-    if (code != 0) {
-        return og_fail(err, OG_CUDA_FAILED, "packing %zu leaves: %.160s",
-                       count, table->error_text(code));
-    }
-    return OG_OK;
+    const og_cuda_table *table;
+    return og_cuda_functions(&table, err);
+}
+
+og_status
+og_cuda_outcome(const og_cuda_table *table, int code, const char *what,
+                og_error *err)
+{
+    return OG_LIKELY(code == 0) ? OG_OK
+                                : og_fail(err, OG_CUDA_FAILED, "%s: %.160s",
+                                          what, table->error_text(code));
 }

@@ -1,17 +1,15 @@
 /* Copies many blocks of device memory into one buffer: the device twin of
  * copy_cpu in csrc/torch/ops_pack.c, padding bytes zeroed likewise. */
-#include "cuda/opguard_cuda.h"
-
 #include <cuda_runtime.h>
 
 #include "core/layout.h"
+#include "cuda/device.h"
 
 namespace {
 
 /* Spans travel as a kernel argument (at most 4 KiB on every toolkit), so no
  * copy of them to the device has to be waited for. */
 constexpr int kSpansPerLaunch = 160;
-constexpr int kThreads = 256;
 constexpr int kMaxBlocksPerSpan = 64;
 constexpr int64_t kVector = 16;
 
@@ -47,7 +45,7 @@ blocks_for(const Batch &batch, int count)
 {
     int64_t most = 1;
     for (int i = 0; i < count; i++) {
-        const int64_t per_block = kThreads * kVector;
+        const int64_t per_block = og::kThreads * kVector;
         const int64_t blocks =
             (batch.spans[i].bytes + per_block - 1) / per_block;
         most = blocks > most ? blocks : most;
@@ -58,7 +56,7 @@ blocks_for(const Batch &batch, int count)
 
 cudaError_t
 launch_all(char *packed, const og_cuda_span *spans, size_t count,
-           cudaStream_t stream)
+           const og_cuda_place *place)
 {
     for (size_t done = 0; done < count; done += kSpansPerLaunch) {
         Batch batch = {};
@@ -69,8 +67,8 @@ launch_all(char *packed, const og_cuda_span *spans, size_t count,
             batch.spans[i] = spans[done + i];
         }
         const dim3 grid(blocks_for(batch, now), now);
-        copy_spans<<<grid, kThreads, 0, stream>>>(packed, batch);
-        const cudaError_t code = cudaGetLastError();
+        const cudaError_t code =
+            og::launch(grid, place, copy_spans, packed, batch);
         if (code != cudaSuccess) {
             return code;
         }
@@ -82,20 +80,11 @@ launch_all(char *packed, const og_cuda_span *spans, size_t count,
 
 extern "C" int
 og_cuda_launch_pack(void *packed, const og_cuda_span *spans, size_t count,
-                    int device, void *stream)
+                    const og_cuda_place *place)
 {
-    int before = 0;
-    cudaError_t code = cudaGetDevice(&before);
-    if (code == cudaSuccess) {
-        code = cudaSetDevice(device);
-    }
-    if (code == cudaSuccess) {
-        code = launch_all(static_cast<char *>(packed), spans, count,
-                          static_cast<cudaStream_t>(stream));
-        const cudaError_t restored = cudaSetDevice(before);
-        code = code == cudaSuccess ? restored : code;
-    }
-    return static_cast<int>(code);
+    return og::on_device(place, [&] {
+        return launch_all(static_cast<char *>(packed), spans, count, place);
+    });
 }
 
 extern "C" const char *

@@ -143,8 +143,8 @@ typedef struct og_flags_runner {
     og_status (*query)(const og_flags_query *call, og_error *err);
 } og_flags_runner;
 
-extern const og_flags_runner og_flags_cpu; /* flags.c */
-extern const og_flags_runner og_flags_cuda __attribute__((weak));
+extern const og_flags_runner og_flags_cpu;  /* flags.c */
+extern const og_flags_runner og_flags_cuda; /* flags_cuda.c */
 
 /* The calls on tensors: they decode, validate and run. flags NULL: samples
  * without errors. *out NULL: a new tensor, the caller's then; else (N, W) to

@@ -182,13 +182,13 @@ copy_cpu(const leaves *all, char *data, og_error *err)
 static og_status
 copy_cuda(const leaves *all, char *data, og_error *err)
 {
-    og_status status = og_cuda_ready(err);
+    const og_cuda_table *cuda;
+    og_status status = og_cuda_functions(&cuda, err);
     if (status != OG_OK || all->count == 0) {
         return status;
     }
-    void *stream = NULL;
-    int32_t device = all->items[0].device_index;
-    status = og_shim_cuda_stream(device, &stream, err);
+    og_cuda_place place = {NULL, all->items[0].device_index};
+    status = og_shim_cuda_stream(place.device, &place.stream, err);
     if (status != OG_OK) {
         return status;
     }
@@ -202,7 +202,9 @@ copy_cuda(const leaves *all, char *data, og_error *err)
         spans[i].offset = all->items[i].offset;
         spans[i].bytes = all->items[i].bytes;
     }
-    status = og_cuda_pack(data, spans, all->count, device, stream, err);
+    status = og_cuda_outcome(
+        cuda, cuda->launch_pack(data, spans, all->count, &place),
+        "packing the leaves", err);
     free(spans);
     return status;
 }
