@@ -6,6 +6,7 @@ without a device sync: each word holds two or four 16-bit errors of code, severi
 
 from __future__ import annotations
 
+from opguard import __version__
 from opguard.flags import experimental
 from opguard.flags._err import err
 from opguard.flags.codes import ErrorCode, ErrorDomain, Severity
@@ -41,6 +42,20 @@ from opguard.flags.errors import (
     FlagsLayoutError,
     LocationError,
     SeverityError,
+)
+from opguard.flags.helpers import (
+    find,
+    fix,
+    flag_inf,
+    flag_inf_,
+    flag_nan,
+    flag_nan_,
+    flag_nan_and_inf,
+    flag_nan_and_inf_,
+    flag_oob_indices,
+    has_err,
+    push,
+    push_,
 )
 from opguard.flags.inspection import ErrorFlags, UnpackedError, flags
 from opguard.flags.locations import ErrorLocation
@@ -87,12 +102,25 @@ __all__ = [
     "Severity",
     "SeverityError",
     "UnpackedError",
+    "__version__",
     "as_exception",
     "as_result",
     "err",
     "experimental",
+    "find",
+    "fix",
+    "flag_inf",
+    "flag_inf_",
+    "flag_nan",
+    "flag_nan_",
+    "flag_nan_and_inf",
+    "flag_nan_and_inf_",
+    "flag_oob_indices",
     "flags",
     "get_config",
+    "has_err",
+    "push",
+    "push_",
     "set_config",
     "tracked",
     "unwrap",

@@ -19,7 +19,8 @@ from torch.compiler import is_dynamo_compiling
 
 from opguard import _C
 from opguard.flags import _traced
-from opguard.flags._traced import Location, clear, index_clamp, location_of, push_codes, slot_of
+from opguard.flags._traced import Location, clear, index_clamp, location_of, slot_of
+from opguard.flags.errors import CodeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +105,26 @@ def push_(  # noqa: PLR0917
     if is_dynamo_compiling():
         return _traced.push_(f, where, code, location, severity, key, default_severity)
     return _C.flags_push_(f, where, code, location, severity, key, default_severity)
+
+
+def push_codes(  # noqa: PLR0917
+    f: Tensor,
+    codes: Tensor,
+    where: Tensor | None,
+    location: Location,
+    severity: int | None,
+    default_severity: int,
+    key: int,
+) -> Tensor:
+    """``f`` with each sample's own code, ``codes`` (N,) of any integer dtype, 0 for none."""
+    if is_dynamo_compiling():
+        return _traced.push_codes(f, codes, where, location, severity, default_severity, key)
+    try:
+        return _traced.push_codes(f, codes, where, location, severity, default_severity, key)
+    except RuntimeError as error:  # all that an op can raise
+        if str(error).startswith("expected codes of "):
+            raise CodeError(str(error)) from None
+        raise
 
 
 def merge(fs: Sequence[Tensor], key: int) -> Tensor:

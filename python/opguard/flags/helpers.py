@@ -1,8 +1,8 @@
 """What a model calls on its own tensors: detect, record, ask and repair, in one call each.
 
 ``module`` says where: an ``nn.Module``, a name, an id 0..1023, or None for "Unknown". Detection
-returns flags ``(N, words)``; without ``f`` they are new, in the dtype and width of ``config``
-(default: the current configuration). A name that ends in an underscore writes into ``f`` and
+returns flags ``(N, words)``; without ``flags`` they are new, in the dtype and width of ``config``
+(default: the current configuration). A name that ends in an underscore writes into ``flags`` and
 returns it; no other changes what it is given.
 """
 
@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
-import torch
 from torch.compiler import is_dynamo_compiling
 
 from opguard import _C
 from opguard.flags import _engine, _traced
 from opguard.flags import config as _config
-from opguard.flags.codes import ErrorCode, Severity
+from opguard.flags.combinators import recover_with_fallback
 from opguard.flags.constants import CODE_MASK, CODE_SHIFT
-from opguard.flags.errors import BatchMismatchError, CodeError, FlagsError
+from opguard.flags.errors import CodeError, FlagsError
 from opguard.flags.locations import clear_location_cache, clear_warn_cache, resolve_location
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ __all__ = [
     "resolve_location",
 ]
 
-Fallback: TypeAlias = "float | Tensor | Callable[[Tensor], Tensor]"
+Fallback: TypeAlias = "complex | Tensor | Callable[[], complex | Tensor]"
 
 # Bits of the checks: 1 NaN, 2 +Inf, 4 -Inf.
 _INFS = {"both": 6, "pos": 2, "none": 0}
@@ -59,33 +58,39 @@ def _infs(inf: str) -> int:
     return checks
 
 
+def _place(module: Location, location: Location) -> Location:
+    if module is not None:
+        raise FlagsError(f"expected module or location, got both: {module!r} and {location!r}")
+    return location
+
+
 # The functions below are the outermost of the hot path, so each goes into C by itself.
 
 
 def flag_nan(
-    tensor: Tensor, module: Location, f: Tensor | None = None, config: ErrorConfig | None = None
+    tensor: Tensor, module: Location, flags: Tensor | None = None, config: ErrorConfig | None = None
 ) -> Tensor:
     """Flags with NAN (CRITICAL) for every sample of ``tensor`` (N, ...) that holds a NaN."""
     key = (_config._current if config is None else config).key
     if is_dynamo_compiling():
-        return _traced.check(tensor, module, f, 1, key)
-    return _C.flags_check(tensor, module, f, 1, key)
+        return _traced.check(tensor, module, flags, 1, key)
+    return _C.flags_check(tensor, module, flags, 1, key)
 
 
 def flag_nan_(
-    tensor: Tensor, module: Location, f: Tensor, config: ErrorConfig | None = None
+    tensor: Tensor, module: Location, flags: Tensor, config: ErrorConfig | None = None
 ) -> Tensor:
-    """:func:`flag_nan` written into ``f``, which is returned."""
+    """:func:`flag_nan` written into ``flags``, which is returned."""
     key = (_config._current if config is None else config).key
     if is_dynamo_compiling():
-        return _traced.check_(tensor, module, f, 1, key)
-    return _C.flags_check_(tensor, module, f, 1, key)
+        return _traced.check_(tensor, module, flags, 1, key)
+    return _C.flags_check_(tensor, module, flags, 1, key)
 
 
 def flag_inf(
     tensor: Tensor,
     module: Location,
-    f: Tensor | None = None,
+    flags: Tensor | None = None,
     config: ErrorConfig | None = None,
     *,
     inf: str = "both",
@@ -97,30 +102,30 @@ def flag_inf(
     key = (_config._current if config is None else config).key
     checks = 6 if inf == "both" else _infs(inf)
     if is_dynamo_compiling():
-        return _traced.check(tensor, module, f, checks, key)
-    return _C.flags_check(tensor, module, f, checks, key)
+        return _traced.check(tensor, module, flags, checks, key)
+    return _C.flags_check(tensor, module, flags, checks, key)
 
 
 def flag_inf_(
     tensor: Tensor,
     module: Location,
-    f: Tensor,
+    flags: Tensor,
     config: ErrorConfig | None = None,
     *,
     inf: str = "both",
 ) -> Tensor:
-    """:func:`flag_inf` written into ``f``, which is returned."""
+    """:func:`flag_inf` written into ``flags``, which is returned."""
     key = (_config._current if config is None else config).key
     checks = 6 if inf == "both" else _infs(inf)
     if is_dynamo_compiling():
-        return _traced.check_(tensor, module, f, checks, key)
-    return _C.flags_check_(tensor, module, f, checks, key)
+        return _traced.check_(tensor, module, flags, checks, key)
+    return _C.flags_check_(tensor, module, flags, checks, key)
 
 
 def flag_nan_and_inf(
     tensor: Tensor,
     module: Location,
-    f: Tensor | None = None,
+    flags: Tensor | None = None,
     config: ErrorConfig | None = None,
     *,
     inf: str = "both",
@@ -129,31 +134,31 @@ def flag_nan_and_inf(
     key = (_config._current if config is None else config).key
     checks = 7 if inf == "both" else 1 | _infs(inf)
     if is_dynamo_compiling():
-        return _traced.check(tensor, module, f, checks, key)
-    return _C.flags_check(tensor, module, f, checks, key)
+        return _traced.check(tensor, module, flags, checks, key)
+    return _C.flags_check(tensor, module, flags, checks, key)
 
 
 def flag_nan_and_inf_(
     tensor: Tensor,
     module: Location,
-    f: Tensor,
+    flags: Tensor,
     config: ErrorConfig | None = None,
     *,
     inf: str = "both",
 ) -> Tensor:
-    """:func:`flag_nan_and_inf` written into ``f``, which is returned."""
+    """:func:`flag_nan_and_inf` written into ``flags``, which is returned."""
     key = (_config._current if config is None else config).key
     checks = 7 if inf == "both" else 1 | _infs(inf)
     if is_dynamo_compiling():
-        return _traced.check_(tensor, module, f, checks, key)
-    return _C.flags_check_(tensor, module, f, checks, key)
+        return _traced.check_(tensor, module, flags, checks, key)
+    return _C.flags_check_(tensor, module, flags, checks, key)
 
 
 def flag_oob_indices(
     indices: Tensor,
     num_embeddings: int,
     module: Location,
-    f: Tensor | None = None,
+    flags: Tensor | None = None,
     config: ErrorConfig | None = None,
 ) -> Tensor:
     """Flags with OUT_OF_BOUNDS (ERROR) where a sample of ``indices`` leaves 0..num_embeddings-1.
@@ -161,102 +166,83 @@ def flag_oob_indices(
     ``indices`` (N, ...) of any integer dtype; nothing is looked up and nothing raised.
     """
     key = (_config._current if config is None else config).key
-    return _engine.index(indices, num_embeddings, module, f, key)
+    return _engine.index(indices, num_embeddings, module, flags, key)
 
 
 def push(
-    f: Tensor,
+    flags: Tensor,
     code: int,
-    module: Location,
+    module: Location = None,
     *,
     where: Tensor | None = None,
     severity: int | None = None,
     config: ErrorConfig | None = None,
+    location: Location = None,
 ) -> Tensor:
-    """``f`` with one error recorded in the samples where ``where`` (N,) bool says so, or in all.
+    """``flags`` with one error more, in the samples where ``where`` (N,) bool says so, or in all.
 
     ``severity`` None: the code's own (``ErrorConfig.default_severity`` for codes without one).
+    ``location`` is another name of ``module``.
     """
+    if location is not None:
+        module = _place(module, location)
     using = _config._current if config is None else config
     if is_dynamo_compiling():
         return _traced.push(
-            f, where, code, module, severity, using.key, int(using.default_severity)
+            flags, where, code, module, severity, using.key, int(using.default_severity)
         )
     if severity is None and code in (4, 8, 12, 15):
         severity = int(using.default_severity)
-    return _C.flags_push(f, where, code, module, severity, using.key)
+    return _C.flags_push(flags, where, code, module, severity, using.key)
 
 
 def push_(
-    f: Tensor,
+    flags: Tensor,
     code: int,
-    module: Location,
+    module: Location = None,
     *,
     where: Tensor | None = None,
     severity: int | None = None,
     config: ErrorConfig | None = None,
+    location: Location = None,
 ) -> Tensor:
-    """:func:`push` written into ``f``, which is returned."""
+    """:func:`push` written into ``flags``, which is returned."""
+    if location is not None:
+        module = _place(module, location)
     using = _config._current if config is None else config
     if is_dynamo_compiling():
         return _traced.push_(
-            f, where, code, module, severity, using.key, int(using.default_severity)
+            flags, where, code, module, severity, using.key, int(using.default_severity)
         )
     if severity is None and code in (4, 8, 12, 15):
         severity = int(using.default_severity)
-    return _C.flags_push_(f, where, code, module, severity, using.key)
+    return _C.flags_push_(flags, where, code, module, severity, using.key)
 
 
-def find(code: int, f: Tensor, config: ErrorConfig | None = None) -> Tensor:
-    """(N,) bool: the sample holds an error of this code, in whichever slot of ``f``."""
-    if not 0 <= code <= CODE_MASK >> CODE_SHIFT:
-        raise CodeError(f"expected an error code from 0 to 15, got {code}")
-    return _engine.find(f, CODE_MASK, code << CODE_SHIFT)
+def find(code: int, flags: Tensor, config: ErrorConfig | None = None) -> Tensor:
+    """(N,) bool: the sample holds an error of this code, in whichever slot of ``flags``."""
+    if not 0 <= code <= CODE_MASK:
+        raise CodeError(f"expected an error code from 0 to {CODE_MASK}, got {code}")
+    return _engine.find(flags, CODE_MASK << CODE_SHIFT, code << CODE_SHIFT)
 
 
-def has_err(f: Tensor) -> bool:
+def has_err(flags: Tensor) -> bool:
     """Whether any sample holds an error, as a Python bool, for the boundary: it waits."""
-    return bool(_engine.is_err(f).any())
-
-
-def _fallback(tensor: Tensor, fallback: Fallback) -> Tensor:
-    value = fallback(tensor) if callable(fallback) else fallback
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype=tensor.dtype, device=tensor.device)
-    if isinstance(value, (int, float, complex)):
-        return torch.full((), value, dtype=tensor.dtype, device=tensor.device)
-    raise FlagsError(
-        "expected fallback to be a number, a tensor, or a function of the tensor that gives one,"
-        f" got {type(value).__name__}"
-    )
+    return bool(_engine.is_err(flags).any())
 
 
 def fix(
     tensor: Tensor,
-    f: Tensor,
+    flags: Tensor,
     module: Location,
     fallback: Fallback = 0.0,
     config: ErrorConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``tensor`` with every sample that has an error replaced whole, and ``f`` that says so.
+    """``tensor`` with every sample that has an error replaced whole, and ``flags`` that says so.
 
-    ``fallback`` is a number, a tensor that broadcasts to ``tensor``'s shape, or a function that
-    makes one of ``tensor``. Each replaced sample gets FALLBACK_VALUE (WARN). The dtype stays; for
-    the single values that are not finite see ``err.replace``.
+    ``fallback`` is a number, a tensor that broadcasts to ``tensor``'s shape, or a function without
+    arguments that makes one of these. Each replaced sample gets FALLBACK_VALUE (WARN). The dtype
+    stays, so a number that it cannot hold is an error. ``err.replace`` is for single values.
     """
-    bad = _engine.is_err(f)
-    samples = tensor.shape[0] if tensor.dim() else 1
-    if bad.shape[0] != samples:
-        raise BatchMismatchError(
-            f"expected tensor to hold the {bad.shape[0]} samples of the flags, it holds {samples}"
-        )
-    rows = bad.view(-1, *[1] * (tensor.dim() - 1)) if tensor.dim() else bad[0]
-    fixed = torch.where(rows, _fallback(tensor, fallback), tensor)
-    if fixed.shape != tensor.shape:
-        raise FlagsError(
-            f"expected a fallback that broadcasts to {tuple(tensor.shape)}, it makes"
-            f" {tuple(fixed.shape)} of it"
-        )
-    key = (_config._current if config is None else config).key
-    code = ErrorCode.FALLBACK_VALUE
-    return fixed, _engine.push(f, bad, code, module, Severity.WARN, key)
+    value = fallback() if callable(fallback) else fallback
+    return recover_with_fallback(flags, tensor, value, module, config=config)
