@@ -44,25 +44,79 @@ row_is_clean(const uint16_t *row, int32_t capacity)
     return any == 0;
 }
 
-/* Slots in use of a row, which is compacted if it has holes. */
+/* How many slots come before the first empty one; *holes when some follow. */
 static int32_t
-row_used(uint16_t *row, int32_t capacity)
+leading(const uint16_t *row, int32_t capacity, bool *holes)
 {
     int32_t used = 0;
     while (used < capacity && row[used] != 0) {
         used++;
     }
-    if (row_is_clean(row + used, capacity - used)) {
-        return used;
-    }
-    return og_row_compact(row, capacity);
+    *holes = !row_is_clean(row + used, capacity - used);
+    return used;
 }
 
+/* Slots in use of a row, which is compacted if it has holes. */
+static int32_t
+row_used(uint16_t *row, int32_t capacity)
+{
+    bool holes;
+    int32_t used = leading(row, capacity, &holes);
+    return holes ? og_row_compact(row, capacity) : used;
+}
+
+static int32_t
+room(int32_t capacity, og_policy p)
+{
+    return p.num_slots < capacity ? p.num_slots : capacity;
+}
+
+/* og_row_push of a slot that counts, quick where the row is clean. */
 static void
 row_record(uint16_t *row, int32_t capacity, og_policy p, uint16_t slot)
 {
-    int32_t limit = p.num_slots < capacity ? p.num_slots : capacity;
-    (void)og_row_record(row, row_used(row, capacity), limit, p, slot);
+    if (OG_LIKELY(row_is_clean(row, capacity))) {
+        row[0] = slot; /* under every policy */
+        return;
+    }
+    (void)og_row_record(row, row_used(row, capacity), room(capacity, p), p,
+                        slot);
+}
+
+/* og_row_merge, which looks at no more of other than is in use. */
+static void
+row_merge(uint16_t *row, const uint16_t *other, int32_t capacity, og_policy p)
+{
+    bool holes;
+    int32_t count = leading(other, capacity, &holes),
+            limit = room(capacity, p);
+    if (holes) {
+        og_row_merge(row, other, capacity, p);
+        return;
+    }
+    bool backwards = p.priority == OG_CHRONO && p.order == OG_LAST;
+    int32_t used = -1;
+    for (int32_t i = 0; i < count; i++) {
+        uint16_t slot = other[backwards ? count - 1 - i : i];
+        if (og_slot_counts(slot)) {
+            used = used < 0 ? row_used(row, capacity) : used;
+            used = og_row_record(row, used, limit, p, slot);
+        }
+    }
+}
+
+/* og_row_clear, which writes only where something changes. */
+static void
+row_clear(uint16_t *row, int32_t capacity, int32_t code)
+{
+    bool holes, there = false;
+    int32_t used = leading(row, capacity, &holes);
+    for (int32_t i = 0; i < used && !there; i++) {
+        there = og_slot_code(row[i]) == code;
+    }
+    if (there || holes) {
+        og_row_clear(row, capacity, code);
+    }
 }
 
 int32_t
@@ -241,7 +295,7 @@ og_batch_merge(og_rows in, og_rows other, og_rows out, og_policy p,
             r = skip_clean(other, r, end, &until);
         }
         if (r < end && !row_is_clean(row_at(other, r), other.capacity)) {
-            og_row_merge(row_at(out, r), row_at(other, r), out.capacity, p);
+            row_merge(row_at(out, r), row_at(other, r), out.capacity, p);
         }
     }
 }
@@ -257,7 +311,7 @@ og_batch_clear(og_rows in, og_rows out, int32_t code, int64_t begin,
             r = skip_clean(out, r, end, &until);
         }
         if (r < end && !row_is_clean(row_at(out, r), out.capacity)) {
-            og_row_clear(row_at(out, r), out.capacity, code);
+            row_clear(row_at(out, r), out.capacity, code);
         }
     }
 }

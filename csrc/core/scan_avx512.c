@@ -108,13 +108,17 @@ OG_SPREAD(64, __mmask8, __m128i, _mm, _mm_loadl_epi64, _mm_storel_epi64)
 
 /* --- Slots: 32 a vector -------------------------------------------------- */
 
-/* Slots i.. of n, zeros behind them. */
+/* A vector of slots, and what is left of a row, zeros behind. */
 static inline __m512i
-slots_at(const uint16_t *slots, int64_t i, int64_t n)
+slots_at(const uint16_t *slots)
 {
-    int64_t left = n - i;
-    return left >= 32 ? load16((const char *)(slots + i))
-                      : load_some16((const char *)(slots + i), left);
+    return load16((const char *)slots);
+}
+
+static inline __m512i
+slots_left(const uint16_t *slots, int64_t n)
+{
+    return load_some16((const char *)slots, n);
 }
 
 /* Which are errors that match. */
@@ -130,18 +134,20 @@ row_has(const uint16_t *row, int64_t n, __m512i mask, __m512i value)
 {
     int64_t i = 0;
     for (; i + 128 <= n; i += 128) {
-        const char *at = (const char *)(row + i);
-        __mmask32 a = matching(load16(at), mask, value);
-        __mmask32 b = matching(load16(at + 64), mask, value);
-        __mmask32 c = matching(load16(at + 128), mask, value);
-        __mmask32 d = matching(load16(at + 192), mask, value);
+        __mmask32 a = matching(slots_at(row + i), mask, value);
+        __mmask32 b = matching(slots_at(row + i + 32), mask, value);
+        __mmask32 c = matching(slots_at(row + i + 64), mask, value);
+        __mmask32 d = matching(slots_at(row + i + 96), mask, value);
         if ((a | b | c | d) != 0) {
             return true;
         }
     }
     __mmask32 found = 0;
-    for (; i < n; i += 32) {
-        found |= matching(slots_at(row, i, n), mask, value);
+    for (; i + 32 <= n; i += 32) {
+        found |= matching(slots_at(row + i), mask, value);
+    }
+    if (i < n) {
+        found |= matching(slots_left(row + i, n - i), mask, value);
     }
     return found != 0;
 }
@@ -183,47 +189,75 @@ find(og_rows in, uint16_t mask, uint16_t value, bool inverse, bool *out,
     }
 }
 
+static inline int32_t
+row_count(const uint16_t *row, int64_t n)
+{
+    int32_t slots = 0;
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        __m512i x = slots_at(row + i);
+        slots += __builtin_popcount(_mm512_test_epi16_mask(x, x));
+    }
+    if (i < n) {
+        __m512i x = slots_left(row + i, n - i);
+        slots += __builtin_popcount(_mm512_test_epi16_mask(x, x));
+    }
+    return slots;
+}
+
 static void
 count(og_rows in, int32_t *out, int64_t begin, int64_t end)
 {
     const char *row = in.data + begin * in.stride;
-    const __mmask16 few =
-        (__mmask16)(in.capacity <= 16 ? (1u << in.capacity) - 1 : 0);
+    if (in.capacity <= 16) {
+        const __mmask16 slots = (__mmask16)((1u << in.capacity) - 1);
+        for (int64_t r = begin; r < end; r++, row += in.stride) {
+            __m256i x = small_row(row, slots);
+            out[r] = __builtin_popcount(_mm256_test_epi16_mask(x, x));
+        }
+        return;
+    }
     for (int64_t r = begin; r < end; r++, row += in.stride) {
-        int32_t slots = 0;
-        if (few != 0) {
-            __m256i x = small_row(row, few);
-            slots = __builtin_popcount(_mm256_test_epi16_mask(x, x));
-        }
-        for (int64_t i = 0; few == 0 && i < in.capacity; i += 32) {
-            __m512i x = slots_at((const uint16_t *)row, i, in.capacity);
-            slots += __builtin_popcount(_mm512_test_epi16_mask(x, x));
-        }
-        out[r] = slots;
+        out[r] = row_count((const uint16_t *)row, in.capacity);
     }
 }
 
-/* The highest severity in a vector of severities. */
+/* The highest severity of a row. */
 static inline int32_t
-highest(__m512i x)
+row_severity(const uint16_t *row, int64_t n)
 {
-    __mmask32 high = _mm512_test_epi16_mask(x, fill16(2));
-    __mmask32 low = _mm512_test_epi16_mask(x, fill16(1));
-    return (high & low) != 0 ? 3 : high != 0 ? 2 : low != 0 ? 1 : 0;
+    const __m512i mask = fill16(OG_SEVERITY_MASK);
+    __m512i all = fill16(0);
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        all = umax16(all, slots_at(row + i) & mask);
+    }
+    if (i < n) {
+        all = umax16(all, slots_left(row + i, n - i) & mask);
+    }
+    __mmask32 high = _mm512_test_epi16_mask(all, fill16(2));
+    __mmask32 low = _mm512_test_epi16_mask(all, fill16(1));
+    return (high & low) != 0 ? 3 : high != 0 ? 2 : low != 0;
+}
+
+static inline int32_t
+small_severity(__m256i x)
+{
+    __mmask16 high = _mm256_test_epi16_mask(x, _mm256_set1_epi16(2));
+    __mmask16 low = _mm256_test_epi16_mask(x, _mm256_set1_epi16(1));
+    return (high & low) != 0 ? 3 : high != 0 ? 2 : low != 0;
 }
 
 static void
 severity(og_rows in, bool wide, void *out, int64_t begin, int64_t end)
 {
     const char *row = in.data + begin * in.stride;
-    const __m512i mask = fill16(OG_SEVERITY_MASK);
+    const __mmask16 few =
+        (__mmask16)(in.capacity <= 16 ? (1u << in.capacity) - 1 : 0);
     for (int64_t r = begin; r < end; r++, row += in.stride) {
-        __m512i all = fill16(0);
-        for (int64_t i = 0; i < in.capacity; i += 32) {
-            __m512i x = slots_at((const uint16_t *)row, i, in.capacity);
-            all = umax16(all, x & mask);
-        }
-        int32_t level = highest(all);
+        int32_t level = few != 0
+                            ? small_severity(small_row(row, few))
+                            : row_severity((const uint16_t *)row, in.capacity);
         if (wide) {
             ((int64_t *)out)[r] = level;
         }

@@ -4,7 +4,6 @@
 
 #include <string.h>
 
-/* A carry into the sign bit is the test for "not finite": inf or more. */
 #define SCALAR_KERNELS(W)                                                     \
     static inline uint##W##_t load##W(const void *run, int64_t i)             \
     {                                                                         \
@@ -34,23 +33,6 @@
         return bits;                                                          \
     }                                                                         \
                                                                               \
-    static uint8_t fast##W(const void *run, int64_t n, const og_format *f)    \
-    {                                                                         \
-        const uint##W##_t sign = (uint##W##_t)1 << (W - 1);                   \
-        const uint##W##_t mask = (uint##W##_t)(sign - 1);                     \
-        const uint##W##_t carry = (uint##W##_t)(sign - f->inf);               \
-        uint##W##_t a = 0, b = 0;                                             \
-        int64_t i = 0;                                                        \
-        for (; i + 2 <= n; i += 2) {                                          \
-            a |= (uint##W##_t)((load##W(run, i) & mask) + carry);             \
-            b |= (uint##W##_t)((load##W(run, i + 1) & mask) + carry);         \
-        }                                                                     \
-        if (i < n) {                                                          \
-            a |= (uint##W##_t)((load##W(run, i) & mask) + carry);             \
-        }                                                                     \
-        return ((a | b) & sign) != 0 ? OG_FOUND_UNSURE : 0;                   \
-    }                                                                         \
-                                                                              \
     void og_scalar_each##W(const void *run, int64_t n, const og_format *f,    \
                            uint8_t *bits)                                     \
     {                                                                         \
@@ -67,6 +49,53 @@
         }                                                                     \
         return outside != 0 ? OG_FOUND_OUTSIDE : 0;                           \
     }
+
+/* Eight bytes at a time, whatever the width: adding what is missing from Inf
+ * to the sign bit carries into it where a lane, without its sign, is Inf or
+ * more, and never out of the lane. `ones` has a one in each lane. */
+static inline uint8_t
+fast_lanes(const void *run, int64_t bytes, uint64_t ones, int bits,
+           const og_format *f)
+{
+    const uint64_t signs = ones << (bits - 1);
+    const uint64_t carry = signs - ones * f->inf;
+    uint64_t all = 0, x;
+    int64_t i = 0;
+    for (; i + 8 <= bytes; i += 8) {
+        memcpy(&x, (const char *)run + i, sizeof x);
+        all |= (x & ~signs) + carry;
+    }
+    if (i < bytes) {
+        x = 0;
+        memcpy(&x, (const char *)run + i, (size_t)(bytes - i));
+        all |= (x & ~signs) + carry;
+    }
+    return (all & signs) != 0 ? OG_FOUND_UNSURE : 0;
+}
+
+static uint8_t
+fast8(const void *run, int64_t n, const og_format *f)
+{
+    return fast_lanes(run, n, UINT64_MAX / 0xFF, 8, f);
+}
+
+static uint8_t
+fast16(const void *run, int64_t n, const og_format *f)
+{
+    return fast_lanes(run, 2 * n, UINT64_MAX / 0xFFFF, 16, f);
+}
+
+static uint8_t
+fast32(const void *run, int64_t n, const og_format *f)
+{
+    return fast_lanes(run, 4 * n, UINT64_MAX / 0xFFFFFFFF, 32, f);
+}
+
+static uint8_t
+fast64(const void *run, int64_t n, const og_format *f)
+{
+    return fast_lanes(run, 8 * n, 1, 64, f);
+}
 
 SCALAR_KERNELS(8)
 SCALAR_KERNELS(16)
