@@ -8,6 +8,9 @@
 #include "core/batch.h"
 #include "core/scan.h"
 
+/* Fewer rows than this may be cut into slices. */
+#define OG_SCAN_FEW_ROWS 256
+
 /* With this bit a kernel says that an Inf may be hidden behind what it found;
  * `exact` on the same run tells. */
 #define OG_FOUND_UNSURE 0x80
