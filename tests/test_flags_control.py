@@ -247,7 +247,7 @@ class Repairing(nn.Module):
         return z, f
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_readme_repair_trains_compiled_as_eager(backend):
     torch.manual_seed(1)
     model = Repairing()

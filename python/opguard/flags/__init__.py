@@ -61,6 +61,7 @@ from opguard.flags.inspection import ErrorFlags, UnpackedError, flags
 from opguard.flags.locations import ErrorLocation
 from opguard.flags.results import Err, Ok, Result, as_exception, as_result, unwrap
 from opguard.flags.tracked import tracked
+from opguard.flags.tree import LocationTree, WeightedLocationTree
 
 __all__ = [
     "AND",
@@ -95,6 +96,7 @@ __all__ = [
     "FlagsError",
     "FlagsLayoutError",
     "LocationError",
+    "LocationTree",
     "Ok",
     "Order",
     "Priority",
@@ -102,6 +104,7 @@ __all__ = [
     "Severity",
     "SeverityError",
     "UnpackedError",
+    "WeightedLocationTree",
     "__version__",
     "as_exception",
     "as_result",

@@ -1,4 +1,7 @@
-"""``err``: everything that makes, fills, asks and combines flags, in compiled code too."""
+"""``err``: everything that makes, fills, asks and combines flags, in compiled code too.
+
+And the ``err`` of opguard.flags.experimental, whose new flags have floating words.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 from opguard.flags import _engine, combinators
 from opguard.flags._words import as_words
 from opguard.flags.codes import ErrorCode, ErrorDomain, Severity, domain_bits
-from opguard.flags.config import ErrorConfig, get_config
+from opguard.flags.config import CARRIERS, ErrorConfig, get_config
 from opguard.flags.constants import (
     CODE_MASK,
     CODE_SHIFT,
@@ -21,7 +24,7 @@ from opguard.flags.constants import (
 )
 from opguard.flags.errors import CodeError
 
-__all__ = ["err"]
+__all__ = ["err", "experimental_err"]
 
 Location: TypeAlias = "int | str | torch.nn.Module | None"
 
@@ -278,4 +281,53 @@ class _Err:
     replace = staticmethod(combinators.replace)
 
 
+def _floating(key: int) -> int:
+    """A configuration's key, with float32 words where its own are integers."""
+    return (
+        key if key >> 21 & 3 in _FLOATING else key & ~(3 << 21) | CARRIERS[torch.float32][0] << 21
+    )
+
+
+_FLOATING = (CARRIERS[torch.float64][0], CARRIERS[torch.float32][0])
+
+
+class _ExperimentalErr(_Err):
+    """:class:`_Err`, whose new flags have words of the configuration's dtype if that is floating.
+
+    If not, of float32. Flags that are given keep their dtype here, too.
+    """
+
+    __slots__ = ()
+
+    @staticmethod
+    def new(reference: Tensor, config: ErrorConfig | None = None) -> Tensor:
+        """Flags without errors for the samples (dim 0) of ``reference``, on its device."""
+        key = _floating((get_config() if config is None else config).key)
+        return _engine.new(reference.shape[0] if reference.dim() else 1, reference.device, key)
+
+    @staticmethod
+    def new_t(
+        batch_size: int,
+        device: torch.device | str | None = None,
+        config: ErrorConfig | None = None,
+    ) -> Tensor:
+        """Flags without errors for ``batch_size`` samples."""
+        key = _floating((get_config() if config is None else config).key)
+        return _engine.new(batch_size, device, key)
+
+    @staticmethod
+    def from_code(  # noqa: PLR0917
+        code: int,
+        location: Location,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        severity: int | None = None,
+        config: ErrorConfig | None = None,
+    ) -> Tensor:
+        """Flags with one error in each of ``batch_size`` samples."""
+        flags = _ExperimentalErr.new_t(batch_size, device, config)
+        return _Err.push_scalar(flags, code, location, severity, config)
+
+
 err = _Err()
+experimental_err = _ExperimentalErr()
