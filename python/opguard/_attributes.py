@@ -20,7 +20,10 @@ BOOLEANS = (
     "SKIP_TO_DEVICE",
     "SKIP_TO_DTYPE",
     "DEFAULT_QUANT_USE_DOUBLE",
+    "DEFAULT_FLAGS",
 )
+# Keywords of the constructor that may be None too: then the class says it.
+OPTIONAL_SWITCHES = ("quant_use_double_override", "flags")
 OTHERS = {
     "NAME": str,
     "MODEL_ID": str,
@@ -108,9 +111,9 @@ def _warn_of_near_misses(cls: type) -> None:
 def check_switches(name: str, given: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Raises TypeError for constructor keywords of a wrong type: "no" would count as true."""
     for key, default in defaults.items():
-        optional = key == "quant_use_double_override" and given[key] is None
-        if (isinstance(default, bool) or key == "quant_use_double_override") and not (
-            optional or isinstance(given[key], bool)
+        optional = key in OPTIONAL_SWITCHES
+        if (isinstance(default, bool) or optional) and not (
+            isinstance(given[key], bool) or (optional and given[key] is None)
         ):
             raise TypeError(
                 f"{name}({key}=...): expected True or False, got {type(given[key]).__name__} "

@@ -62,6 +62,7 @@ class Contract(Instances):
     FROM_PRETRAINED_ADDITIONAL_KWARGS: ClassVar[Mapping[str, Any]] = {}
     DEFAULT_QUANT_TYPE: ClassVar[str | None] = None
     DEFAULT_QUANT_USE_DOUBLE: ClassVar[bool] = False
+    DEFAULT_FLAGS: ClassVar[bool] = False
 
     _chosen: InitValues = not_made()
     _is_loaded: bool = False

@@ -92,7 +92,7 @@ def _describe_class(cls: type[Contract], network: bool, outer: tuple[type, ...])
         "attributes": {
             name: _describe_attribute(name, getattr(cls, name), network, (*outer, cls))
             for name in sorted(dir(cls))
-            if name.isupper() and name not in ("NAME", "MODEL_ID", "REVISION")
+            if name.isupper() and name not in ("NAME", "MODEL_ID", "REVISION", "DEFAULT_FLAGS")
         },
         "loaders": {name: describe_function(each) for name, each in _loaders(cls)},
         "globals": describe_globals([*(each for _, each in _loaders(cls)), *_made_by(cls)]),

@@ -58,6 +58,8 @@ class Lifecycle(Contract):
     _keep_warm: bool
     _sanitizes: bool = True
     _detach: bool
+    _flags: bool = False
+    _check: Any = None  # the checks on the loaded model, where flags are asked for
     _lock: Any = not_made()
     _door: Any = not_made()
     _entries: list[tuple[int, BaseException | None]]
@@ -248,9 +250,26 @@ class Lifecycle(Contract):
         )
         # Without the devices to measure: that would cost more than the guard itself.
         self._guarding = (*settings[:4], None, *settings[5:]), settings[2] or ()
+        if self._flags:
+            self._check = self._check_model()
         self._records = bool(os.environ.get("OPGUARD_REPRO_DIR"))
 
+    def _check_model(self) -> Any:
+        """Puts checks on every module that the detector is, or is made of."""
+        from opguard.flags.checking import check_parts
+
+        check = check_parts(self._detector)
+        if check is None:
+            raise TypeError(
+                f"{type(self).__name__}(flags=True): expected a detector that is a torch.nn.Module "
+                f"or has some, got {type(self._detector).__name__}; leave flags out"
+            )
+        return check
+
     def _forget(self) -> None:
+        if self._check is not None:
+            self._check.remove()
+            self._check = None
         self._is_loaded = False
         self._free_wanted = False
         self._detector = None

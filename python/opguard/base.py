@@ -66,6 +66,9 @@ class OpGuardBase(Lifecycle):
         force_export_refresh: make the local export anew.
         local_files_only_on_refresh: make it anew without the network.
         instance_to_match: take device, device map, dtype and quantization from this instance.
+        flags: instead of ``DEFAULT_FLAGS``: True makes a call return ``(answer, flags)``. Flags are
+            int64 (samples, words): which samples met a NaN or Inf, and in which modules; see
+            :mod:`opguard.flags`. On the CPU, unless the answer is not detached.
 
     Raises:
         TypeError: an unknown keyword, or a class attribute of a wrong type.
@@ -93,6 +96,7 @@ class OpGuardBase(Lifecycle):
         force_export_refresh: bool = False,
         local_files_only_on_refresh: bool = False,
         instance_to_match: OpGuardBase | None = None,
+        flags: bool | None = None,
         **unknown: Any,
     ) -> None:
         given = locals()
@@ -113,6 +117,7 @@ class OpGuardBase(Lifecycle):
         self._keep_warm = keep_warm
         self._sanitizes = sanitize_all_exceptions
         self._detach = detach_outputs and not self.NEED_GRADS
+        self._flags = self.DEFAULT_FLAGS if flags is None else flags
         self._local_files_only = local_files_only
         self._only_load_export = only_load_export
         self._force_export_refresh = force_export_refresh
@@ -209,10 +214,16 @@ class OpGuardBase(Lifecycle):
         # A frame of its own: the guard, which knows the model, is gone before the model is freed.
         settings, models = self._guarding
         with Guard(*settings):
-            result = self._caller(**kwargs)
+            result = self._caller(**kwargs) if self._check is None else self._flagged(kwargs)
             if type(result) in UNFINISHED:
                 raise self._unfinished(result)
         return detach_to_cpu(result, models=models) if self._detach else result
+
+    def _flagged(self, kwargs: dict[str, Any]) -> Any:
+        check = self._check
+        with check.collect():
+            result = self._caller(**kwargs)
+            return result if type(result) in UNFINISHED else (result, check.flags)
 
     @staticmethod
     def _note_before(kwargs: dict[str, Any]) -> Any:

@@ -26,6 +26,9 @@ logger = logging.getLogger("opguard")
 # works, and below any real one, so that a beam of it never beats a sound beam.
 FAILED_SCORE = -1e6
 
+# The bits of torch.ops.opguard.row_findings.
+_NAN, _POSITIVE_INF, _NEGATIVE_INF = 1, 2, 4
+
 # What is a keyword of the call, and is none of ``settings``.
 NAMED = frozenset(
     [
@@ -71,6 +74,21 @@ class Generation:
     failed_step: int | None = None
 
 
+def _failed(scores: torch.Tensor) -> torch.Tensor:
+    """Which rows of (rows, vocabulary) hold a NaN or +Inf, or nothing but -Inf: (rows,) bool.
+
+    A single -Inf is how a token is ruled out, and no failure.
+    """
+    if not scores.is_cpu:
+        # A maximum is NaN where a NaN is, and -inf only where no token is left.
+        return ~scores.amax(-1).isfinite()
+    found = torch.ops.opguard.row_findings.default(scores)
+    bad: torch.Tensor = (found & (_NAN | _POSITIVE_INF)) != 0
+    if (found & _NEGATIVE_INF).any():
+        bad |= scores.amax(-1) == -torch.inf
+    return bad
+
+
 class RowGuard:
     """Watches one ``generate``: `scores` goes into its processors, `stops` into its criteria.
 
@@ -84,15 +102,15 @@ class RowGuard:
 
     def scores(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Returns ``scores``, (rows, vocabulary), with the rows that failed made harmless."""
-        # A maximum is NaN where a NaN is, and -inf only where no token is left: a single -inf is
-        # how a token is ruled out, and no failure.
-        bad = ~scores.amax(-1).isfinite()  # (rows,)
+        bad = _failed(scores)
         whole = bad.view(-1, self._num_beams).all(-1)  # (sequences,)
         if self.failed is None:
             self.start = input_ids.shape[1]
             self.failed = torch.full_like(whole, -1, dtype=torch.long)
         step = input_ids.shape[1] - self.start
         self.failed = torch.where(whole & (self.failed < 0), step, self.failed)
+        if bad.is_cpu and not bad.any():  # elsewhere asking would be to wait
+            return scores
         return torch.where(bad.unsqueeze(-1), FAILED_SCORE, scores)
 
     def stops(self, input_ids: torch.Tensor, scores: Any, **unused: Any) -> torch.Tensor:

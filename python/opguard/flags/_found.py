@@ -1,0 +1,229 @@
+"""What one call of a checked model has found, and how a tensor's findings come to it.
+
+All of it is also traced, into graphs that torch.compile and torch.export make: there flags are
+handed on from op to op, where otherwise they are written into.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from opguard.flags import _engine
+from opguard.flags._leaves import Dims
+
+__all__ = ["THREADS", "Found", "Token", "record", "record_rest"]
+
+DEEPEST = 8  # of containers in a container: what holds itself ends somewhere
+
+_is_compiling = torch.compiler.is_compiling
+_transforms_run = torch._C._are_functorch_transforms_active
+_strided = torch.strided
+
+
+def tensors(value: Any, depth: int = 0) -> list[Tensor]:
+    """The tensors in ``value``: in lists, tuples, mappings and dataclasses, however nested."""
+    if isinstance(value, Tensor):
+        return [value]
+    if depth == DEEPEST or value is None:
+        return []
+    if isinstance(value, list | tuple):
+        inner = list(value)
+    elif isinstance(value, Mapping):
+        inner = list(value.values())
+    elif is_dataclass(value) and not isinstance(value, type):
+        inner = [getattr(value, each.name, None) for each in fields(value)]
+    else:
+        return []
+    found: list[Tensor] = []
+    for each in inner:
+        found += tensors(each, depth + 1)
+    return found
+
+
+class Found:
+    """The flags of one call.
+
+    How many samples it has is told by ``here``, in a tensor's shape: of a number, Dynamo would make
+    a graph for each.
+    """
+
+    def __init__(self, users: int) -> None:
+        self.users = users  # the calls and blocks that run now
+        self.held = 0  # how many of them are blocks
+        self.here: Tensor | None = None  # on the device of what was recorded first
+        self.used = False  # whether anything was
+        self.elsewhere: dict[torch.device, Tensor] | None = None
+        self.last: Any = None  # refers to what was recorded last, in this version
+        self.version = 0
+
+    def size(self, args: Any, kwargs: Any, key: int) -> None:
+        """Takes the number of samples from the first tensor of a call: dim 0 is the batch.
+
+        A call without a tensor is one sample.
+        """
+        for each in tensors((args, kwargs)):
+            if each.dim():
+                self.here = _engine.new(each.shape[0], each.device, key)
+                return
+        self.here = _engine.new(1, "cpu", key)
+
+    def on(self, device: torch.device) -> Tensor | None:
+        """The flags on ``device``, None where there are none yet."""
+        here = self.here
+        if here is None or here.device == device:
+            return here
+        return None if self.elsewhere is None else self.elsewhere.get(device)
+
+    def put(self, flags: Tensor) -> None:
+        if not self.used or self.here is None or self.here.device == flags.device:
+            self.here = flags
+        else:
+            self.elsewhere = (self.elsewhere or {}) | {flags.device: flags}
+        self.used = True
+
+    def end(self) -> None:
+        """No call or block runs any more."""
+        self.users = self.held = 0
+        self.last = None
+
+    def flags(self, key: int) -> Tensor:
+        """All of it as one tensor (rows, words), an ordinary one outside of inference mode."""
+        here = self.here
+        if here is None:
+            here = _engine.new(0, "cpu", key)
+        if self.elsewhere is not None:
+            for other in self.elsewhere.values():
+                here = _engine.merge((here, other.to(here.device)), key)
+            self.elsewhere = None
+        if not _is_compiling() and here.is_inference() and not torch.is_inference_mode_enabled():
+            here = here.clone()
+        self.here = here
+        return here
+
+    def is_readable(self) -> bool:
+        """Whether there was a call, and not one that only traced the model."""
+        if _is_compiling():
+            return True
+        from torch._subclasses.fake_tensor import FakeTensor
+
+        return self.here is not None and not isinstance(self.here, FakeTensor)
+
+
+class Slot:
+    """Where a thread keeps what its last call found."""
+
+    def __init__(self) -> None:
+        self.found: Found | None = None
+
+
+class Threads(threading.local):
+    """``slot`` is the calling thread's own.
+
+    One object a thread, made once: Dynamo writes attributes of a ``threading.local`` past the
+    thread's own, and of what it holds rightly.
+    """
+
+    def __init__(self) -> None:
+        self.slot = Slot()
+
+
+# By number. A global, and not in the hooks: of what it finds through a module Dynamo takes every
+# size for a constant, and would make a graph for each number of samples.
+THREADS: dict[int, Threads] = {}
+_numbers = itertools.count()
+
+
+class Token:
+    """Keeps an entry of ``THREADS`` as long as a hook or a check has it."""
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+        THREADS[self.number] = Threads()
+
+    def __del__(self) -> None:
+        THREADS.pop(self.number, None)
+
+
+def record(found: Found, output: Any, place: int, how: tuple[int, int], dims: Dims | None) -> None:
+    """Records all that a module returned; ``how`` is the checks' mask and the key."""
+    if dims is not None:
+        for each, dim in dims(output):
+            add(found, each, place, how, dim)
+    elif type(output) is Tensor:
+        add(found, output, place, how, 0)
+        if not _is_compiling():
+            found.last = weakref.ref(output)
+            # An inference tensor counts no versions: it may have changed.
+            found.version = -1 if output.is_inference() else output._version
+    elif isinstance(output, PackedSequence):  # its rows are tokens, by the length of their sequence
+        add(found, output.data, place, how, None)
+    else:
+        for each in tensors(output):
+            add(found, each, place, how, 0)
+
+
+def record_rest(found: Found, output: Any, place: int, how: tuple[int, int]) -> None:
+    """Records what the model returned in the samples of which no leaf said anything."""
+    told: dict[torch.device, Tensor] = {}
+    for each in tensors(output):
+        if found.last is not None and found.last() is each and not each.is_inference():
+            if each._version == found.version:
+                continue
+        flags = found.on(each.device)
+        if flags is None:
+            add(found, each, place, how, 0)
+            continue
+        if each.device not in told:
+            told[each.device] = _engine.is_err(flags).unsqueeze(1)
+        rest = Found(users=0)
+        rest.here = flags
+        add(rest, each, place, how, 0)
+        if rest.used and rest.here is not None:
+            _join(found, rest.here.masked_fill(told[each.device], 0), how[1])
+
+
+def add(found: Found, x: Tensor, place: int, how: tuple[int, int], dim: int | None) -> None:
+    """Records a tensor whose dimension ``dim`` is the batch.
+
+    Where that has another size than the call has samples, what is found is every sample's.
+    """
+    here = found.here
+    if here is None:
+        return
+    if x.layout is not _strided or x.is_nested:
+        x, dim = (x._values() if x.layout is torch.sparse_coo else x.values()), None
+    if not (x.is_floating_point() or x.is_complex()):
+        return
+    checks, key = how
+    if dim:
+        x, dim = (x.transpose(0, dim), 0) if x.dim() > dim else (x, None)
+    if dim is None or not x.dim() or x.shape[0] != here.shape[0]:
+        one = _engine.check(x.unsqueeze(0), place, None, checks, key)
+        _join(found, one.expand(here.shape[0], one.shape[1]), key)
+        return
+    flags = found.on(x.device) if found.used else None
+    if flags is None:
+        found.put(_engine.check(x, place, None, checks, key))
+    elif _is_compiling() or _transforms_run():
+        found.put(_engine.check(x, place, flags, checks, key))
+    else:
+        _engine.check_(x, place, flags, checks, key)
+
+
+def _join(found: Found, more: Tensor, key: int) -> None:
+    flags = found.on(more.device) if found.used else None
+    if flags is None:
+        found.put(more.clone(memory_format=torch.contiguous_format))
+    elif _is_compiling() or _transforms_run():
+        found.put(_engine.merge((flags, more), key))
+    else:
+        _engine.merge_(flags, more, key)
