@@ -9,6 +9,7 @@ from __future__ import annotations
 from opguard import __version__
 from opguard.flags import experimental
 from opguard.flags._err import err
+from opguard.flags.checking import FlagEvent, ModelCheck, check_model
 from opguard.flags.codes import ErrorCode, ErrorDomain, Severity
 from opguard.flags.config import (
     CONFIG,
@@ -93,10 +94,12 @@ __all__ = [
     "ErrorDomain",
     "ErrorFlags",
     "ErrorLocation",
+    "FlagEvent",
     "FlagsError",
     "FlagsLayoutError",
     "LocationError",
     "LocationTree",
+    "ModelCheck",
     "Ok",
     "Order",
     "Priority",
@@ -108,6 +111,7 @@ __all__ = [
     "__version__",
     "as_exception",
     "as_result",
+    "check_model",
     "err",
     "experimental",
     "find",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -62,8 +62,8 @@ class Found:
         self.here: Tensor | None = None  # on the device of what was recorded first
         self.used = False  # whether anything was
         self.elsewhere: dict[torch.device, Tensor] | None = None
-        self.last: Any = None  # refers to what was recorded last, in this version
-        self.version = 0
+        # What a leaf returned last, by weak references, each with its version and batch dimension.
+        self.last: list[tuple[Callable[[], Any], int, int | None]] = []
 
     def size(self, args: Any, kwargs: Any, key: int) -> None:
         """Takes the number of samples from the first tensor of a call: dim 0 is the batch.
@@ -90,10 +90,22 @@ class Found:
             self.elsewhere = (self.elsewhere or {}) | {flags.device: flags}
         self.used = True
 
+    def note(self, x: Tensor, dim: int | None) -> None:
+        """Remembers what the last leaf returned: the model may return it as it is."""
+        # An inference tensor counts no versions: whether it changed cannot be told.
+        self.last.append((weakref.ref(x), -1 if x.is_inference() else x._version, dim))
+
+    def noted(self, x: Tensor) -> tuple[bool, int | None]:
+        """Whether ``x`` was recorded as it is, and which of its dimensions is the batch."""
+        for refers, version, dim in self.last:
+            if refers() is x:
+                return version >= 0 and version == x._version, dim
+        return False, 0
+
     def end(self) -> None:
         """No call or block runs any more."""
         self.users = self.held = 0
-        self.last = None
+        self.last = []
 
     def flags(self, key: int) -> Tensor:
         """All of it as one tensor (rows, words), an ordinary one outside of inference mode."""
@@ -154,39 +166,44 @@ class Token:
 
 
 def record(found: Found, output: Any, place: int, how: tuple[int, int], dims: Dims | None) -> None:
-    """Records all that a module returned; ``how`` is the checks' mask and the key."""
-    if dims is not None:
-        for each, dim in dims(output):
-            add(found, each, place, how, dim)
-    elif type(output) is Tensor:
+    """Records all that a leaf returned; ``how`` is the checks' mask and the key."""
+    eager = not _is_compiling()
+    if eager:
+        found.last = []
+    if type(output) is Tensor and dims is None:
         add(found, output, place, how, 0)
-        if not _is_compiling():
-            found.last = weakref.ref(output)
-            # An inference tensor counts no versions: it may have changed.
-            found.version = -1 if output.is_inference() else output._version
-    elif isinstance(output, PackedSequence):  # its rows are tokens, by the length of their sequence
-        add(found, output.data, place, how, None)
+        if eager:
+            found.note(output, 0)
+        return
+    answers: list[tuple[Tensor, int | None]]
+    if dims is not None:
+        answers = dims(output)
+    elif isinstance(output, PackedSequence):  # its rows are steps of all sequences
+        answers = [(output.data, None)]
     else:
-        for each in tensors(output):
-            add(found, each, place, how, 0)
+        answers = [(each, 0) for each in tensors(output)]
+    for each, dim in answers:
+        add(found, each, place, how, dim)
+        if eager:
+            found.note(each, dim)
 
 
 def record_rest(found: Found, output: Any, place: int, how: tuple[int, int]) -> None:
     """Records what the model returned in the samples of which no leaf said anything."""
     told: dict[torch.device, Tensor] = {}
     for each in tensors(output):
-        if found.last is not None and found.last() is each and not each.is_inference():
-            if each._version == found.version:
-                continue
+        recorded, dim = (False, 0) if _is_compiling() else found.noted(each)
+        if recorded:
+            continue
         flags = found.on(each.device)
         if flags is None:
-            add(found, each, place, how, 0)
+            add(found, each, place, how, dim)
             continue
         if each.device not in told:
             told[each.device] = _engine.is_err(flags).unsqueeze(1)
         rest = Found(users=0)
         rest.here = flags
-        add(rest, each, place, how, 0)
+        add(rest, each, place, how, dim)
         if rest.used and rest.here is not None:
             _join(found, rest.here.masked_fill(told[each.device], 0), how[1])
 

@@ -1,4 +1,4 @@
-"""Which modules of a model are looked at, by which names, and where their answers have the batch."""
+"""Which modules of a model are looked at, by which names, and where their answers are batched."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """How the hooks of a checked model and torch.compile get along.
 
-Dynamo traces hooks that it meets inside a graph. Two things it has to be told: that hooks which run
-outside are no frames to compile, and that a model compiled before it was checked is another one now.
+Dynamo traces hooks that it meets inside a graph. Two things it has to be told: that hooks which
+run outside are no frames to compile, and that a model it compiled before has other hooks now.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -37,5 +38,7 @@ def compile_anew(models: Iterable[torch.nn.Module]) -> None:
     if frames is None:
         return
     kinds = {type(module) for model in models for module in model.modules()}
-    for code in {getattr(kind.forward, "__code__", None) for kind in kinds} - {None}:
+    # Not by kind.forward, which a scripted module's class does not have without an instance.
+    forwards = (inspect.getattr_static(kind, "forward", None) for kind in kinds)
+    for code in {getattr(forward, "__code__", None) for forward in forwards} - {None}:
         frames.remove_from_cache(code)

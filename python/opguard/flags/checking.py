@@ -29,10 +29,10 @@ import torch
 from opguard.flags import _engine
 from opguard.flags._found import THREADS, Found, Token, record, record_rest
 from opguard.flags._leaves import Dims, Leaf, bare, batch_dims, ends_in, leaves_of
+from opguard.flags._places import places_of
 from opguard.flags._tracing import compile_anew, never_a_frame
 from opguard.flags.config import ErrorConfig, get_config
 from opguard.flags.errors import FlagsError
-from opguard.flags._places import places_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,9 +90,7 @@ class _Gone:
 class _LeafHook(_Hook):
     """Records what a leaf module returned."""
 
-    def __init__(
-        self, token: Token, place: int, how: tuple[int, int], dims: Dims | None
-    ) -> None:
+    def __init__(self, token: Token, place: int, how: tuple[int, int], dims: Dims | None) -> None:
         self._token = token
         self._number = token.number
         self._place = place
@@ -188,7 +186,7 @@ class _Watch:
         self._every = every
         self._rate = sample_rate
         self._count = itertools.count(1)
-        self._draw = random.Random().random  # noqa: S311 - which calls are sampled is no secret
+        self._draw = random.Random().random
 
     def look(self, found: Found, module: nn.Module | None, key: int) -> None:
         """Tells of the errors in ``found``; reading them waits for an accelerator."""
@@ -413,10 +411,11 @@ def _checked_arguments(model: Any, inf: str, config: ErrorConfig | None) -> tupl
             f"check_model: expected a torch.nn.Module, got {type(model).__name__}; for what a "
             "function returns use flag_nan_and_inf"
         )
-    if type(model).__name__ == "DataParallel" and len(getattr(model, "device_ids", ())) > 1:
+    devices = len(model.device_ids) if isinstance(model, torch.nn.DataParallel) else 0
+    if devices > 1:
         raise FlagsError(
             "check_model: expected a model that runs in one thread, got a DataParallel on "
-            f"{len(model.device_ids)} devices; check the module inside and return .flags from its "
+            f"{devices} devices; check the module inside and return .flags from its "
             "forward, DataParallel gathers them"
         )
     if inf not in CHECKS:
@@ -438,15 +437,15 @@ def check_model(
     include: Patterns | None = None,
     exclude: Patterns | None = None,
 ) -> ModelCheck:
-    """Checks every leaf module of ``model`` in each call, until ``remove()`` or the end of ``with``.
+    """Checks every leaf module of ``model`` in each call, until ``remove()`` or its ``with`` ends.
 
         with check_model(model) as c:
             y = model(x)
             print(flags.repr(c.flags))
 
-    A leaf is a module without modules inside. All floating tensors that it returns are looked at, in
-    tuples, mappings and dataclasses too; NaN and Inf are recorded under the leaf's qualified name.
-    So is what the model itself returns, under its own name, in samples that no leaf flagged.
+    A leaf is a module without modules inside. All floating tensors that it returns are looked at,
+    in tuples, mappings and dataclasses too; NaN and Inf are recorded under the leaf's qualified
+    name. So is what the model itself returns, under its own name, in samples that no leaf flagged.
 
     The first tensor that the model is called with says how many samples there are: its dim 0. A
     tensor with that size in its dim 0 is looked at sample by sample; in any other (time first, one
