@@ -18,6 +18,7 @@ from opguard.flags._words import as_words
 from opguard.flags.codes import ErrorCode, Severity
 from opguard.flags.config import ErrorConfig
 from opguard.flags.errors import FlagsError
+from opguard.flags.locations import ErrorLocation
 
 __all__ = ["ErrorFlags", "UnpackedError", "flags"]
 
@@ -61,12 +62,6 @@ class UnpackedError(NamedTuple):
         return f"UnpackedError({self.severity_name}:{self.code_name}@{self.location_name})"
 
 
-def _location_name(location: int) -> str:
-    from opguard.flags.locations import ErrorLocation
-
-    return str(ErrorLocation.name(location))
-
-
 def _named(error: tuple[int, int, int]) -> UnpackedError:
     severity, code, location = error
     return UnpackedError(
@@ -75,7 +70,7 @@ def _named(error: tuple[int, int, int]) -> UnpackedError:
         location,
         Severity.name(severity),
         ErrorCode.name(code),
-        _location_name(location),
+        ErrorLocation.name(location),
     )
 
 
@@ -146,7 +141,7 @@ class ErrorFlags:
         """``{location name: {code name: how often}}`` over the batch, by location and code."""
         found: dict[str, dict[str, int]] = {}
         for location, code, count in _counts(flags):
-            codes = found.setdefault(_location_name(location), {})
+            codes = found.setdefault(ErrorLocation.name(location), {})
             name = ErrorCode.name(code)
             codes[name] = codes.get(name, 0) + count
         return found
@@ -167,7 +162,7 @@ class ErrorFlags:
             by_code[code] = by_code.get(code, 0) + count
         most = sorted(by_code.items(), key=lambda item: (-item[1], item[0]))
         codes = ", ".join(f"{count}x{ErrorCode.name(code)}" for code, count in most)
-        places = sorted({_location_name(location) for location, _, _ in counts})
+        places = sorted({ErrorLocation.name(location) for location, _, _ in counts})
         shown = ", ".join(places[:3]) + (f" +{len(places) - 3} more" if len(places) > 3 else "")
         return f"ErrorFlags({samples} samples, {sum(by_code.values())} errors: {codes} @ {shown})"
 
