@@ -42,14 +42,19 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
     return found
 
 
-def check_findings(dtype: torch.dtype, rows: int, columns: int, specials: int) -> None:
+def check_findings(
+    dtype: torch.dtype, rows: int, columns: int, specials: int, threads: int = 1
+) -> None:
     x = torch.randn(rows, columns)
     for _ in range(specials):
         row, column, kind = (int(torch.randint(n, ())) for n in (rows, columns, 3))
         x[row, column] = SPECIAL[kind]
     x = x.to(dtype)
     for name, view in layouts(x).items():
-        expected, got = findings(view), OPS.row_findings(view)
+        expected = findings(view)
+        torch.set_num_threads(threads)
+        got = OPS.row_findings(view)
+        torch.set_num_threads(1)
         if not torch.equal(expected.to(torch.uint8), got):
             sys.exit(f"{tier}: {dtype}, {name} {tuple(view.shape)}: {got} for {expected}")
 
@@ -89,10 +94,9 @@ def main() -> None:
         for rows, columns in ((1, 3), (3, 17), (7, 64), (33, 40), (300, 12), (5, 1001)):
             for specials in (0, 1, rows * columns // 8):
                 check_findings(dtype, rows, columns, specials)
-    torch.set_num_threads(2)
-    for dtype in floats:
-        check_findings(dtype, 3, 120_000, 2)
-        check_findings(dtype, 3000, 100, 3)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        check_findings(dtype, 3, 120_000, 2, threads=2)
+        check_findings(dtype, 3000, 100, 3, threads=2)
     for dtype, per_word in SLOTS.items():
         for words in (1, 2, 3, 4, 5, 8, 17, 256 // per_word):
             for rows in (0, 1, 7, 70):
