@@ -13,8 +13,7 @@ import torch.distributed as dist
 
 import opguard
 from checkout import TESTS
-from opguard.flags import err
-from opguard.flags.distributed import dist_merge
+from opguard.flags import dist_merge, err
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
 

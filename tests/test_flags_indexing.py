@@ -7,9 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from opguard.flags import ErrorCode, ErrorConfig, ErrorLocation, FlagsError, Severity, err, flags
+from opguard.flags import (
+    ErrorCode,
+    ErrorConfig,
+    ErrorLocation,
+    FlagsError,
+    Severity,
+    err,
+    flags,
+    guarded_embedding,
+    guarded_gather,
+    guarded_index_select,
+)
 from opguard.flags.errors import BatchMismatchError
-from opguard.flags.indexing import guarded_embedding, guarded_gather, guarded_index_select
 
 BAD = torch.tensor([[0, 4], [5, 1], [2, 3], [-1, 9]])
 ROWS = torch.tensor([False, True, False, True])  # samples of BAD outside 0..4

@@ -14,8 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from opguard.flags import AccumulationConfig, Dedupe, ErrorConfig, Order, Priority, err
-from opguard.flags.distributed import dist_merge
+from opguard.flags import AccumulationConfig, Dedupe, ErrorConfig, Order, Priority, dist_merge, err
 from opguard.flags.errors import BatchMismatchError, FlagsError, FlagsLayoutError
 
 CARRIERS = (torch.int64, torch.int32, torch.float64, torch.float32)

@@ -36,6 +36,7 @@ from opguard.flags.constants import (
     SLOTS_PER_WORD,
 )
 from opguard.flags.control import AND, HAS, IF, IS, NOT, OR
+from opguard.flags.distributed import dist_merge
 from opguard.flags.errors import (
     BatchMismatchError,
     CodeError,
@@ -58,6 +59,7 @@ from opguard.flags.helpers import (
     push,
     push_,
 )
+from opguard.flags.indexing import guarded_embedding, guarded_gather, guarded_index_select
 from opguard.flags.inspection import ErrorFlags, UnpackedError, flags
 from opguard.flags.locations import ErrorLocation
 from opguard.flags.results import Err, Ok, Result, as_exception, as_result, unwrap
@@ -112,6 +114,7 @@ __all__ = [
     "as_exception",
     "as_result",
     "check_model",
+    "dist_merge",
     "err",
     "experimental",
     "find",
@@ -125,6 +128,9 @@ __all__ = [
     "flag_oob_indices",
     "flags",
     "get_config",
+    "guarded_embedding",
+    "guarded_gather",
+    "guarded_index_select",
     "has_err",
     "push",
     "push_",

@@ -19,6 +19,7 @@ from opguard.flags import config as _config
 from opguard.flags.combinators import recover_with_fallback
 from opguard.flags.constants import CODE_MASK, CODE_SHIFT
 from opguard.flags.errors import CodeError, FlagsError
+from opguard.flags.indexing import guarded_embedding, guarded_gather, guarded_index_select
 from opguard.flags.locations import clear_location_cache, clear_warn_cache, resolve_location
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ __all__ = [
     "flag_nan_and_inf",
     "flag_nan_and_inf_",
     "flag_oob_indices",
+    "guarded_embedding",
+    "guarded_gather",
+    "guarded_index_select",
     "has_err",
     "push",
     "push_",
