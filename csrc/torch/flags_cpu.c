@@ -9,8 +9,9 @@
 /* Findings of so many samples fit on the stack. */
 enum { SMALL_BATCH = 4096 };
 
-/* Bytes of rows that are worth a thread of their own. */
-enum { GRAIN_BYTES = 1 << 16 };
+/* Bytes of rows that are worth a thread of their own: some 25 us, where waking
+ * one takes a few. */
+enum { GRAIN_BYTES = 1 << 18 };
 
 typedef void (*range_function)(int64_t begin, int64_t end, void *call);
 

@@ -1,19 +1,23 @@
 /* A program without Python: loads libtorch and the ops library, packs two
- * tensors and takes them apart again, many times.
+ * tensors and takes them apart again, and flags a tensor, many times.
  *
  *     ops_program PATH_TO_libopguard_ops.so [ROUNDS]
  *
  * Prints the resident size before and after the rounds, in pages. */
 #include <dlfcn.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "check.h"
+#include "core/slots.h"
 #include "torch/opguard_ops.h"
 #include "torch/shim.h"
 
-/* Declared here, because the library itself calls no other op. */
+/* Declared here, because the library itself does not call them. */
+OgShimCode
+aoti_torch_new_tensor_handle(AtenTensorHandle from, AtenTensorHandle *to);
 OgShimCode
 torch_call_dispatcher(const char *name, const char *overload,
                       StableIValue *stack, uint64_t version);
@@ -82,6 +86,74 @@ round_trip(void)
     CHECK(torch_delete_list(leaves) == 0);
 }
 
+enum { KEY = 16 | OG_DEDUPE_UNIQUE << OG_KEY_DEDUPE_SHIFT };
+
+/* (2, 3) float32: a NaN in the second sample. */
+static AtenTensorHandle
+with_nan(void)
+{
+    const int64_t sizes[2] = {2, 3}, strides[2] = {3, 1};
+    const float values[6] = {0, 1, 2, 3, NAN, 5};
+    AtenTensorHandle x = NULL;
+    void *data = NULL;
+    CHECK(aoti_torch_empty_strided(2, sizes, strides,
+                                   aoti_torch_dtype_float32(),
+                                   aoti_torch_device_type_cpu(), 0, &x) == 0);
+    CHECK(aoti_torch_get_data_ptr(x, &data) == 0);
+    memcpy(data, values, sizeof values);
+    return x;
+}
+
+static AtenTensorHandle
+another(AtenTensorHandle tensor)
+{
+    AtenTensorHandle more = NULL;
+    CHECK(aoti_torch_new_tensor_handle(tensor, &more) == 0);
+    return more;
+}
+
+/* check_new, merge with itself, find; the flags through the table too. */
+static void
+flags_round(const og_ops *table)
+{
+    uint16_t slots[4] = {0};
+    int64_t used = 0;
+    void *data = NULL;
+    og_error err = {OG_OK, ""};
+    StableIValue stack[4] = {(StableIValue)(uintptr_t)with_nan(), 5, 7, KEY};
+    CHECK(torch_call_dispatcher("opguard::flags_check_new", "", stack,
+                                OG_TORCH_FLOOR) == 0);
+    AtenTensorHandle flags = (AtenTensorHandle)(uintptr_t)stack[0];
+    void *impl = *(void **)flags;
+    CHECK(table->flags_push(impl, NULL, impl, og_slot_make(6, 3, 2), KEY,
+                            &err) == OG_OK);
+    CHECK(table->flags_push(impl, NULL, impl, -1, KEY, &err) ==
+          OG_BAD_ARGUMENT);
+    CHECK(table->flags_read(impl, 1, slots, 4, &used, &err) == OG_OK);
+    CHECK(used == 2 && slots[0] == og_slot_make(5, OG_CODE_NAN, 3) &&
+          slots[1] == og_slot_make(6, 3, 2));
+    CHECK(table->flags_read(impl, 2, slots, 4, &used, &err) == OG_BAD_BATCH);
+    StableListHandle list = NULL;
+    CHECK(torch_new_list_reserve_size(2, &list) == 0);
+    for (int i = 0; i < 2; i++) {
+        StableIValue one = (StableIValue)(uintptr_t)another(flags);
+        CHECK(torch_list_push_back(list, one) == 0);
+    }
+    stack[0] = (StableIValue)(uintptr_t)list;
+    stack[1] = KEY;
+    CHECK(torch_call_dispatcher("opguard::flags_merge", "", stack,
+                                OG_TORCH_FLOOR) == 0);
+    stack[1] = OG_CODE_MASK;
+    stack[2] = OG_CODE_NAN << OG_CODE_SHIFT;
+    CHECK(torch_call_dispatcher("opguard::flags_find", "", stack,
+                                OG_TORCH_FLOOR) == 0);
+    AtenTensorHandle found = (AtenTensorHandle)(uintptr_t)stack[0];
+    CHECK(aoti_torch_get_data_ptr(found, &data) == 0);
+    CHECK(!((bool *)data)[0] && ((bool *)data)[1]);
+    CHECK(aoti_torch_delete_tensor_object(found) == 0);
+    CHECK(aoti_torch_delete_tensor_object(flags) == 0);
+}
+
 static long
 resident_pages(void)
 {
@@ -118,10 +190,12 @@ main(int argc, char **argv)
     int rounds = argc > 2 ? atoi(argv[2]) : 1;
     for (int i = 0; i < rounds / 4 + 1; i++) {
         round_trip();
+        flags_round(table());
     }
     long before = resident_pages();
     for (int i = 0; i < rounds; i++) {
         round_trip();
+        flags_round(table());
     }
     printf("%ld %ld\n", before, resident_pages());
     return failures != 0;
