@@ -843,9 +843,13 @@ def test_compiled_flags_are_those_of_eager(order):
 def test_a_function_that_calls_a_checked_model_is_one_graph_for_all_sizes():
     model = Net()
     c = check_model(model)
-    counter = torch._dynamo.testing.CompileCounter()
+    sizes = []
 
-    @torch.compile(fullgraph=True, backend=counter)
+    def backend(graph, inputs):
+        sizes.append([each for each in inputs if isinstance(each, int | torch.SymInt)])
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=backend)
     def step(x):
         return model(x) * 2, c.flags
 
@@ -853,7 +857,14 @@ def test_a_function_that_calls_a_checked_model_is_one_graph_for_all_sizes():
         _, f = step(bad(rows=size))
         assert flagged(f) == [each == 1 for each in range(size)]
         assert torch.equal(f, c.flags)
-    assert counter.frame_count == 2  # the second time the size becomes a symbol
+    assert len(sizes) == 2  # the second time the size becomes a symbol
+    sizes.clear()
+    fast = torch.compile(model, fullgraph=True, backend=backend)
+    for size in (3, 5, 7, 9):
+        fast(bad(rows=size))
+        assert flagged(c.flags) == [each == 1 for each in range(size)]
+    assert len(sizes) == 2
+    _, f = step(bad(rows=9))
     other = threading.Thread(target=lambda: step(torch.ones(3, 4)))
     other.start()
     other.join()

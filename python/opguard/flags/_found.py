@@ -7,6 +7,7 @@ handed on from op to op, where otherwise they are written into.
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ __all__ = ["THREADS", "Found", "Token", "record", "record_rest"]
 DEEPEST = 8  # of containers in a container: what holds itself ends somewhere
 
 _is_compiling = torch.compiler.is_compiling
+_modules = sys.modules
 _transforms_run = torch._C._are_functorch_transforms_active
 _strided = torch.strided
 
@@ -50,31 +52,39 @@ def tensors(value: Any, depth: int = 0) -> list[Tensor]:
 
 
 class Found:
-    """The flags of one call.
-
-    How many samples it has is told by ``here``, in a tensor's shape: of a number, Dynamo would make
-    a graph for each.
-    """
+    """The flags of one call, and its number of samples once it is ``sized``."""
 
     def __init__(self, users: int) -> None:
+        self.sized = False
+        self._rows = 0
+        # Tells the rows to a graph by its shape: of a number Dynamo would make a graph for each.
+        self._like: Tensor | None = None
         self.users = users  # the calls and blocks that run now
         self.held = 0  # how many of them are blocks
         self.here: Tensor | None = None  # on the device of what was recorded first
-        self.used = False  # whether anything was
         self.elsewhere: dict[torch.device, Tensor] | None = None
         # What a leaf returned last, by weak references, each with its version and batch dimension.
         self.last: list[tuple[Callable[[], Any], int, int | None]] = []
 
-    def size(self, args: Any, kwargs: Any, key: int) -> None:
+    def size(self, args: Any, kwargs: Any) -> None:
         """Takes the number of samples from the first tensor of a call: dim 0 is the batch.
 
         A call without a tensor is one sample.
         """
-        for each in tensors((args, kwargs)):
-            if each.dim():
-                self.here = _engine.new(each.shape[0], each.device, key)
-                return
-        self.here = _engine.new(1, "cpu", key)
+        self.sized = True
+        self._rows = 1
+        if args and type(args[0]) is Tensor and args[0].dim():  # the common case
+            self._rows = args[0].shape[0]
+        else:
+            for each in tensors((args, kwargs)):
+                if each.dim():
+                    self._rows = each.shape[0]
+                    break
+        if "torch._dynamo" in _modules and not _is_compiling():
+            self._like = torch.empty((self._rows, 0))
+
+    def rows(self) -> int:
+        return self._rows if self._like is None else self._like.shape[0]
 
     def on(self, device: torch.device) -> Tensor | None:
         """The flags on ``device``, None where there are none yet."""
@@ -83,12 +93,15 @@ class Found:
             return here
         return None if self.elsewhere is None else self.elsewhere.get(device)
 
+    def on_cpu(self, x: Tensor) -> bool:
+        """Whether there are flags, and they and ``x`` are in host memory."""
+        return self.here is not None and x.is_cpu and self.here.is_cpu
+
     def put(self, flags: Tensor) -> None:
-        if not self.used or self.here is None or self.here.device == flags.device:
+        if self.here is None or self.here.device == flags.device:
             self.here = flags
         else:
             self.elsewhere = (self.elsewhere or {}) | {flags.device: flags}
-        self.used = True
 
     def note(self, x: Tensor, dim: int | None) -> None:
         """Remembers what the last leaf returned: the model may return it as it is."""
@@ -111,7 +124,7 @@ class Found:
         """All of it as one tensor (rows, words), an ordinary one outside of inference mode."""
         here = self.here
         if here is None:
-            here = _engine.new(0, "cpu", key)
+            here = _engine.new(self.rows(), "cpu", key)
         if self.elsewhere is not None:
             for other in self.elsewhere.values():
                 here = _engine.merge((here, other.to(here.device)), key)
@@ -127,7 +140,7 @@ class Found:
             return True
         from torch._subclasses.fake_tensor import FakeTensor
 
-        return self.here is not None and not isinstance(self.here, FakeTensor)
+        return self.sized and not isinstance(self.here, FakeTensor)
 
 
 class Slot:
@@ -201,11 +214,9 @@ def record_rest(found: Found, output: Any, place: int, how: tuple[int, int]) -> 
             continue
         if each.device not in told:
             told[each.device] = _engine.is_err(flags).unsqueeze(1)
-        rest = Found(users=0)
-        rest.here = flags
-        add(rest, each, place, how, dim)
-        if rest.used and rest.here is not None:
-            _join(found, rest.here.masked_fill(told[each.device], 0), how[1])
+        rest = _looked_at(found, each, place, how, dim)
+        if rest is not None:
+            _join(found, rest.masked_fill(told[each.device], 0), how[1])
 
 
 def add(found: Found, x: Tensor, place: int, how: tuple[int, int], dim: int | None) -> None:
@@ -213,33 +224,46 @@ def add(found: Found, x: Tensor, place: int, how: tuple[int, int], dim: int | No
 
     Where that has another size than the call has samples, what is found is every sample's.
     """
-    here = found.here
-    if here is None:
-        return
+    x, dim = _batched(found, x, dim)
+    flags = found.on(x.device)
+    if dim is None or flags is None:
+        more = _looked_at(found, x, place, how, dim)
+        if more is not None:
+            _join(found, more, how[1])
+    elif _is_compiling() or _transforms_run():
+        found.put(_engine.check(x, place, flags, *how))
+    else:
+        _engine.check_(x, place, flags, *how)
+
+
+def _batched(found: Found, x: Tensor, dim: int | None) -> tuple[Tensor, int | None]:
+    """``x`` with the batch in dim 0; None where it has none."""
     if x.layout is not _strided or x.is_nested:
-        x, dim = (x._values() if x.layout is torch.sparse_coo else x.values()), None
-    if not (x.is_floating_point() or x.is_complex()):
-        return
-    checks, key = how
+        return (x._values() if x.layout is torch.sparse_coo else x.values()), None
     if dim:
         x, dim = (x.transpose(0, dim), 0) if x.dim() > dim else (x, None)
-    if dim is None or not x.dim() or x.shape[0] != here.shape[0]:
-        one = _engine.check(x.unsqueeze(0), place, None, checks, key)
-        _join(found, one.expand(here.shape[0], one.shape[1]), key)
-        return
-    flags = found.on(x.device) if found.used else None
-    if flags is None:
-        found.put(_engine.check(x, place, None, checks, key))
-    elif _is_compiling() or _transforms_run():
-        found.put(_engine.check(x, place, flags, checks, key))
-    else:
-        _engine.check_(x, place, flags, checks, key)
+    if dim is None or not x.dim() or x.shape[0] != found.rows():
+        return x, None
+    return x, 0
+
+
+def _looked_at(
+    found: Found, x: Tensor, place: int, how: tuple[int, int], dim: int | None
+) -> Tensor | None:
+    """New flags (rows, words) of ``x`` alone; None where it cannot hold a NaN."""
+    if not (x.is_floating_point() or x.is_complex()):
+        return None
+    x, dim = _batched(found, x, dim)
+    if dim is not None:
+        return _engine.check(x, place, None, *how)
+    one = _engine.check(x.unsqueeze(0), place, None, *how)
+    return one.expand(found.rows(), one.shape[1])
 
 
 def _join(found: Found, more: Tensor, key: int) -> None:
-    flags = found.on(more.device) if found.used else None
+    flags = found.on(more.device)
     if flags is None:
-        found.put(more.clone(memory_format=torch.contiguous_format))
+        found.put(more.contiguous())
     elif _is_compiling() or _transforms_run():
         found.put(_engine.merge((flags, more), key))
     else:

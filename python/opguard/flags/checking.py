@@ -96,28 +96,46 @@ class _LeafHook(_Hook):
         self._place = place
         self._how = how
         self._dims = dims
+        self.notes = True  # whether the model's own answer is looked at
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         slot = THREADS[self._number].slot
         found = slot.found
+        if (
+            not _is_compiling()
+            and type(output) is torch.Tensor
+            and self._dims is None
+            and found is not None
+            and found.users
+            and found.on_cpu(output)
+        ):
+            # The common case. What it is not, an exception tells.
+            try:
+                _engine.check_(output, self._place, found.here, *self._how)  # type: ignore[arg-type]
+            except Exception:
+                pass
+            else:
+                if self.notes:
+                    found.last = []
+                    found.note(output, 0)
+                return
         if found is None or not found.users:
             # Called by itself, outside a call of its model: a call of its own. A backward pass
             # runs a checkpointed leaf once more, which is none.
             if not _is_compiling() and torch._C._current_graph_task_id() != -1:
                 return
             found = slot.found = Found(users=0)
-        if found.here is None:
-            found.size(args, {}, self._how[1])
+        if not found.sized:
+            found.size(args, {})
         record(found, output, self._place, self._how, self._dims)
 
 
 class _EnterHook(_Hook):
     """Begins what a call of the model finds."""
 
-    def __init__(self, token: Token, key: int, roots: frozenset[int]) -> None:
+    def __init__(self, token: Token, roots: frozenset[int]) -> None:
         self._token = token
         self._number = token.number
-        self._key = key
         self._roots = roots
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -129,8 +147,8 @@ class _EnterHook(_Hook):
         if found is None or not found.users:
             found = slot.found = Found(users=0)
         found.users += 1
-        if found.here is None:
-            found.size(args, kwargs, self._key)
+        if not found.sized:
+            found.size(args, kwargs)
 
 
 class _LeaveHook(_Hook):
@@ -252,20 +270,22 @@ class ModelCheck:
         own, ids = places_of(root, prefix, dict(zip(names, leaves, strict=True)))
         # First in, last out: a call has begun for every other hook.
         enter = root.register_forward_pre_hook(
-            _EnterHook(self._token, how[1], roots), prepend=True, with_kwargs=True
+            _EnterHook(self._token, roots), prepend=True, with_kwargs=True
         )
         self._handles.append(enter)
-        seen = [
-            (leaf, name, place)
-            for leaf, name, place in zip(leaves, names, ids, strict=True)
-            if self._hook(leaf, place, how)
-        ]
-        self._locations |= {name or type(root).__name__: place for _, name, place in seen}
-        place = None if ends_in(root, [leaf.module for leaf, _, _ in seen]) else own
-        leave = _LeaveHook(self._token, place, how, self._watch)
+        hooks = {
+            leaf: self._hook(leaf, place, how) for leaf, place in zip(leaves, ids, strict=True)
+        }
+        seen = [leaf.module for leaf, hook in hooks.items() if hook is not None]
+        rest = None if ends_in(root, seen) else own
+        for name, place, hook in zip(names, ids, hooks.values(), strict=True):
+            if hook is not None:
+                hook.notes = rest is not None
+                self._locations[name or type(root).__name__] = place
+        leave = _LeaveHook(self._token, rest, how, self._watch)
         self._handles.append(root.register_forward_hook(leave, always_call=True))
 
-    def _hook(self, leaf: Leaf, place: int, how: tuple[int, int]) -> bool:
+    def _hook(self, leaf: Leaf, place: int, how: tuple[int, int]) -> _LeafHook | None:
         hook = _LeafHook(self._token, place, how, batch_dims(leaf.module))
         try:
             self._handles.append(leaf.module.register_forward_hook(hook))
@@ -276,8 +296,8 @@ class ModelCheck:
                 leaf.name or "the model",
                 type(leaf.module).__name__,
             )
-            return False
-        return True
+            return None
+        return hook
 
     @property
     def flags(self) -> Tensor:
