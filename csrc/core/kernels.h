@@ -8,8 +8,11 @@
 #include "core/batch.h"
 #include "core/scan.h"
 
-/* Fewer rows than this may be cut into slices. */
+/* Fewer rows than this may be cut into slices: rows that each lie together,
+ * and rows that interleave, which are read a slice at a time even when they
+ * are many, because part of each stretch would be no run to read. */
 #define OG_SCAN_FEW_ROWS 256
+#define OG_SCAN_FEW_TOGETHER 16384
 
 /* With this bit a kernel says that an Inf may be hidden behind what it found;
  * `exact` on the same run tells. */

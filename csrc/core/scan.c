@@ -328,35 +328,43 @@ slices_of(const og_scan *scan, int64_t begin, int64_t end)
     return part;
 }
 
+/* Units of rows that each lie together. */
+static void
+row_slices(const og_scan *scan, int64_t begin, int64_t end, uint8_t *bits)
+{
+    while (begin < end) {
+        int64_t row = begin / scan->slices;
+        int64_t until = least(end, (row + 1) * scan->slices);
+        og_scan part = slices_of(scan, begin - row * scan->slices,
+                                 until - row * scan->slices);
+        share(&bits[row],
+              row_found(&part, part.data + row * part.row_stride, 0));
+        begin = until;
+    }
+}
+
 void
 og_scan_units(const og_scan *scan, int64_t begin, int64_t end, uint8_t *bits)
 {
     if (begin >= end) {
         return;
     }
-    if (scan->same_rows) {
+    if (begin == 0 && end == scan->units) { /* all of it is the caller's */
         og_scan_rows(scan, 0, scan->rows, bits);
     }
-    else if (scan->slices == 1 && scan->units == scan->rows) {
+    else if (scan->slices == 1) {
         og_scan_rows(scan, begin, end, bits);
     }
     else if (scan->outer > 0) {
-        uint8_t found[OG_SCAN_FEW_ROWS] = {0};
+        uint8_t found[OG_SCAN_FEW_TOGETHER];
         og_scan part = slices_of(scan, begin, end);
+        memset(found, 0, (size_t)part.rows);
         og_scan_rows(&part, 0, part.rows, found);
         for (int64_t r = 0; r < part.rows; r++) {
             share(&bits[r], found[r]);
         }
     }
     else {
-        while (begin < end) {
-            int64_t row = begin / scan->slices;
-            int64_t until = least(end, (row + 1) * scan->slices);
-            og_scan part = slices_of(scan, begin - row * scan->slices,
-                                     until - row * scan->slices);
-            share(&bits[row],
-                  row_found(&part, part.data + row * part.row_stride, 0));
-            begin = until;
-        }
+        row_slices(scan, begin, end, bits);
     }
 }

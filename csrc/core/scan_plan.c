@@ -91,7 +91,9 @@ divide(og_scan *scan)
         return;
     }
     bool together = scan->outer > 0;
-    if (scan->rows < OG_SCAN_FEW_ROWS) {
+    bool few =
+        scan->rows < (together ? OG_SCAN_FEW_TOGETHER : OG_SCAN_FEW_ROWS);
+    if (few) {
         int64_t size = together ? 0 : scan->run;
         int32_t last = together ? scan->outer : scan->used;
         for (int32_t d = 0; d < last; d++) {
@@ -103,10 +105,7 @@ divide(og_scan *scan)
         int64_t wanted = (together ? bytes : row_bytes) / UNIT_BYTES;
         scan->slices = most(1, least(wanted, size));
     }
-    scan->units = scan->slices * scan->rows;
-    if (together && scan->rows < OG_SCAN_FEW_ROWS) {
-        scan->units = scan->slices;
-    }
+    scan->units = scan->slices * (together && few ? 1 : scan->rows);
     scan->grain = most(1, UNIT_BYTES / most(1, bytes / scan->units));
 }
 
