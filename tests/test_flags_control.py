@@ -230,6 +230,42 @@ def test_a_chain_differentiates_the_branch_it_takes():
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_are_of_the_random_numbers_drawn(training):
+    """Recomputed, dropout would draw another mask than the one that was applied."""
+    dropout = nn.Dropout(0.5).train(training)
+
+    def fn(x):
+        return IF(x.sum() < 0, lambda: torch.sqrt(x)).ELSE(lambda: dropout(x) * 2)
+
+    x = torch.ones(200, requires_grad=True)
+    y = compiled(fn)(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    assert bool((y == 0).any()) is training
+
+
+def test_shapes_that_vary():
+    def fn(x):
+        f = flag_nan(x, 3)
+        z = err.take_ok_p(f, x)
+        return IF(HAS(f), lambda: (z * 2, f.clone())).ELSE(lambda: (z.clone(), f))
+
+    torch._dynamo.reset()
+    run = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (3, 5, 8):
+        x = torch.randn(n, 4)
+        x[n // 2, 0] = NAN if n > 3 else 1.0
+        grads = []
+        for call in (fn, run):
+            leaf = x.clone().requires_grad_()
+            z, f = call(leaf)
+            z.sum().backward()
+            grads.append((z.detach(), f, leaf.grad))
+        for a, b in zip(*grads, strict=True):
+            assert torch.equal(a, b)
+
+
 @tracked
 class Repairing(nn.Module):
     """The README's recovery inside a compiled graph."""

@@ -52,14 +52,23 @@ _WITHOUT_INF = tuple(
 )
 
 
+def _is_inf(value: Any) -> bool:
+    # By comparing, as math.isinf and math.isnan take no number that a compiled graph keeps open.
+    return bool(value in (math.inf, -math.inf))
+
+
+def _is_nan(value: Any) -> bool:
+    return bool(value != value)  # noqa: PLR0124
+
+
 def _holds(dtype: torch.dtype, value: Any) -> bool:
     if isinstance(value, complex) or dtype.is_complex:
         return dtype.is_complex
     if dtype.is_floating_point:
-        if math.isinf(value):
+        if _is_inf(value):
             return dtype not in _WITHOUT_INF
-        return math.isnan(value) or abs(value) <= torch.finfo(dtype).max
-    if math.isinf(value) or math.isnan(value) or value != int(value):
+        return _is_nan(value) or abs(value) <= torch.finfo(dtype).max
+    if _is_inf(value) or _is_nan(value) or value != int(value):
         return False
     if dtype is torch.bool:
         return value in (0, 1)
@@ -303,7 +312,7 @@ def _target_mask(t: Tensor, target: ReplaceTarget) -> Tensor | None:
     # An int 1 or 2 is err.NAN or err.INF; the numbers are 1.0 and 2.0.
     if type(target) is int and target in (ErrorCode.NAN, ErrorCode.INF):
         target = "nan" if target == ErrorCode.NAN else "inf"
-    if isinstance(target, str) or math.isnan(target):
+    if isinstance(target, str) or _is_nan(target):
         if not inexact:
             return None
         if target == "posinf":

@@ -6,17 +6,19 @@ In eager code the condition is read and one branch runs. While compiling, all br
 If no gradient flows, all run and ``torch.where`` selects. If one does, ``torch.cond`` runs the one
 taken alone, forward and backward, because where's gradient of a branch not taken is 0 times that
 branch's derivative: NaN wherever that is not finite. On a GPU torch.cond reads the condition.
+Branches that draw random numbers (dropout in training) are always selected by ``torch.where``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from opguard.flags import _engine
+from opguard.flags._drawing import draws_since, traced_so_far
 from opguard.flags._err import err
 from opguard.flags.config import ErrorConfig
 from opguard.flags.errors import FlagsError
@@ -186,17 +188,21 @@ def _decoded(tensor: Tensor, dtype: torch.dtype, with_grad: bool) -> Tensor:
     return tensor.view(dtype) if dtype in _VIEWED else tensor.to(dtype)
 
 
-def _selected(conds: list[Tensor], column: tuple[Tensor, ...]) -> Tensor:
-    """The tensor of the first condition that holds; the last for none.
-
-    Words that may be flags are moved as integers.
-    """
-    dtype = column[0].dtype
-    words = {torch.float32: torch.int32, torch.float64: torch.int64}.get(dtype, dtype)
-    value = column[-1].view(words)
+def _where(conds: list[Tensor], column: Sequence[Tensor]) -> Tensor:
+    """The tensor of the first condition that holds; the last for none."""
+    value = column[-1]
     for cond, tensor in zip(reversed(conds), reversed(column[:-1]), strict=True):
-        value = torch.where(cond, tensor.view(words), value)
-    return value.view(dtype)
+        value = torch.where(cond, tensor, value)
+    return value
+
+
+def _selected(conds: list[Tensor], column: Sequence[Tensor], with_grad: bool) -> Tensor:
+    """:func:`_where`; words that may be flags are moved as integers."""
+    dtype = column[0].dtype
+    words = {torch.float32: torch.int32, torch.float64: torch.int64}.get(dtype)
+    if words is None or (with_grad and torch.is_grad_enabled()):
+        return _where(conds, column)
+    return _where(conds, [tensor.view(words) for tensor in column]).view(dtype)
 
 
 def _run_taken(conds: list[Tensor], fns: list[Callable[[], Any]], skeleton: Any) -> list[Tensor]:
@@ -212,13 +218,15 @@ def _run_taken(conds: list[Tensor], fns: list[Callable[[], Any]], skeleton: Any)
 
 
 def _compiled(conds: list[Tensor], fns: list[Callable[[], Any]]) -> Any:
+    begin = traced_so_far()
     results = [fn() for fn in fns]
+    random = draws_since(begin)
     for result in results[1:]:
         _same(results[0], result, "its result")
     skeleton = _skeleton(results[0])
     columns = list(zip(*(_tensors(result, skeleton) for result in results), strict=True))
     with_grad = [any(tensor.requires_grad for tensor in column) for column in columns]
-    if torch.is_grad_enabled() and any(with_grad):
+    if torch.is_grad_enabled() and any(with_grad) and not random:
         # Of the results above only shapes and dtypes are used, so the compiler drops their values.
         taken = _run_taken(conds, fns, skeleton)
         tensors = [
@@ -226,7 +234,8 @@ def _compiled(conds: list[Tensor], fns: list[Callable[[], Any]]) -> Any:
             for tensor, column, grad in zip(taken, columns, with_grad, strict=True)
         ]
     else:
-        tensors = [_selected(conds, column) for column in columns]
+        pairs = zip(columns, with_grad, strict=True)
+        tensors = [_selected(conds, column, grad) for column, grad in pairs]
     return _rebuilt(results[0], tensors)
 
 
