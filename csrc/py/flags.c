@@ -84,7 +84,8 @@ flags_exec(PyObject *module, og_state *state)
 {
     if (PyModule_AddFunctions(module, og_flags_record_methods) < 0 ||
         PyModule_AddFunctions(module, og_flags_query_methods) < 0 ||
-        PyModule_AddFunctions(module, og_flags_read_methods) < 0) {
+        PyModule_AddFunctions(module, og_flags_read_methods) < 0 ||
+        PyModule_AddFunctions(module, og_flags_out_methods) < 0) {
         return -1;
     }
     return og_intern(&state->flags.name_location, "_opguard_location");

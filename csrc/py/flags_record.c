@@ -1,33 +1,17 @@
 /* What writes errors into flags: check, index, push, merge and new. */
-#include "py/flags_road.h"
-
-/* Most flags that one merge takes the short road with. */
-#define MERGED 16
-
-/* One call of the ops library, of any kind. */
-typedef struct work {
-    enum { WORK_CHECK, WORK_INDEX, WORK_PUSH, WORK_MERGE } kind;
-    void *inputs[MERGED]; /* flags first; the others only for a merge */
-    size_t count;
-    void *other; /* x, ids or where */
-    void *out;
-    int64_t number; /* checks or size */
-    int64_t place;  /* a location, for a push a slot */
-    int64_t key;
-    int64_t elements; /* how big it is */
-} work;
+#include "py/flags_work.h"
 
 static og_status
-call(const og_ops *ops, const work *job, og_error *err)
+call(const og_ops *ops, const og_flags_work *job, og_error *err)
 {
     switch (job->kind) {
-        case WORK_CHECK:
+        case OG_WORK_CHECK:
             return ops->flags_check(job->other, job->inputs[0], job->out,
                                     job->place, job->number, job->key, err);
-        case WORK_INDEX:
+        case OG_WORK_INDEX:
             return ops->flags_index(job->other, job->inputs[0], job->out, NULL,
                                     job->number, job->place, job->key, err);
-        case WORK_PUSH:
+        case OG_WORK_PUSH:
             return ops->flags_push(job->inputs[0], job->other, job->out,
                                    job->place, job->key, err);
         default:
@@ -36,24 +20,31 @@ call(const og_ops *ops, const work *job, og_error *err)
     }
 }
 
-static og_status
-run(og_state *state, const work *job)
+og_status
+og_flags_run(og_state *state, const og_flags_work *job, og_error *err)
 {
     const og_ops *ops = state->ops.table;
-    og_error err;
     og_status status;
     if (job->elements < OG_FLAGS_LET_GO) {
-        return call(ops, job, &err);
+        return call(ops, job, err);
     }
     Py_BEGIN_ALLOW_THREADS
-        status = call(ops, job, &err);
+        status = call(ops, job, err);
     Py_END_ALLOW_THREADS
     return status;
 }
 
+static og_status
+run(og_state *state, const og_flags_work *job)
+{
+    og_error err;
+    return og_flags_run(state, job, &err);
+}
+
 /* Into flags that are there. */
 static int
-run_in_place(og_state *state, work *job, PyObject *flags, PyObject **result)
+run_in_place(og_state *state, og_flags_work *job, PyObject *flags,
+             PyObject **result)
 {
     job->out = job->inputs[0];
     if (run(state, job) != OG_OK) {
@@ -65,8 +56,8 @@ run_in_place(og_state *state, work *job, PyObject *flags, PyObject **result)
 
 /* Into a tensor like flags. */
 static int
-run_like(og_state *state, work *job, const og_look *look, PyObject *flags,
-         PyObject **result)
+run_like(og_state *state, og_flags_work *job, const og_look *look,
+         PyObject *flags, PyObject **result)
 {
     og_flags_out out = {NULL, NULL};
     OG_FLAGS_STEP(og_flags_make_like(state, look, flags, &out));
@@ -85,8 +76,8 @@ typedef struct data_args {
 } data_args;
 
 static int
-on_data(og_state *state, const data_args *args, work *job, bool in_place,
-        PyObject **result)
+on_data(og_state *state, const data_args *args, og_flags_work *job,
+        bool in_place, PyObject **result)
 {
     og_look data, flags;
     og_flags_out out = {NULL, NULL};
@@ -119,7 +110,7 @@ flags_check(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     og_state *state = og_state_get(module);
     PyObject *result = NULL;
-    work job = {.kind = WORK_CHECK};
+    og_flags_work job = {.kind = OG_WORK_CHECK};
     int road = OG_ROAD_LONG;
     if (count == 5) {
         data_args given = {args[0], args[1], args[2], args[3], args[4]};
@@ -137,7 +128,7 @@ flags_check_in(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     og_state *state = og_state_get(module);
     PyObject *result = NULL;
-    work job = {.kind = WORK_CHECK};
+    og_flags_work job = {.kind = OG_WORK_CHECK};
     int road = OG_ROAD_LONG;
     if (count == 5) {
         data_args given = {args[0], args[1], args[2], args[3], args[4]};
@@ -155,7 +146,7 @@ flags_index(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     og_state *state = og_state_get(module);
     PyObject *result = NULL;
-    work job = {.kind = WORK_INDEX};
+    og_flags_work job = {.kind = OG_WORK_INDEX};
     int road = OG_ROAD_LONG;
     if (count == 5) {
         data_args given = {args[0], args[2], args[3], args[1], args[4]};
@@ -170,7 +161,7 @@ static int
 push(og_state *state, PyObject *const *args, Py_ssize_t count, bool in_place,
      PyObject **result)
 {
-    work job = {.kind = WORK_PUSH};
+    og_flags_work job = {.kind = OG_WORK_PUSH};
     og_look look, mask;
     int64_t otherwise = OG_SEVERITY_ERROR;
     if (count == 7) {
@@ -235,12 +226,12 @@ item(PyObject *list, Py_ssize_t i)
 static int
 merge(og_state *state, PyObject *const *args, PyObject **result)
 {
-    work job = {.kind = WORK_MERGE};
+    og_flags_work job = {.kind = OG_WORK_MERGE};
     og_look first;
     Py_ssize_t count = PyList_CheckExact(args[0])    ? PyList_Size(args[0])
                        : PyTuple_CheckExact(args[0]) ? PyTuple_Size(args[0])
                                                      : 0;
-    if (count < 2 || count > MERGED) {
+    if (count < 2 || count > OG_FLAGS_MERGED) {
         return OG_ROAD_LONG;
     }
     OG_FLAGS_STEP(og_flags_int(args[1], &job.key));
@@ -271,7 +262,7 @@ flags_merge(PyObject *module, PyObject *const *args, Py_ssize_t count)
 static int
 merge_in(og_state *state, PyObject *const *args, PyObject **result)
 {
-    work job = {.kind = WORK_MERGE, .count = 2};
+    og_flags_work job = {.kind = OG_WORK_MERGE, .count = 2};
     og_look look;
     OG_FLAGS_STEP(og_flags_int(args[2], &job.key));
     OG_FLAGS_STEP(og_flags_clear_road(state));

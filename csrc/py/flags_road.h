@@ -98,5 +98,6 @@ og_flags_make_new(og_state *state, int64_t key, const og_look *like,
 extern PyMethodDef og_flags_record_methods[];
 extern PyMethodDef og_flags_query_methods[];
 extern PyMethodDef og_flags_read_methods[];
+extern PyMethodDef og_flags_out_methods[];
 
 #endif

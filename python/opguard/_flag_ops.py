@@ -6,10 +6,14 @@ tenth of ``register_fake``: ``import opguard`` has 10 ms for everything.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from opguard import _C
 
 __all__ = ["LIBRARY"]
 
@@ -160,11 +164,31 @@ def _batched(name: str) -> Callable[..., Any]:
     return run
 
 
+def _fake(name: str) -> Callable[..., Any]:
+    fake = META[name]
+
+    def run(*args: Any) -> Any:
+        # Inductor asks here, with its lowerings loaded, before it lowers the op.
+        if not _lowered and "torch._inductor.lowering" in sys.modules:
+            _lowered.append(True)
+            from opguard import _flag_lowering
+
+            with contextlib.suppress(ImportError, AttributeError, TypeError):
+                _flag_lowering.register()
+        return fake(*args)
+
+    return run
+
+
+_lowered: list[bool] = []
+
+
 def _register() -> Any:
+    torch.ops.opguard.core = _C  # where code that Inductor generated finds the C functions
     library: Any = torch.library.Library  # untyped before torch 2.14
     library = library("opguard", "IMPL")
-    for name, meta in META.items():
-        library.impl(name, meta, "Meta")
+    for name in META:
+        library.impl(name, _fake(name), "Meta")
         library.impl(name, _batched(name), "FuncTorchBatched")
     for name in CHECKS:
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")

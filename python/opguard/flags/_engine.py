@@ -19,6 +19,7 @@ from torch.compiler import is_dynamo_compiling
 
 from opguard import _C
 from opguard.flags import _traced
+from opguard.flags._compiled import merge as compiled_merge
 from opguard.flags._traced import Location, clear, index_clamp, location_of, slot_of
 from opguard.flags.errors import CodeError
 
@@ -130,7 +131,7 @@ def push_codes(  # noqa: PLR0917
 def merge(fs: Sequence[Tensor], key: int) -> Tensor:
     """The errors of all flags in the first's dtype, the later ones pushed after the earlier."""
     if is_dynamo_compiling():
-        return _traced.merge(fs, key)
+        return compiled_merge(fs, key)
     return _C.flags_merge(fs, key)
 
 

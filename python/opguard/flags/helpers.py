@@ -16,6 +16,9 @@ from torch.compiler import is_dynamo_compiling
 from opguard import _C
 from opguard.flags import _engine, _traced
 from opguard.flags import config as _config
+from opguard.flags._compiled import check as compiled_check
+from opguard.flags._compiled import checks_of
+from opguard.flags._compiled import push as compiled_push
 from opguard.flags.combinators import recover_with_fallback
 from opguard.flags.constants import CODE_MASK, CODE_SHIFT
 from opguard.flags.errors import CodeError, FlagsError
@@ -51,16 +54,6 @@ __all__ = [
 
 Fallback: TypeAlias = "complex | Tensor | Callable[[], complex | Tensor]"
 
-# Bits of the checks: 1 NaN, 2 +Inf, 4 -Inf.
-_INFS = {"both": 6, "pos": 2, "none": 0}
-
-
-def _infs(inf: str) -> int:
-    checks = _INFS.get(inf) if isinstance(inf, str) else None
-    if checks is None:
-        raise FlagsError(f'expected inf to be "both", "pos" or "none", got {inf!r}')
-    return checks
-
 
 def _place(module: Location, location: Location) -> Location:
     if module is not None:
@@ -75,9 +68,9 @@ def flag_nan(
     tensor: Tensor, module: Location, flags: Tensor | None = None, config: ErrorConfig | None = None
 ) -> Tensor:
     """Flags with NAN (CRITICAL) for every sample of ``tensor`` (N, ...) that holds a NaN."""
-    key = (_config._current if config is None else config).key
     if is_dynamo_compiling():
-        return _traced.check(tensor, module, flags, 1, key)
+        return compiled_check(tensor, module, flags, 1, config)
+    key = (_config._current if config is None else config).key
     return _C.flags_check(tensor, module, flags, 1, key)
 
 
@@ -103,10 +96,10 @@ def flag_inf(
 
     ``inf``: ``"both"``, ``"pos"`` (-inf is a legal value of masked logits) or ``"none"``.
     """
-    key = (_config._current if config is None else config).key
-    checks = 6 if inf == "both" else _infs(inf)
     if is_dynamo_compiling():
-        return _traced.check(tensor, module, flags, checks, key)
+        return compiled_check(tensor, module, flags, checks_of(inf, 0), config)
+    key = (_config._current if config is None else config).key
+    checks = 6 if inf == "both" else checks_of(inf, 0)
     return _C.flags_check(tensor, module, flags, checks, key)
 
 
@@ -120,7 +113,7 @@ def flag_inf_(
 ) -> Tensor:
     """:func:`flag_inf` written into ``flags``, which is returned."""
     key = (_config._current if config is None else config).key
-    checks = 6 if inf == "both" else _infs(inf)
+    checks = 6 if inf == "both" else checks_of(inf, 0)
     if is_dynamo_compiling():
         return _traced.check_(tensor, module, flags, checks, key)
     return _C.flags_check_(tensor, module, flags, checks, key)
@@ -135,10 +128,10 @@ def flag_nan_and_inf(
     inf: str = "both",
 ) -> Tensor:
     """:func:`flag_nan` and then :func:`flag_inf`, in one pass over ``tensor``."""
-    key = (_config._current if config is None else config).key
-    checks = 7 if inf == "both" else 1 | _infs(inf)
     if is_dynamo_compiling():
-        return _traced.check(tensor, module, flags, checks, key)
+        return compiled_check(tensor, module, flags, checks_of(inf, 1), config)
+    key = (_config._current if config is None else config).key
+    checks = 7 if inf == "both" else checks_of(inf, 1)
     return _C.flags_check(tensor, module, flags, checks, key)
 
 
@@ -152,7 +145,7 @@ def flag_nan_and_inf_(
 ) -> Tensor:
     """:func:`flag_nan_and_inf` written into ``flags``, which is returned."""
     key = (_config._current if config is None else config).key
-    checks = 7 if inf == "both" else 1 | _infs(inf)
+    checks = 7 if inf == "both" else checks_of(inf, 1)
     if is_dynamo_compiling():
         return _traced.check_(tensor, module, flags, checks, key)
     return _C.flags_check_(tensor, module, flags, checks, key)
@@ -190,11 +183,9 @@ def push(
     """
     if location is not None:
         module = _place(module, location)
-    using = _config._current if config is None else config
     if is_dynamo_compiling():
-        return _traced.push(
-            flags, where, code, module, severity, using.key, int(using.default_severity)
-        )
+        return compiled_push(flags, where, code, module, severity, config)
+    using = _config._current if config is None else config
     if severity is None and code in (4, 8, 12, 15):
         severity = int(using.default_severity)
     return _C.flags_push(flags, where, code, module, severity, using.key)

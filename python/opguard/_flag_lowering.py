@@ -1,0 +1,73 @@
+"""What Inductor makes of the flag ops: a call of the C function, into memory that Inductor planned.
+
+Without this a custom op is called through the dispatcher from the generated code, gets inputs that
+were copied to the strides they had when traced, and makes its result itself. Our ops take any
+strides, so no copy is needed, and the call costs a fifth. It rests on Inductor's own interfaces
+for lowerings; where they are not as expected the ops are lowered as any custom op, only slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["register"]
+
+# op -> how many tensors it takes before its ints; None: a list of them. Their C functions are
+# opguard._C.flags_out_*, which generated code finds in torch.ops.opguard.core.
+OPS: dict[str, int | None] = {
+    "check": 2,
+    "check_new": 1,
+    "index": 2,
+    "index_new": 1,
+    "push": 2,
+    "push_all": 1,
+    "merge": None,
+}
+
+
+def _lowering(name: str, tensors: int | None, op: Any) -> Callable[..., Any]:
+    from torch._inductor import ir
+    from torch._inductor.lowering import fallback_handler
+    from torch._inductor.virtualized import V
+
+    otherwise = fallback_handler(op, add_to_fallback_set=False)  # type: ignore[no-untyped-call]
+
+    def lower(*args: Any) -> Any:
+        graph: Any = V.graph
+        value = graph.current_node.meta["val"]
+        if (
+            graph.cpp_wrapper  # AOTInductor and C++ code call the op by its schema
+            or getattr(graph, "fx_wrapper", False)
+            or value.device.type not in {"cpu", "cuda"}
+        ):
+            return otherwise(*args)
+        inputs = list(args[0]) if tensors is None else list(args[:tensors])
+        if len(inputs) > 16:
+            return otherwise(*args)
+        kernel = ir.ExternKernelOut(
+            layout=ir.FixedLayout(
+                value.device,
+                value.dtype,
+                ir.convert_shape_to_inductor(value.size()),
+                ir.convert_shape_to_inductor(value.stride()),
+            ),
+            inputs=[ir.ExternKernel.realize_input(x) for x in inputs],
+            constant_args=list(args[1 if tensors is None else tensors :]),
+            python_kernel_name=f"torch.ops.opguard.core.flags_out_{name}",
+            op_overload=op,
+        )
+        return ir.TensorBox.create(kernel)
+
+    return lower
+
+
+def register() -> None:
+    """Registers the lowerings; needs torch._inductor.lowering to be imported or importable."""
+    from torch._inductor.lowering import register_lowering
+
+    for name, tensors in OPS.items():
+        op = getattr(torch.ops.opguard, f"flags_{name}").default
+        register_lowering(op, type_promotion_kind=None)(_lowering(name, tensors, op))

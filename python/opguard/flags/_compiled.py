@@ -1,0 +1,99 @@
+"""The functions of every layer as torch.compile traces them, with as few guards as they can have.
+
+Each thing that traced Python looks up is guarded in every later call of the graph, and at small
+batches that costs as much as the ops. So nothing is looked up twice or by two ways, numbers come
+from functions that run once at trace time, and shapes and dtypes are left to the ops' fake kernels,
+which refuse bad ones with the same sentences. The other functions are traced as :mod:`._traced` has
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from opguard.flags import _traced
+from opguard.flags.config import get_config
+from opguard.flags.errors import FlagsError
+from opguard.flags.locations import resolve_location
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from opguard.flags._traced import Location
+    from opguard.flags.config import ErrorConfig
+
+_ops: Any = torch.ops.opguard
+_check = _ops.flags_check.default
+_check_new = _ops.flags_check_new.default
+_push = _ops.flags_push.default
+_push_all = _ops.flags_push_all.default
+_merge = _ops.flags_merge.default
+
+_CHECKS = {"both": 6, "pos": 2, "none": 0}
+
+
+def checks_of(inf: str, nan: int) -> int:
+    """The mask of checks that ``inf`` asks for, with bit 1 (NaN) as in ``nan``."""
+    if not isinstance(inf, str) or inf not in _CHECKS:
+        raise FlagsError(f'expected inf to be "both", "pos" or "none", got {inf!r}')
+    return _CHECKS[inf] | nan
+
+
+def _slot(place: int, code: int, severity: int | None, default_severity: int) -> int:
+    return _traced.slot_of(place, code, severity, default_severity)
+
+
+def _id(place: int) -> int:
+    return _traced.location_of(place)
+
+
+# What torch.compiler.assume_constant_result sets; that imports torch._dynamo, which takes 0.8 s.
+for _function in (checks_of, _slot, _id):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _place(location: Location) -> int:
+    return _id(location) if type(location) is int else resolve_location(location)
+
+
+def _key(config: ErrorConfig | None) -> int:
+    return (get_config() if config is None else config).key
+
+
+def check(
+    x: Tensor, location: Location, f: Tensor | None, checks: int, config: ErrorConfig | None
+) -> Tensor:
+    """:func:`opguard.flags._engine.check`."""
+    if f is None:
+        return _check_new(x, _place(location), checks, _key(config))  # type: ignore[no-any-return]
+    return _check(f, x, _place(location), checks, _key(config))  # type: ignore[no-any-return]
+
+
+def push(  # noqa: PLR0917  (as _engine.push)
+    f: Tensor,
+    where: Tensor | None,
+    code: int,
+    location: Location,
+    severity: int | None,
+    config: ErrorConfig | None,
+) -> Tensor:
+    """:func:`opguard.flags._engine.push`."""
+    using = get_config() if config is None else config
+    # Read only for the codes without a severity of their own: what is read is guarded.
+    otherwise = int(using.default_severity) if code in {4, 8, 12, 15} else 2
+    slot = _slot(_place(location), code, severity, otherwise)
+    if where is None:
+        return _push_all(f, slot, using.key)  # type: ignore[no-any-return]
+    if where.dtype is not torch.bool or where.dim() != 1:
+        return _traced.push(f, where, code, location, severity, using.key, otherwise)
+    return _push(f, where, slot, using.key)  # type: ignore[no-any-return]
+
+
+def merge(fs: Sequence[Tensor], key: int) -> Tensor:
+    """:func:`opguard.flags._engine.merge`."""
+    if len(fs) < 2:
+        return _traced.merge(fs, key)
+    return _merge(fs, key)  # type: ignore[no-any-return]
