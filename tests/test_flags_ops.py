@@ -51,15 +51,18 @@ samples = st.one_of(st.integers(0, 6), st.integers(0, 70))
 
 @st.composite
 def flags(draw: Any, policy: Policy, batch: int) -> list[model.Row]:
-    """Rows as the ops leave them, and rows with holes, as other programs may."""
+    """Rows as the ops leave them, full ones, and rows with holes, as other programs may."""
     capacity = policy.capacity
     rows = []
     for _ in range(batch):
         used = draw(st.lists(slots, max_size=min(capacity, 12)))
         row = used + [0] * (capacity - len(used))
-        if draw(st.integers(0, 7)) == 0:
+        shape = draw(st.integers(0, 7))
+        if shape == 0:
             row = [0] * (capacity - len(used)) + used
-        rows.append(row)
+        elif shape == 1 and used:
+            row = [slot + (i // len(used) << 6) & 0xFFFF for i, slot in enumerate(used * capacity)]
+        rows.append(row[:capacity])
     return rows
 
 

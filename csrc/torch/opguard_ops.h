@@ -69,7 +69,8 @@ typedef struct og_ops {
     og_status (*flags_push)(void *flags, void *where, void *out, int64_t slot,
                             int64_t key, og_error *err);
     /* codes: (N,) integers; severity -1: by code, default_severity for codes
-     * without one of their own. */
+     * without one of their own. When a code is none, OG_BAD_CODE comes back
+     * after the other samples' have been recorded in out. */
     og_status (*flags_push_codes)(void *flags, void *codes, void *out,
                                   int64_t location, int64_t severity,
                                   int64_t default_severity, int64_t key,
