@@ -153,7 +153,7 @@ def test_registering_a_tree():
 names = st.lists(st.sampled_from("abcde"), min_size=1, max_size=5).map(".".join)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(names, max_size=60), st.integers(1, 40), st.dictionaries(names, st.floats(0, 20)))
 def test_every_path_has_its_own_id_or_that_of_an_ancestor(paths, most, weights):
     tree = WeightedLocationTree(most)

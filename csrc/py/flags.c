@@ -10,8 +10,8 @@ PyDoc_STRVAR(flags_bind_doc,
              "Parts: check check_ index push push_ merge merge_ find is_ok "
              "is_err count max_severity new read read_all (what each calls "
              "where the short road ends), resolve, empty, dispatch_modes, "
-             "functorch, function_modes, tracing, exchange; None takes one "
-             "away.\nRaises TypeError for another name.");
+             "functorch, function_modes, tracing, exchange, noted; None takes "
+             "one away.\nRaises TypeError for another name.");
 
 static PyObject **
 find_part(og_flags_state *flags, PyObject *name)

@@ -25,11 +25,13 @@
 /* What else is bound: resolve(location) -> int, for what is neither an id nor
  * a module that knows its id; empty(rows, columns, dtype number, like) ->
  * tensor, for memory that is not the host's; torch's four questions, () -> 0,
- * False or None when there is nothing in the way; the DLPack capsule. */
+ * False or None when there is nothing in the way; the DLPack capsule;
+ * noted(flags) -> flags, bound only while somebody asks which tensors are
+ * flags: told of each that a short road records in or makes. */
 #define OG_FLAGS_BOUND(X) \
     OG_FLAGS_LONG(X) \
     X(resolve) X(empty) X(dispatch_modes) X(functorch) X(function_modes) \
-    X(tracing) X(exchange)
+    X(tracing) X(exchange) X(noted)
 /* clang-format on */
 
 typedef struct og_flags_state {

@@ -161,6 +161,7 @@ flags_new(PyObject *module, PyObject *const *args, Py_ssize_t count)
     og_state *state = og_state_get(module);
     PyObject *result = NULL;
     int road = count == 3 ? make_zero(state, args, &result) : OG_ROAD_LONG;
+    result = og_flags_told(state, road, result);
     return og_flags_end(road, result, state->flags.new, args, count);
 }
 

@@ -116,6 +116,7 @@ flags_check(PyObject *module, PyObject *const *args, Py_ssize_t count)
         data_args given = {args[0], args[1], args[2], args[3], args[4]};
         road = on_data(state, &given, &job, false, &result);
     }
+    result = og_flags_told(state, road, result);
     return og_flags_end(road, result, state->flags.check, args, count);
 }
 
@@ -134,6 +135,7 @@ flags_check_in(PyObject *module, PyObject *const *args, Py_ssize_t count)
         data_args given = {args[0], args[1], args[2], args[3], args[4]};
         road = on_data(state, &given, &job, true, &result);
     }
+    result = og_flags_told(state, road, result);
     return og_flags_end(road, result, state->flags.check_, args, count);
 }
 
@@ -152,6 +154,7 @@ flags_index(PyObject *module, PyObject *const *args, Py_ssize_t count)
         data_args given = {args[0], args[2], args[3], args[1], args[4]};
         road = on_data(state, &given, &job, false, &result);
     }
+    result = og_flags_told(state, road, result);
     return og_flags_end(road, result, state->flags.index, args, count);
 }
 
@@ -197,6 +200,7 @@ flags_push(PyObject *module, PyObject *const *args, Py_ssize_t count)
     og_state *state = og_state_get(module);
     PyObject *result = NULL;
     int road = push(state, args, count, false, &result);
+    result = og_flags_told(state, road, result);
     return og_flags_end(road, result, state->flags.push, args, count);
 }
 
@@ -211,6 +215,7 @@ flags_push_in(PyObject *module, PyObject *const *args, Py_ssize_t count)
     og_state *state = og_state_get(module);
     PyObject *result = NULL;
     int road = push(state, args, count, true, &result);
+    result = og_flags_told(state, road, result);
     return og_flags_end(road, result, state->flags.push_, args, count);
 }
 
@@ -256,6 +261,7 @@ flags_merge(PyObject *module, PyObject *const *args, Py_ssize_t count)
     og_state *state = og_state_get(module);
     PyObject *result = NULL;
     int road = count == 2 ? merge(state, args, &result) : OG_ROAD_LONG;
+    result = og_flags_told(state, road, result);
     return og_flags_end(road, result, state->flags.merge, args, count);
 }
 
@@ -282,6 +288,7 @@ flags_merge_in(PyObject *module, PyObject *const *args, Py_ssize_t count)
     og_state *state = og_state_get(module);
     PyObject *result = NULL;
     int road = count == 3 ? merge_in(state, args, &result) : OG_ROAD_LONG;
+    result = og_flags_told(state, road, result);
     return og_flags_end(road, result, state->flags.merge_, args, count);
 }
 

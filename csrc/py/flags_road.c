@@ -43,6 +43,20 @@ og_flags_end(int road, PyObject *result, PyObject *function,
     return road == OG_ROAD_LONG ? og_flags_long(function, args, count) : NULL;
 }
 
+PyObject *
+og_flags_told(og_state *state, int road, PyObject *flags)
+{
+    PyObject *noted = state->flags.noted;
+    if (OG_LIKELY(noted == NULL) || road != OG_ROAD_SHORT) {
+        return flags;
+    }
+    Py_INCREF(noted);
+    PyObject *same = PyObject_CallFunctionObjArgs(noted, flags, NULL);
+    Py_DECREF(noted);
+    Py_DECREF(flags);
+    return same;
+}
+
 int
 og_flags_done(og_status status, og_flags_out out, PyObject **result)
 {

@@ -52,6 +52,11 @@ PyObject *
 og_flags_end(int road, PyObject *result, PyObject *function,
              PyObject *const *args, Py_ssize_t count);
 
+/* Tells of flags (owned) that a short road made, where somebody asked; the
+ * same flags, or NULL with an exception. */
+PyObject *
+og_flags_told(og_state *state, int road, PyObject *flags);
+
 /* Whether torch has nothing in the way. */
 int
 og_flags_clear_road(og_state *state);

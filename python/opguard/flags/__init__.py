@@ -7,7 +7,7 @@ without a device sync: each word holds two or four 16-bit errors of code, severi
 from __future__ import annotations
 
 from opguard import __version__
-from opguard.flags import experimental
+from opguard.flags import experimental, typing
 from opguard.flags._err import err
 from opguard.flags.checking import FlagEvent, ModelCheck, check_model
 from opguard.flags.codes import ErrorCode, ErrorDomain, Severity
@@ -63,8 +63,19 @@ from opguard.flags.indexing import guarded_embedding, guarded_gather, guarded_in
 from opguard.flags.inspection import ErrorFlags, UnpackedError, flags
 from opguard.flags.locations import ErrorLocation
 from opguard.flags.results import Err, Ok, Result, as_exception, as_result, unwrap
+from opguard.flags.tensorcheck import tensorcheck
 from opguard.flags.tracked import tracked
 from opguard.flags.tree import LocationTree, WeightedLocationTree
+from opguard.flags.typing import (
+    DeviceMismatchError,
+    DimensionMismatchError,
+    DTypeMismatchError,
+    InvalidParameterError,
+    InvalidReturnTypeError,
+    TypeMismatchError,
+    ValidationError,
+    error_t,
+)
 
 __all__ = [
     "AND",
@@ -89,7 +100,10 @@ __all__ = [
     "AccumulationConfig",
     "BatchMismatchError",
     "CodeError",
+    "DTypeMismatchError",
     "Dedupe",
+    "DeviceMismatchError",
+    "DimensionMismatchError",
     "Err",
     "ErrorCode",
     "ErrorConfig",
@@ -99,6 +113,8 @@ __all__ = [
     "FlagEvent",
     "FlagsError",
     "FlagsLayoutError",
+    "InvalidParameterError",
+    "InvalidReturnTypeError",
     "LocationError",
     "LocationTree",
     "ModelCheck",
@@ -108,7 +124,9 @@ __all__ = [
     "Result",
     "Severity",
     "SeverityError",
+    "TypeMismatchError",
     "UnpackedError",
+    "ValidationError",
     "WeightedLocationTree",
     "__version__",
     "as_exception",
@@ -116,6 +134,7 @@ __all__ = [
     "check_model",
     "dist_merge",
     "err",
+    "error_t",
     "experimental",
     "find",
     "fix",
@@ -135,6 +154,8 @@ __all__ = [
     "push",
     "push_",
     "set_config",
+    "tensorcheck",
     "tracked",
+    "typing",
     "unwrap",
 ]

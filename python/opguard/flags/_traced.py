@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 
+from opguard.flags._provenance import noted
 from opguard.flags.errors import (
     BatchMismatchError,
     CodeError,
@@ -106,21 +107,21 @@ def _where(f: Tensor, where: Tensor) -> Tensor:
 def new(samples: int, device: Any, key: int) -> Tensor:
     """Flags (samples, words) without errors, in the dtype and width of ``key``."""
     dtype, slots = _CARRIERS[key >> 21 & 3]
-    return torch.zeros((samples, -(-(key & 0xFFFF) // slots)), dtype=dtype, device=device)
+    return noted(torch.zeros((samples, -(-(key & 0xFFFF) // slots)), dtype=dtype, device=device))
 
 
 def check(x: Tensor, location: Location, f: Tensor | None, checks: int, key: int) -> Tensor:
     """Flags (N, W) with what ``checks`` asks for (1 NaN, 2 +Inf, 4 -Inf) recorded per sample."""
     place = location_of(location)
     if f is None:
-        return cast("Tensor", _ops.flags_check_new.default(x, place, checks, key))
-    return cast("Tensor", _ops.flags_check.default(_batch(f, x, "x"), x, place, checks, key))
+        return noted(cast("Tensor", _ops.flags_check_new.default(x, place, checks, key)))
+    return noted(cast("Tensor", _ops.flags_check.default(_batch(f, x, "x"), x, place, checks, key)))
 
 
 def check_(x: Tensor, location: Location, f: Tensor, checks: int, key: int) -> Tensor:
     """:func:`check` written into ``f``, which is returned."""
     _ops.flags_check_.default(_batch(f, x, "x"), x, location_of(location), checks, key)
-    return f
+    return noted(f)
 
 
 def push(  # noqa: PLR0917  (on hot paths; positions cost nothing)
@@ -135,8 +136,8 @@ def push(  # noqa: PLR0917  (on hot paths; positions cost nothing)
     """``f`` with one error recorded in the samples where ``where`` (N,) bool says so, or in all."""
     slot = slot_of(location, code, severity, default_severity)
     if where is None:
-        return cast("Tensor", _ops.flags_push_all.default(_flags(f), slot, key))
-    return cast("Tensor", _ops.flags_push.default(_flags(f), _where(f, where), slot, key))
+        return noted(cast("Tensor", _ops.flags_push_all.default(_flags(f), slot, key)))
+    return noted(cast("Tensor", _ops.flags_push.default(_flags(f), _where(f, where), slot, key)))
 
 
 def push_(  # noqa: PLR0917
@@ -154,7 +155,7 @@ def push_(  # noqa: PLR0917
         _ops.flags_push_all_.default(_flags(f), slot, key)
     else:
         _ops.flags_push_.default(_flags(f), _where(f, where), slot, key)
-    return f
+    return noted(f)
 
 
 def push_codes(  # noqa: PLR0917
@@ -181,8 +182,8 @@ def push_codes(  # noqa: PLR0917
         raise SeverityError(f"expected a severity from 0 to 3, got {severity}")
     given = -1 if severity is None else severity
     place = location_of(location)
-    return cast(
-        "Tensor", _ops.flags_push_codes.default(f, codes, place, given, default_severity, key)
+    return noted(
+        cast("Tensor", _ops.flags_push_codes.default(f, codes, place, given, default_severity, key))
     )
 
 
@@ -207,16 +208,16 @@ def merge(fs: Sequence[Tensor], key: int) -> Tensor:
         raise FlagsError("expected at least one flags tensor to merge, got none")
     first = _flags(fs[0], "flags[0]")
     if len(fs) == 1:
-        return first
+        return noted(first)
     for i in range(1, len(fs)):
         _alike(first, fs[i], f"flags[{i}]")
-    return cast("Tensor", _ops.flags_merge.default(list(fs), key))
+    return noted(cast("Tensor", _ops.flags_merge.default(list(fs), key)))
 
 
 def merge_(f: Tensor, g: Tensor, key: int) -> Tensor:
     """The errors of ``g`` pushed into ``f``, which is returned."""
     _ops.flags_merge_.default(_flags(f), _alike(f, g, "other"), key)
-    return f
+    return noted(f)
 
 
 def find(f: Tensor, mask: int, value: int) -> Tensor:
@@ -248,7 +249,7 @@ def clear(f: Tensor, code: int) -> Tensor:
     """``f`` without the errors of this code."""
     if not 0 <= code <= 15:
         raise CodeError(f"expected an error code from 0 to 15, got {code}")
-    return cast("Tensor", _ops.flags_clear.default(_flags(f), code))
+    return noted(cast("Tensor", _ops.flags_clear.default(_flags(f), code)))
 
 
 def _ids(ids: Tensor) -> Tensor:
@@ -261,9 +262,9 @@ def index(ids: Tensor, size: int, location: Location, f: Tensor | None, key: int
     """Flags with OUT_OF_BOUNDS where a sample of ``ids`` (N, ...) leaves 0..size-1."""
     place = location_of(location)
     if f is None:
-        return cast("Tensor", _ops.flags_index_new.default(_ids(ids), size, place, key))
-    return cast(
-        "Tensor", _ops.flags_index.default(_batch(f, ids, "ids"), _ids(ids), size, place, key)
+        return noted(cast("Tensor", _ops.flags_index_new.default(_ids(ids), size, place, key)))
+    return noted(
+        cast("Tensor", _ops.flags_index.default(_batch(f, ids, "ids"), _ids(ids), size, place, key))
     )
 
 
@@ -275,6 +276,7 @@ def index_clamp(
         f = new(_rows(ids), ids.device, key)
     place = location_of(location)
     result = _ops.flags_index_clamp.default(_batch(f, ids, "ids"), _ids(ids), size, place, key)
+    noted(result[0])
     return cast("tuple[Tensor, Tensor]", result)
 
 
