@@ -296,6 +296,58 @@ same_errors(void)
     CHECK(row[2] == og_slot_make(1, 1, 3));
 }
 
+static bool
+holds(const uint16_t *row, uint16_t first, uint16_t second, uint16_t third)
+{
+    return row[0] == first && row[1] == second && row[2] == third;
+}
+
+/* What an error word must not get wrong: an error lost behind a hole, the
+ * older lost in a merge, the same twice, the worse one lost, room that is
+ * more than was asked for. */
+static void
+nothing_lost(void)
+{
+    const uint16_t nan1 = og_slot_make(1, 1, 3), nan2 = og_slot_make(2, 1, 3);
+    const uint16_t nan3 = og_slot_make(3, 1, 3), inf2 = og_slot_make(2, 2, 3);
+    const uint16_t over3 = og_slot_make(3, 3, 2);
+    const uint16_t out4 = og_slot_make(4, 5, 2), warn9 = og_slot_make(9, 9, 1);
+    og_policy p = {.num_slots = 4, .dedupe = OG_DEDUPE_UNIQUE};
+
+    uint16_t cleared[4] = {nan1, inf2, over3, 0};
+    og_row_clear(cleared, 4, OG_CODE_NAN);
+    og_row_push(cleared, 4, p, out4);
+    CHECK(holds(cleared, inf2, over3, out4));
+    uint16_t holes[4] = {0, inf2, 0, over3};
+    og_row_push(holes, 4, p, out4);
+    CHECK(holds(holes, inf2, over3, out4));
+
+    uint16_t full[4] = {nan1, nan2, 0, 0}, younger[4] = {nan3, 0, 0, 0};
+    p.num_slots = 2;
+    og_row_merge(full, younger, 4, p);
+    CHECK(holds(full, nan1, nan2, 0));
+    uint16_t same[4] = {nan1, 0, 0, 0}, again[4] = {nan1, 0, 0, 0};
+    og_row_merge(same, again, 4, p);
+    CHECK(holds(same, nan1, 0, 0));
+
+    og_policy worst = {
+        .num_slots = 1, .priority = OG_BY_SEVERITY, .order = OG_LAST};
+    uint16_t one[4] = {nan1, 0, 0, 0}, warned[4] = {warn9, 0, 0, 0};
+    og_row_merge(one, warned, 4, worst);
+    CHECK(holds(one, nan1, 0, 0));
+    worst.num_slots = 3;
+    uint16_t three[4] = {nan1, nan2, nan3, 0};
+    og_row_push(three, 4, worst, warn9);
+    CHECK(holds(three, nan1, nan2, nan3));
+
+    og_policy newest = {.num_slots = 2, .order = OG_LAST};
+    uint16_t few[4] = {0};
+    og_row_push(few, 4, newest, nan1);
+    og_row_push(few, 4, newest, nan2);
+    og_row_push(few, 4, newest, nan3);
+    CHECK(holds(few, nan3, nan2, 0));
+}
+
 int
 main(void)
 {
@@ -303,6 +355,7 @@ main(void)
     keys();
     what_is_kept();
     same_errors();
+    nothing_lost();
     against_the_model();
     return failures != 0;
 }
