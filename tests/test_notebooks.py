@@ -20,6 +20,7 @@ NEEDS = {
     "02": ("transformers", "bitsandbytes"),
     "03": ("diffusers",),
     "04": ("transformers", "PIL"),
+    "05": (),
 }
 FAILING = ("01", "02", "03", "04")  # show what is left of a failure
 
