@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from checkout import TESTS
 from opguard.flags import (
     CONFIG,
     ErrorConfig,
@@ -89,6 +90,16 @@ def hooks_of(model):
 
 
 # What is found
+
+
+def test_the_readmes_lines_run():
+    text = (TESTS.parent / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(from opguard.flags import check_model.*?)```", text, re.S)
+    model = Net()
+    names = {"model": model, "x": bad()}
+    exec(lines, names)
+    names["c"].remove()
+    assert len(names["good"]) == 2
 
 
 def test_flags_say_sample_module_and_code():
