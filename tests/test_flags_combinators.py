@@ -448,6 +448,9 @@ def test_numbers_out_of_range_are_an_error_and_spill_nowhere():
         (lambda **k: err.recover_with_fallback(f, torch.zeros(2), 0.0, 1024), LocationError),
         (lambda **k: err.has_code(f, 16), CodeError),
         (lambda **k: err.find(-1, f), CodeError),
+        (lambda **k: err.has_code(f, "NAN"), CodeError),
+        (lambda **k: err.new_t(-1), FlagsLayoutError),
+        (lambda **k: err.from_code(err.NAN, 1, -1), FlagsLayoutError),
         (lambda **k: err.clear(f, 99), CodeError),
     ):
         with pytest.raises(error, match="expected") as caught:

@@ -22,7 +22,7 @@ from opguard.flags.constants import (
     SEVERITY_MASK,
     SEVERITY_SHIFT,
 )
-from opguard.flags.errors import CodeError
+from opguard.flags.errors import CodeError, FlagsLayoutError
 
 __all__ = ["err", "experimental_err"]
 
@@ -33,9 +33,15 @@ _DOMAIN_BITS = 0xC << CODE_SHIFT
 
 
 def _code_bits(code: int) -> int:
-    if not 0 <= code <= CODE_MASK:
-        raise CodeError(f"expected an error code from 0 to {CODE_MASK}, got {code}")
+    if not hasattr(code, "__index__") or not 0 <= code <= CODE_MASK:
+        raise CodeError(f"expected an error code from 0 to {CODE_MASK}, got {code!r}")
     return code << CODE_SHIFT
+
+
+def _samples(batch_size: int) -> int:
+    if batch_size < 0:
+        raise FlagsLayoutError(f"expected a batch_size of 0 samples or more, got {batch_size}")
+    return batch_size
 
 
 def _first(flags: Tensor, shift: int, mask: int) -> Tensor:
@@ -95,7 +101,8 @@ class _Err:
         config: ErrorConfig | None = None,
     ) -> Tensor:
         """Flags without errors for ``batch_size`` samples."""
-        return _engine.new(batch_size, device, (get_config() if config is None else config).key)
+        key = (get_config() if config is None else config).key
+        return _engine.new(_samples(batch_size), device, key)
 
     @staticmethod
     def from_code(  # noqa: PLR0917 - as documented
@@ -108,7 +115,7 @@ class _Err:
     ) -> Tensor:
         """Flags with one error in each of ``batch_size`` samples."""
         config = get_config() if config is None else config
-        flags = _engine.new(batch_size, device, config.key)
+        flags = _engine.new(_samples(batch_size), device, config.key)
         return _engine.push(
             flags, None, code, location, severity, config.key, config.default_severity
         )
@@ -313,7 +320,7 @@ class _ExperimentalErr(_Err):
     ) -> Tensor:
         """Flags without errors for ``batch_size`` samples."""
         key = _floating((get_config() if config is None else config).key)
-        return _engine.new(batch_size, device, key)
+        return _engine.new(_samples(batch_size), device, key)
 
     @staticmethod
     def from_code(  # noqa: PLR0917
