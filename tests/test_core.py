@@ -13,10 +13,18 @@ from compiling import SANITIZERS, compile_c, need, sanitizer_environment
 PROGRAMS = sorted((TESTS / "core").glob("test_*.c"))
 
 
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    """All of csrc/core, instrumented; built once for the programs."""
+    library = tmp_path_factory.mktemp("core") / "libcore.so"
+    sources = sorted((CSRC / "core").glob("*.c"))
+    return compile_c(library, sources, *SANITIZERS, "-fPIC", "-shared")
+
+
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
-def test_core_under_sanitizers(program, tmp_path):
-    sources = [program, *sorted((CSRC / "core").glob("*.c"))]
-    built = compile_c(tmp_path / program.stem, sources, *SANITIZERS)
+def test_core_under_sanitizers(program, core, tmp_path):
+    path = f"-Wl,-rpath,{core.parent}"
+    built = compile_c(tmp_path / program.stem, [program, core], *SANITIZERS, path)
     run = subprocess.run(
         [str(built)], env=sanitizer_environment(), capture_output=True, text=True, check=False
     )
