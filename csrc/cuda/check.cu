@@ -186,7 +186,6 @@ __launch_bounds__(kThreads)
     }
 }
 
-template <bool kWhole>
 __global__ void
 __launch_bounds__(kThreads)
     check_tiles(const Finding f, const og_cuda_values x, const Plan plan)
@@ -204,7 +203,7 @@ __launch_bounds__(kThreads)
         const char *data = (const char *)x.data + row * x.row_stride;
         const bool mine = row < f.rows.samples;
         shared[threadIdx.x] =
-            mine ? scan<kWhole>(f.numbers, x, data, begin, end, warp, kWarps)
+            mine ? scan<false>(f.numbers, x, data, begin, end, warp, kWarps)
                  : 0;
         __syncthreads();
         unsigned found = 0;
@@ -285,21 +284,27 @@ start(const Finding &f, const Values &x, const Plan &plan,
                   check_rows<kWhole, Values>, f, x, plan.lanes);
 }
 
-template <bool kWhole>
 cudaError_t
-start(const Finding &f, const og_cuda_values &x, const Plan &plan,
+start(Finding *f, const og_cuda_values &x, const Plan &plan,
       const og_cuda_place *place)
 {
-    if (plan.tiled) {
-        const int64_t tiles = (f.rows.samples + kWarp - 1) / kWarp;
-        return launch(blocks_for(tiles * plan.parts, kThreads), place,
-                      check_tiles<kWhole>, f, x, plan);
-    }
+    const bool whole = f->numbers.format.whole;
     if (x.ndim == 0) {
         const Run run = {(const char *)x.data, x.row_stride, x.count, x.unit};
-        return start<kWhole, Run>(f, run, plan, place);
+        return whole ? start<true>(*f, run, plan, place)
+                     : start<false>(*f, run, plan, place);
     }
-    return start<kWhole, og_cuda_values>(f, x, plan, place);
+    if (whole) {
+        /* A rare format in a rare layout has no kernels of its own: all of
+         * its numbers are judged. */
+        suspect_all(&f->numbers);
+    }
+    if (plan.tiled) {
+        const int64_t tiles = (f->rows.samples + kWarp - 1) / kWarp;
+        return launch(blocks_for(tiles * plan.parts, kThreads), place,
+                      check_tiles, *f, x, plan);
+    }
+    return start<false>(*f, x, plan, place);
 }
 
 cudaError_t
@@ -315,15 +320,14 @@ check(const og_cuda_check *call, const og_cuda_place *place)
     if (code != cudaSuccess) {
         return code;
     }
-    const Finding f = {call->rows,
-                       numbers_of(call->format),
-                       (unsigned)call->checks,
-                       call->nan,
-                       call->inf,
-                       call->findings,
-                       (unsigned long long *)call->scratch};
-    return call->format.whole ? start<true>(f, call->x, plan, place)
-                              : start<false>(f, call->x, plan, place);
+    Finding f = {call->rows,
+                 numbers_of(call->format),
+                 (unsigned)call->checks,
+                 call->nan,
+                 call->inf,
+                 call->findings,
+                 (unsigned long long *)call->scratch};
+    return start(&f, call->x, plan, place);
 }
 
 }  // namespace
