@@ -177,6 +177,19 @@ def test_the_comparison_of_signatures_can_fail():
     assert missing_parameters(lambda t, value=0.0, *, targets: None, SIGNATURES["replace"]) == []
 
 
+def test_every_name_is_importable():
+    assert len(NAMES) == len(set(NAMES)) == 61
+    assert [name for name in NAMES if not hasattr(tg, name)] == []
+    assert set(NAMES) - {"__version__"} <= set(tg.__all__)
+    assert [name for name in EXPERIMENTAL if not hasattr(tg.experimental, name)] == []
+    assert [name for name in TYPING if not hasattr(tg.typing, name)] == []
+    namespace: dict[str, object] = {}
+    exec("from opguard.flags import *", namespace)
+    assert set(tg.__all__) <= namespace.keys()
+    for name in tg.__all__:
+        assert getattr(tg, name) is not None
+
+
 def test_importing_says_one_version():
     assert tg.__version__ == opguard.__version__
 

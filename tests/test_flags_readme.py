@@ -280,6 +280,117 @@ def test_weighted_tree_section():
     tree.set_weight("encoder.layer*", 1.0)
 
 
+def test_tensorcheck_section():
+    from opguard.flags import tensorcheck
+    from opguard.flags.experimental import err as exp_err
+
+    @tracked
+    class SafeModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        @tensorcheck
+        def forward(self, x):
+            f = err.new(x)
+            out = self.layer(x)
+            return out, f
+
+        @tensorcheck(auto_detect={err.NAN})
+        def forward_nan_only(self, x):
+            return self.layer(x) * float("inf"), err.new(x)
+
+        @tensorcheck(auto_detect=False)
+        def forward_no_detect(self, x):
+            return self.layer(x), err.new(x)
+
+    @tracked
+    class ExperimentalModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        @tensorcheck
+        def forward(self, x):
+            f = exp_err.new(x)
+            return self.layer(x), f
+
+    x = torch.ones(2, 3)
+    x[1, 0] = NAN
+    model = SafeModel()
+    for run in (model, compiled(model)):
+        assert err.has_nan(run(x)[1]).tolist() == [False, True]
+    assert not err.has_inf(model.forward_nan_only(x)[1]).any()
+    assert not has_err(model.forward_no_detect(x)[1])
+    _, f = ExperimentalModel()(x)
+    assert f.dtype is torch.float32
+    assert err.has_nan(f).tolist() == [False, True]
+
+
+def test_typing_section():
+    from opguard.flags import DimensionMismatchError, DTypeMismatchError, tensorcheck
+    from opguard.flags.typing import (
+        Broadcast,
+        Dim,
+        Tensor,
+        error_t,
+        float32_t,
+        int64_t,
+        type_cast,
+    )
+
+    # Annotations that are evaluated, as in a module without `from __future__ import annotations`.
+    def forward(self, x):
+        f = err.new(x)
+        out = self.linear(x)
+        f = flag_nan(out, self.linear, f)
+        return out, f
+
+    forward.__annotations__ = {
+        "x": Tensor[float32_t, ("batch", Dim.in_features)],
+        "return": tuple[
+            Tensor[float32_t, ("batch", Dim.out_features)],  # noqa: F821
+            Tensor[error_t, ("batch", "num_words")],  # noqa: F821
+        ],
+    }
+
+    @tracked
+    class Typed(nn.Module):
+        def __init__(self, in_features: int, out_features: int):
+            super().__init__()
+            self.in_features = in_features
+            self.out_features = out_features
+            self.linear = nn.Linear(in_features, out_features)
+
+    Typed.forward = tensorcheck(forward)
+    model = Typed(4, 2)
+    out, f = model(torch.zeros(3, 4))
+    assert (out.shape, f.shape) == ((3, 2), (3, 4))
+    with pytest.raises(DimensionMismatchError):
+        model(torch.zeros(3, 5))
+    with pytest.raises(DTypeMismatchError):
+        model(torch.zeros(3, 4, dtype=torch.float64))
+
+    def encode(self, x, bias):
+        return x + bias
+
+    encode.__annotations__ = {
+        "x": Tensor[float32_t, ("batch", "seq", Dim.hidden_size)],
+        "bias": Tensor[float32_t, (Broadcast, Dim.hidden_size)],
+        "return": Tensor[float32_t, ("batch", "seq", Dim.hidden_size)],
+    }
+
+    class Encoder:
+        hidden_size = 6
+        forward = tensorcheck(encode)
+
+    assert Encoder().forward(torch.zeros(2, 3, 6), torch.zeros(1, 6)).shape == (2, 3, 6)
+    result = type_cast[float32_t](torch.arange(3))
+    assert result.is_ok()
+    assert result.unwrap().dtype is torch.float32
+    assert type_cast[int64_t](torch.ones(1)).unwrap().tolist() == [1]
+
+
 def test_result_section():
     @as_result
     def might_fail(x):
