@@ -26,7 +26,7 @@ from checkout import CSRC, ROOT, copy_clean
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc to build with")
 
 SECONDS_PLAIN = 20
-SECONDS_CUDA = 60
+SECONDS_CUDA = 90
 
 
 @dataclass(frozen=True)
