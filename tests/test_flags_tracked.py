@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from opguard.flags.extraction import LocationExtractor, extract_locations, location_from_stack
 from opguard.flags.locations import ErrorLocation, resolve_location
 from opguard.flags.tracked import assign_locations, tracked
 
@@ -242,3 +243,35 @@ def test_forward_and_training_are_untouched():
     graph = torch.fx.symbolic_trace(model)
     assert torch.equal(graph(torch.ones(1, 2)), model(torch.ones(1, 2)))
     assert name_of(graph.a) == "a"
+
+
+def test_extracting_lists_every_module():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Sequential(nn.Dropout()))
+    assert extract_locations(model) == {"0": 1, "1": 2, "2": 3, "2.0": 4}
+    assert model[1]._fx_path == "1"
+    assert name_of(model[2][0]) == "2.0"
+    assert extract_locations(model, torch.ones(1, 2)) == {"0": 1, "1": 2, "2": 3, "2.0": 4}
+
+
+def test_extracting_from_a_run():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    extractor = LocationExtractor(model)
+    assert torch.equal(extractor.run(torch.ones(1, 2)), model(torch.ones(1, 2)))
+    assert extractor.locations == {"0": 1, "1": 2}
+
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(1, 1)
+
+        def forward(self, x):
+            return self.a(x) if x.sum() > 0 else x
+
+    with pytest.warns(UserWarning, match=r"torch\.fx can trace"):
+        assert extract_locations(Branching(), torch.ones(1, 1)) == {"a": 3}
+
+
+def test_the_innermost_of_a_stack():
+    stack = {"model": ("Model", nn.Module), "model.enc": ("Enc", nn.Module)}
+    assert ErrorLocation.name(location_from_stack(stack)) == "model.enc"
+    assert location_from_stack({}) == 0

@@ -45,6 +45,11 @@ from opguard.flags.errors import (
     LocationError,
     SeverityError,
 )
+from opguard.flags.extraction import (
+    LocationExtractor,
+    extract_locations,
+    location_from_stack,
+)
 from opguard.flags.helpers import (
     find,
     fix,
@@ -61,10 +66,10 @@ from opguard.flags.helpers import (
 )
 from opguard.flags.indexing import guarded_embedding, guarded_gather, guarded_index_select
 from opguard.flags.inspection import ErrorFlags, UnpackedError, flags
-from opguard.flags.locations import ErrorLocation
+from opguard.flags.locations import ErrorLocation, resolve_location
 from opguard.flags.results import Err, Ok, Result, as_exception, as_result, unwrap
 from opguard.flags.tensorcheck import tensorcheck
-from opguard.flags.tracked import tracked
+from opguard.flags.tracked import assign_locations, tracked
 from opguard.flags.tree import LocationTree, WeightedLocationTree
 from opguard.flags.typing import (
     DeviceMismatchError,
@@ -116,6 +121,7 @@ __all__ = [
     "InvalidParameterError",
     "InvalidReturnTypeError",
     "LocationError",
+    "LocationExtractor",
     "LocationTree",
     "ModelCheck",
     "Ok",
@@ -131,11 +137,13 @@ __all__ = [
     "__version__",
     "as_exception",
     "as_result",
+    "assign_locations",
     "check_model",
     "dist_merge",
     "err",
     "error_t",
     "experimental",
+    "extract_locations",
     "find",
     "fix",
     "flag_inf",
@@ -151,8 +159,10 @@ __all__ = [
     "guarded_gather",
     "guarded_index_select",
     "has_err",
+    "location_from_stack",
     "push",
     "push_",
+    "resolve_location",
     "set_config",
     "tensorcheck",
     "tracked",

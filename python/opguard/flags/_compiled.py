@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opguard.flags import _traced
+from opguard.flags._provenance import noted
 from opguard.flags.config import get_config
 from opguard.flags.errors import FlagsError
 from opguard.flags.locations import resolve_location
@@ -68,8 +69,8 @@ def check(
 ) -> Tensor:
     """:func:`opguard.flags._engine.check`."""
     if f is None:
-        return _check_new(x, _place(location), checks, _key(config))  # type: ignore[no-any-return]
-    return _check(f, x, _place(location), checks, _key(config))  # type: ignore[no-any-return]
+        return noted(_check_new(x, _place(location), checks, _key(config)))  # type: ignore[no-any-return]
+    return noted(_check(f, x, _place(location), checks, _key(config)))  # type: ignore[no-any-return]
 
 
 def push(  # noqa: PLR0917  (as _engine.push)
@@ -86,14 +87,14 @@ def push(  # noqa: PLR0917  (as _engine.push)
     otherwise = int(using.default_severity) if code in {4, 8, 12, 15} else 2
     slot = _slot(_place(location), code, severity, otherwise)
     if where is None:
-        return _push_all(f, slot, using.key)  # type: ignore[no-any-return]
+        return noted(_push_all(f, slot, using.key))  # type: ignore[no-any-return]
     if where.dtype is not torch.bool or where.dim() != 1:
         return _traced.push(f, where, code, location, severity, using.key, otherwise)
-    return _push(f, where, slot, using.key)  # type: ignore[no-any-return]
+    return noted(_push(f, where, slot, using.key))  # type: ignore[no-any-return]
 
 
 def merge(fs: Sequence[Tensor], key: int) -> Tensor:
     """:func:`opguard.flags._engine.merge`."""
     if len(fs) < 2:
         return _traced.merge(fs, key)
-    return _merge(fs, key)  # type: ignore[no-any-return]
+    return noted(_merge(fs, key))  # type: ignore[no-any-return]

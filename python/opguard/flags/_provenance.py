@@ -23,12 +23,29 @@ _live: dict[int, list[Any]] = {}
 _asking: dict[int, int] = {}
 _traced: list[list[Any]] = []
 _lock = threading.Lock()
+_ever_traced = False
+
+
+def _begin_traced() -> bool:
+    global _ever_traced  # noqa: PLW0603  (set at trace time; never taken back, a trace may break off)
+    _ever_traced = True
+    return True
+
+
+def _is_traced() -> bool:
+    return _ever_traced
+
+
+# What torch.compiler.assume_constant_result sets: run once, at trace time, so that compiled code of
+# programs without a traced asker has no guard on _traced.
+for _function in (_begin_traced, _is_traced):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def noted(result: _T) -> _T:
     """``result``, flags, noted for whoever asks in this thread."""
     if is_dynamo_compiling():
-        if _traced:
+        if _is_traced() and _traced:
             _traced[-1].append(result)
     elif _live:
         mine = _live.get(threading.get_ident())
@@ -40,6 +57,7 @@ def noted(result: _T) -> _T:
 def start() -> int:
     """Begins to note; the number to give to :func:`stop`. They nest."""
     if is_dynamo_compiling():
+        _begin_traced()
         _traced.append([])
         return 0
     thread = threading.get_ident()
