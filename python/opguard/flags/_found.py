@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from opguard.flags import _engine
 from opguard.flags._leaves import Dims
 
-__all__ = ["THREADS", "Found", "Token", "record", "record_rest"]
+__all__ = ["THREADS", "Found", "Token", "record", "record_plain", "record_rest"]
 
 DEEPEST = 8  # of containers in a container: what holds itself ends somewhere
 
@@ -92,10 +92,6 @@ class Found:
         if here is None or here.device == device:
             return here
         return None if self.elsewhere is None else self.elsewhere.get(device)
-
-    def on_cpu(self, x: Tensor) -> bool:
-        """Whether there are flags, and they and ``x`` are in host memory."""
-        return self.here is not None and x.is_cpu and self.here.is_cpu
 
     def put(self, flags: Tensor) -> None:
         if self.here is None or self.here.device == flags.device:
@@ -176,6 +172,26 @@ class Token:
 
     def __del__(self) -> None:
         THREADS.pop(self.number, None)
+
+
+def record_plain(found: Found, x: Tensor, place: int, how: tuple[int, int]) -> bool:
+    """Records a tensor where all is as it is most often; False where it is not, or not quite.
+
+    What :func:`record` asks beforehand an error tells here, in eager code.
+    """
+    here = found.here
+    try:
+        if here is not None:
+            if not (x.is_cpu and here.is_cpu):
+                return False
+            _engine.check_(x, place, here, *how)
+            return True
+        if found.sized and x.dim() and x.shape[0] == found.rows():
+            found.here = _engine.check(x, place, None, *how)
+            return True
+    except Exception:
+        return False
+    return False
 
 
 def record(found: Found, output: Any, place: int, how: tuple[int, int], dims: Dims | None) -> None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 
 from opguard.flags import _engine
-from opguard.flags._found import THREADS, Found, Token, record, record_rest
+from opguard.flags._found import THREADS, Found, Token, record, record_plain, record_rest
 from opguard.flags._leaves import Dims, Leaf, bare, batch_dims, ends_in, leaves_of
 from opguard.flags._places import places_of
 from opguard.flags._tracing import compile_anew, never_a_frame
@@ -103,22 +103,16 @@ class _LeafHook(_Hook):
         found = slot.found
         if (
             not _is_compiling()
-            and type(output) is torch.Tensor
-            and self._dims is None
             and found is not None
             and found.users
-            and found.on_cpu(output)
+            and self._dims is None
+            and type(output) is torch.Tensor
+            and record_plain(found, output, self._place, self._how)
         ):
-            # The common case. What it is not, an exception tells.
-            try:
-                _engine.check_(output, self._place, found.here, *self._how)  # type: ignore[arg-type]
-            except Exception:
-                pass
-            else:
-                if self.notes:
-                    found.last = []
-                    found.note(output, 0)
-                return
+            if self.notes:
+                found.last = []
+                found.note(output, 0)
+            return
         if found is None or not found.users:
             # Called by itself, outside a call of its model: a call of its own. A backward pass
             # runs a checkpointed leaf once more, which is none.
