@@ -315,6 +315,57 @@ def scenarios_of(C: ModuleType) -> None:
     def bind_guards() -> Callable[[], object]:
         return lambda: C.bind_guards(await_warning=RuntimeWarning)
 
+    class Placed:
+        def __init__(self) -> None:
+            self._opguard_location = (7, 3)
+
+    def long(*args: object) -> object:
+        return list(args)
+
+    def flags_bound() -> None:
+        names = "check check_ index push push_ merge merge_ find is_ok is_err count max_severity"
+        C.flags_bind(**dict.fromkeys([*names.split(), "new", "read", "read_all"], long))
+        C.flags_bind(resolve=len)
+        C.flags_epoch(7)
+
+    @scenario
+    def flags_bind() -> Callable[[], object]:
+        return flags_bound
+
+    @scenario
+    def flags_record() -> Callable[[], object]:
+        flags_bound()
+        t, places = FakeTensor(2, 3), (Placed(), "abc", 5, None)
+
+        def calling() -> object:
+            for place in places:
+                C.flags_check(t, place, None, 7, 16)
+                C.flags_check_(t, place, t, 7, 16)
+                C.flags_index(t, 9, place, t, 16)
+                C.flags_push(t, t, 1, place, None, 16)
+                C.flags_push_(t, None, 9, place, 2, 16, 3)
+            C.flags_merge([t, t], 16)
+            return C.flags_merge_(t, t, 16)
+
+        return calling
+
+    @scenario
+    def flags_ask() -> Callable[[], object]:
+        flags_bound()
+        t = FakeTensor(2, 3)
+
+        def calling() -> object:
+            C.flags_find(t, 60, 4)
+            C.flags_is_ok(t)
+            C.flags_is_err(t)
+            C.flags_count(t)
+            C.flags_max_severity(t)
+            C.flags_new(3, None, 16)
+            C.flags_read(t, 0)
+            return C.flags_read_all(t, None)
+
+        return calling
+
     @scenario
     def a_new_module() -> Callable[[], object]:
         spec = C.__spec__
