@@ -68,7 +68,7 @@ def _base() -> Row:
         "OpGuardBase(flags=True) call, tiny Linear, kept warm, against flags=False",
         lambda: flagged(input_raw=x),
         lambda: plain(input_raw=x),
-        extra_us=20,
+        extra_us=30,
     )
 
 
