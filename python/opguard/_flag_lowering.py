@@ -51,8 +51,8 @@ def _lowering(name: str, tensors: int | None, op: Any) -> Callable[..., Any]:
             layout=ir.FixedLayout(
                 value.device,
                 value.dtype,
-                ir.convert_shape_to_inductor(value.size()),
-                ir.convert_shape_to_inductor(value.stride()),
+                ir.convert_shape_to_inductor(value.size()),  # type: ignore[attr-defined]
+                ir.convert_shape_to_inductor(value.stride()),  # type: ignore[attr-defined]
             ),
             inputs=[ir.ExternKernel.realize_input(x) for x in inputs],
             constant_args=list(args[1 if tensors is None else tensors :]),

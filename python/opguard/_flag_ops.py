@@ -165,7 +165,7 @@ def _batched(name: str) -> Callable[..., Any]:
 
 
 def _fake(name: str) -> Callable[..., Any]:
-    fake = META[name]
+    fake: Any = META[name]
 
     def run(*args: Any) -> Any:
         # Inductor asks here, with its lowerings loaded, before it lowers the op.
@@ -184,7 +184,8 @@ _lowered: list[bool] = []
 
 
 def _register() -> Any:
-    torch.ops.opguard.core = _C  # where code that Inductor generated finds the C functions
+    namespace: Any = torch.ops.opguard
+    namespace.core = _C  # where code that Inductor generated finds the C functions
     library: Any = torch.library.Library  # untyped before torch 2.14
     library = library("opguard", "IMPL")
     for name in META:

@@ -53,7 +53,7 @@ def _id(place: int) -> int:
 
 # What torch.compiler.assume_constant_result sets; that imports torch._dynamo, which takes 0.8 s.
 for _function in (checks_of, _slot, _id):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    vars(_function)["_dynamo_marked_constant"] = True
 
 
 def _place(location: Location) -> int:
