@@ -1,4 +1,4 @@
-"""opguard.flags: against reading the bytes once, and against TorchGuard 1.0.4 where it is installed.
+"""opguard.flags against reading the bytes once, and TorchGuard 1.0.4 where it is installed.
 
 ``OPGUARD_BENCH_THREADS=2`` runs the rows of large tensors with two threads.
 """
@@ -36,11 +36,8 @@ def _scans() -> Iterator[Row]:
     ):
         x = base.to(dtype)
         f = flag_nan_and_inf(x, 1)
-        like = (
-            base.reshape(-1)[: 4096 * 4096 * x.element_size() // 4]
-            if x.element_size() < 4
-            else (base if x.element_size() == 4 else torch.cat([base, base]))
-        )
+        two = torch.cat([base, base]) if x.element_size() == 8 else base
+        like = two.reshape(-1)[: x.numel() * x.element_size() // 4]
         rows = like.reshape(-1, 4096)
         ours = lambda x=x, f=f: flag_nan_and_inf_(x, 1, f)
         yield Row(f"flag_nan_and_inf_ {dtype}, x.sum(1) a byte", ours, lambda r=rows: r.sum(1), 1.1)

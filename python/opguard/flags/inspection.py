@@ -74,6 +74,15 @@ def _named(error: tuple[int, int, int]) -> UnpackedError:
     )
 
 
+# What _engine.read makes an UnpackedError by.
+_HOW = (
+    UnpackedError,
+    tuple(Severity.name(severity) for severity in range(4)),
+    tuple(ErrorCode.name(code) for code in range(16)),
+    ErrorLocation.name,
+)
+
+
 def _counts(flags: torch.Tensor) -> list[tuple[int, int, int]]:
     """(location, code, how often), by location and code, of the errors of the whole batch."""
     # int16 is the narrowest integer dtype that every device's unique and comparisons know.
@@ -96,7 +105,7 @@ class ErrorFlags:
         cls, flags: torch.Tensor, sample_idx: int = 0, config: ErrorConfig | None = None
     ) -> list[UnpackedError]:
         """The errors of one sample, in the order of its slots."""
-        return [_named(error) for error in _engine.read(flags, sample_idx)]
+        return _engine.read(flags, sample_idx, _HOW)
 
     @classmethod
     @_boundary
