@@ -64,6 +64,20 @@ def test_attribute_path_of_a_model(module):
     assert chain_of(4 * (SIZE + 1)).chain == "module some_module: model.inner.fc.table"
 
 
+def test_a_crowd_of_referrers_does_not_hide_another_storage(module):
+    module.model = Net(SIZE + 2)
+    gc.collect()  # the model is old then, and referrers are told youngest first
+    crowded, crowd = big(6), []
+    for _ in range(600):
+        one = [crowded]
+        for _ in range(8):
+            one = [one]
+        crowd.append(one)
+    module.crowd = crowd
+    del crowded, one
+    assert chain_of(4 * (SIZE + 3)).chain == "module some_module: model.inner.fc.table"
+
+
 def test_containers_slots_and_classes(module):
     class Slotted:
         __slots__ = ("held",)

@@ -184,6 +184,7 @@ class _Search:
         self.objects: list[Any] = []
         self.index: dict[int, int] = {}
         self.parents: dict[int, list[int]] = {}
+        self.climbers: dict[int, int] = {}  # id of an object: which start it was met from first
         self.locals = _running()
         self.modules = _namespaces()
 
@@ -207,8 +208,9 @@ class _Search:
 
     def climb(self, start: list[Any]) -> None:
         frontier = [found for found in start if self.add(found)]
+        self.climbers.update((id(found), position) for position, found in enumerate(frontier))
         for _ in range(_LEVELS):
-            frontier = [found for found in frontier if self.root(found) is None][:_WIDTH]
+            frontier = self._fair([found for found in frontier if self.root(found) is None])
             if not frontier:
                 return
             wanted = {id(found) for found in frontier}
@@ -220,9 +222,23 @@ class _Search:
                 for child in gc.get_referents(parent):
                     if id(child) in wanted:
                         self.parents.setdefault(id(child), []).append(id(parent))
+                        self.climbers.setdefault(id(parent), self.climbers[id(child)])
                 if self.add(parent):
                     level.append(parent)
             frontier = level
+
+    def _fair(self, frontier: list[Any]) -> list[Any]:
+        """Returns at most _WIDTH of them, as many of each start: none crowds another out."""
+        if len(frontier) <= _WIDTH:
+            return frontier
+        turns: dict[int, int] = {}
+        ranked = []
+        for found in frontier:
+            climber = self.climbers[id(found)]
+            turns[climber] = turns.get(climber, -1) + 1
+            ranked.append((turns[climber], found))
+        ranked.sort(key=lambda turn: turn[0])
+        return [found for _, found in ranked[:_WIDTH]]
 
     @staticmethod
     def _ours(found: object) -> bool:
