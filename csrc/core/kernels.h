@@ -37,6 +37,18 @@ typedef struct og_kernels {
                 uint16_t value);
 } og_kernels;
 
+static inline int64_t
+og_least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static inline int64_t
+og_most(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
 /* Complete, and what every other table may point to. */
 extern const og_kernels og_kernels_scalar;
 #if defined(__x86_64__)

@@ -18,18 +18,6 @@ enum {
     SHORT_RUN = 64,       /* below it, rows are found element by element */
 };
 
-static int64_t
-least(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static int64_t
-most(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 /* --- Runs --------------------------------------------------------------- */
 
 /* What is in n elements side by side. */
@@ -40,7 +28,7 @@ run_found(const og_scan *scan, const char *p, int64_t n)
     const int64_t chunk = CHUNK_BYTES >> format->width;
     uint8_t bits = 0;
     while (n > 0) {
-        int64_t now = least(n, chunk);
+        int64_t now = og_least(n, chunk);
         uint8_t found = scan->fast(p, now, format);
         if ((found & OG_FOUND_UNSURE) != 0) {
             found = scan->exact(p, now, format);
@@ -52,25 +40,38 @@ run_found(const og_scan *scan, const char *p, int64_t n)
     return bits;
 }
 
+/* bytes is a constant where this is inlined, so that memcpy is a move. */
+static inline void
+gather_bytes(char *to, const char *p, int64_t n, int64_t stride, size_t bytes)
+{
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4, p += 4 * stride, to += 4 * bytes) {
+        memcpy(to, p, bytes);
+        memcpy(to + bytes, p + stride, bytes);
+        memcpy(to + 2 * bytes, p + 2 * stride, bytes);
+        memcpy(to + 3 * bytes, p + 3 * stride, bytes);
+    }
+    for (; i < n; i++, p += stride, to += bytes) {
+        memcpy(to, p, bytes);
+    }
+}
+
 /* n elements at a stride, side by side in `to`. */
 static void
 gather(void *to, const char *p, int64_t n, int64_t stride, int32_t width)
 {
-    char *out = to;
-    for (int64_t i = 0; i < n; i++, p += stride) {
-        switch (width) {
-            case 0:
-                out[i] = *p;
-                break;
-            case 1:
-                memcpy(out + 2 * i, p, 2);
-                break;
-            case 2:
-                memcpy(out + 4 * i, p, 4);
-                break;
-            default:
-                memcpy(out + 8 * i, p, 8);
-        }
+    switch (width) {
+        case 0:
+            gather_bytes(to, p, n, stride, 1);
+            break;
+        case 1:
+            gather_bytes(to, p, n, stride, 2);
+            break;
+        case 2:
+            gather_bytes(to, p, n, stride, 4);
+            break;
+        default:
+            gather_bytes(to, p, n, stride, 8);
     }
 }
 
@@ -81,7 +82,7 @@ strided_found(const og_scan *scan, const char *p, int64_t n, int64_t stride)
     uint64_t piece[EACH_ELEMENTS];
     uint8_t bits = 0;
     while (n > 0) {
-        int64_t now = least(n, EACH_ELEMENTS);
+        int64_t now = og_least(n, EACH_ELEMENTS);
         gather(piece, p, now, stride, scan->format.width);
         bits |= run_found(scan, (const char *)piece, now);
         p += now * stride;
@@ -160,7 +161,7 @@ short_rows(const og_scan *scan, const char *p, int64_t rows, uint8_t *bits)
     const int64_t run = scan->run, step = EACH_ELEMENTS / run;
     uint8_t each[EACH_ELEMENTS + 8];
     while (rows > 0) {
-        int64_t now = least(rows, step);
+        int64_t now = og_least(rows, step);
         memset(each, 0, (size_t)(now * run) + 8);
         scan->each(p, now * run, &scan->format, each);
         fold(each, now, run, bits);
@@ -175,10 +176,10 @@ static void
 dense_rows(const og_scan *scan, const char *p, int64_t rows, uint8_t *bits)
 {
     const int64_t run = scan->run, row_bytes = run << scan->format.width;
-    const int64_t step = most(1, CHUNK_BYTES / row_bytes);
+    const int64_t step = og_most(1, CHUNK_BYTES / row_bytes);
     for (int64_t r = 0; r < rows; r += step) {
         const char *at = p + r * row_bytes;
-        int64_t now = least(step, rows - r);
+        int64_t now = og_least(step, rows - r);
         if (now == 1) {
             bits[r] |= run_found(scan, at, run);
         }
@@ -205,7 +206,7 @@ single_rows(const og_scan *scan, const char *p, int64_t rows, uint8_t *bits)
 {
     uint64_t piece[EACH_ELEMENTS];
     for (int64_t r = 0; r < rows; r += EACH_ELEMENTS) {
-        int64_t now = least(rows - r, EACH_ELEMENTS);
+        int64_t now = og_least(rows - r, EACH_ELEMENTS);
         gather(piece, p + r * scan->row_stride, now, scan->row_stride,
                scan->format.width);
         if (scan->fast(piece, now, &scan->format) != 0) {
@@ -243,10 +244,10 @@ periods_found(const og_scan *scan, const char *p, int64_t times, uint8_t *bits)
 {
     const int32_t width = scan->format.width;
     const int64_t period = scan->rows * scan->run;
-    const int64_t step = most(1, EACH_ELEMENTS / period);
+    const int64_t step = og_most(1, EACH_ELEMENTS / period);
     uint8_t each[EACH_ELEMENTS + 8];
     for (int64_t t = 0; t < times; t += step) {
-        int64_t now = least(step, times - t);
+        int64_t now = og_least(step, times - t);
         const char *at = p + ((t * period) << width);
         if (scan->fast(at, now * period, &scan->format) == 0) {
             continue;
@@ -321,11 +322,22 @@ slices_of(const og_scan *scan, int64_t begin, int64_t end)
         d < 0 ? (int64_t)1 << scan->format.width : scan->dims[d].stride;
     /* Evenly, without a product that might overflow. */
     int64_t each = *size / scan->slices, left = *size % scan->slices;
-    int64_t first = begin * each + least(begin, left);
-    int64_t last = end * each + least(end, left);
+    int64_t first = begin * each + og_least(begin, left);
+    int64_t last = end * each + og_least(end, left);
     *size = last - first;
     part.data += first * stride;
     return part;
+}
+
+/* What was found in the one row that is all rows. Who comes second with the
+ * same leaves the rest to who came first. */
+static void
+share_all(const og_scan *scan, uint8_t *bits, uint8_t found)
+{
+    uint8_t there = __atomic_load_n(bits, __ATOMIC_RELAXED);
+    for (int64_t r = 0; r < scan->rows && (found & ~there) != 0; r++) {
+        share(&bits[r], found);
+    }
 }
 
 /* Units of rows that each lie together. */
@@ -334,11 +346,16 @@ row_slices(const og_scan *scan, int64_t begin, int64_t end, uint8_t *bits)
 {
     while (begin < end) {
         int64_t row = begin / scan->slices;
-        int64_t until = least(end, (row + 1) * scan->slices);
+        int64_t until = og_least(end, (row + 1) * scan->slices);
         og_scan part = slices_of(scan, begin - row * scan->slices,
                                  until - row * scan->slices);
-        share(&bits[row],
-              row_found(&part, part.data + row * part.row_stride, 0));
+        uint8_t found = row_found(&part, part.data + row * part.row_stride, 0);
+        if (scan->same_rows) {
+            share_all(scan, bits, found);
+        }
+        else {
+            share(&bits[row], found);
+        }
         begin = until;
     }
 }

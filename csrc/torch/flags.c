@@ -282,7 +282,7 @@ read_where(og_flags_push *call, AtenTensorHandle where,
     }
     if (status == OG_OK) {
         call->where = t.data;
-        call->where_stride = t.strides[0];
+        call->where_stride = og_tensor_step(&t, 1);
     }
     return status;
 }
@@ -336,7 +336,7 @@ read_codes(og_flags_codes *call, AtenTensorHandle codes,
                        (long long)ndim, og_dtype_name(t.dtype));
     }
     call->codes.data = t.data;
-    call->codes.stride = t.strides[0] * call->codes.bytes;
+    call->codes.stride = og_tensor_step(&t, call->codes.bytes);
     return og_check_goes_with(&t, flags, "codes", err);
 }
 

@@ -56,6 +56,14 @@ typedef struct og_tensor {
     int32_t device_index;
 } og_tensor;
 
+/* Bytes from sample to sample. The stride of a single sample may be any
+ * number, even one that in bytes is too large: it is 0 here. */
+static inline int64_t
+og_tensor_step(const og_tensor *tensor, int64_t element_bytes)
+{
+    return tensor->sizes[0] > 1 ? tensor->strides[0] * element_bytes : 0;
+}
+
 /* What every call that writes flags has. from.data is NULL for samples that
  * have no errors yet, and equals to.data when rows are changed in place. Both
  * have the capacity of the tensors' words. */

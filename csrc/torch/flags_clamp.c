@@ -44,36 +44,46 @@ bytes_of(og_id_kind kind)
     return bytes[kind];
 }
 
-/* Dimensions from the last one backwards that lie as one line; the last
- * dimension itself always does. */
+/* Dimensions that come before the line: those from the last one backwards
+ * which lie as one, `count` ids `step` apart. */
 static int64_t
-line_dims(const og_tensor *ids, int64_t *count)
+outer_dims(const og_tensor *ids, int64_t *count, int64_t *step)
 {
-    int64_t d = ids->ndim - 1;
-    *count = ids->sizes[d];
-    while (d > 0 && ids->strides[d - 1] == *count * ids->strides[d]) {
-        d--;
-        *count *= ids->sizes[d];
+    int64_t d = ids->ndim;
+    *count = 1;
+    *step = 0;
+    for (; d > 0; d--) {
+        /* The stride of a dimension of one says nothing. */
+        if (ids->sizes[d - 1] == 1) {
+            continue;
+        }
+        if (*count != 1 && ids->strides[d - 1] != *count * *step) {
+            break;
+        }
+        *step = *count == 1 ? ids->strides[d - 1] : *step;
+        *count *= ids->sizes[d - 1];
     }
-    return ids->ndim - d;
+    return d;
 }
 
 void
 og_flags_clamp(const og_flags_index *call)
 {
     const og_tensor *ids = &call->ids;
-    int64_t at[OG_SCAN_DIMS] = {0}, count = 0, lines = 1, offset = 0;
+    if (!og_tensor_has_elements(ids)) {
+        return; /* and strides that nobody has checked */
+    }
+    int64_t at[OG_SCAN_DIMS] = {0}, count, step, lines = 1, offset = 0;
     int64_t bytes = bytes_of(call->kind);
-    int64_t outer = ids->ndim - line_dims(ids, &count);
+    int64_t outer = outer_dims(ids, &count, &step);
     int64_t most = call->size > 0 ? call->size - 1 : 0;
     char *to = call->clamped;
     for (int64_t d = 0; d < outer; d++) {
         lines *= ids->sizes[d];
     }
-    for (int64_t i = 0; i < lines && count > 0; i++) {
+    for (int64_t i = 0; i < lines; i++) {
         const char *from = (const char *)ids->data + offset * bytes;
-        line_of(call->kind)(from, ids->strides[ids->ndim - 1], count, most,
-                            to);
+        line_of(call->kind)(from, step, count, most, to);
         to += count * bytes;
         for (int64_t d = outer - 1; d >= 0; d--) {
             offset += ids->strides[d];

@@ -97,15 +97,18 @@ values_of(og_cuda_values *v, const og_tensor *t, int32_t bytes, int32_t pair,
           bool in_order)
 {
     v->data = t->data;
-    v->row_stride = t->strides[0] * bytes * pair;
+    v->row_stride = og_tensor_step(t, (int64_t)bytes * pair);
     v->count = pair;
     v->unit = bytes;
     v->ndim = 0;
     for (int64_t d = 1; d <= t->ndim; d++) {
         bool inside = d == t->ndim; /* the numbers of a complex one */
         int64_t size = inside ? pair : t->sizes[d];
+        if (size == 1) {
+            continue; /* its stride may be any number */
+        }
         int64_t stride = inside ? bytes : t->strides[d] * bytes * pair;
-        if (size == 1 || (stride == 0 && size > 0 && !in_order)) {
+        if (stride == 0 && size > 0 && !in_order) {
             continue;
         }
         v->count *= inside ? 1 : size;

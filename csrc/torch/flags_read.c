@@ -114,8 +114,8 @@ read_data(AtenTensorHandle handle, bool writable, void **data, og_error *err)
     return og_shim_check(code, "reading a tensor's address", err);
 }
 
-static bool
-has_elements(const og_tensor *t)
+bool
+og_tensor_has_elements(const og_tensor *t)
 {
     for (int64_t d = 0; d < t->ndim; d++) {
         if (t->sizes[d] == 0) {
@@ -166,7 +166,7 @@ og_tensor_read(og_tensor *t, AtenTensorHandle handle, bool writable,
         t->ndim = 1;
         t->sizes = t->strides = one;
     }
-    if (t->data == NULL && has_elements(t)) {
+    if (t->data == NULL && og_tensor_has_elements(t)) {
         return og_fail(err, OG_BAD_ARGUMENT,
                        "expected %s to have memory, it has none; a fake or "
                        "functorch tensor goes through torch.ops.opguard",
@@ -263,7 +263,7 @@ og_flags_open(og_flags_view *view, AtenTensorHandle flags, bool writable,
     view->device_index = t.device_index;
     view->writable = writable;
     view->rows.data = t.data;
-    view->rows.stride = t.strides[0] * bytes;
+    view->rows.stride = og_tensor_step(&t, bytes);
     view->rows.capacity = (int32_t)(t.sizes[1] * bytes / 2);
     if (writable && t.sizes[0] > 1 && t.strides[0] < t.sizes[1] &&
         (t.sizes[1] == 1 || t.strides[1] == 1 || t.strides[0] == 0)) {

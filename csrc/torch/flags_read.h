@@ -62,6 +62,9 @@ og_status
 og_tensor_read(og_tensor *tensor, AtenTensorHandle handle, bool writable,
                const char *name, og_error *err);
 
+bool
+og_tensor_has_elements(const og_tensor *tensor);
+
 /* A new contiguous tensor of ndim <= 2 dimensions. */
 og_status
 og_tensor_new(int64_t ndim, const int64_t *sizes, int32_t dtype,

@@ -219,6 +219,11 @@ og_op_flags_merge(StableIValue *stack, uint64_t inputs, uint64_t outputs)
             drop((AtenTensorHandle)(uintptr_t)one);
         }
     }
+    if (status == OG_OK && taken < count) {
+        status = og_fail(&err, OG_TORCH_FAILED,
+                         "expected a list of %zu flags, torch gave %zu", count,
+                         taken);
+    }
     (void)torch_delete_list(list);
     if (status == OG_OK) {
         status = og_flags_merge_run(all, taken, &out, (int64_t)stack[1], &err);

@@ -32,11 +32,14 @@ def _check_flags(flags: torch.Tensor) -> None:
 
 def _check_batch(flags: torch.Tensor, other: torch.Tensor, name: str) -> None:
     samples = other.shape[0] if other.dim() else 1
-    if flags.shape[0] != samples:
-        raise ValueError(
+    # A batch whose size the data decides is known when the graph runs, and is checked then.
+    torch._check_value(  # type: ignore[no-untyped-call]
+        flags.shape[0] == samples,
+        lambda: (
             f"expected {name} of {flags.shape[0]} samples as flags have, got {samples}; "
             "make flags for this batch"
-        )
+        ),
+    )
 
 
 def _fresh(flags: torch.Tensor) -> torch.Tensor:
@@ -93,11 +96,13 @@ def _merge_in_place(flags: torch.Tensor, other: torch.Tensor, key: int) -> None:
     _check_in_place(flags, other)
     ours = flags.shape[1] * SLOTS_A_WORD[flags.dtype]
     theirs = other.shape[1] * SLOTS_A_WORD[other.dtype]
-    if ours != theirs:
-        raise ValueError(
+    torch._check_value(  # type: ignore[no-untyped-call]
+        ours == theirs,
+        lambda: (
             f"expected flags of equally many slots to merge, got {ours} and {theirs}; "
             "make both with one num_slots"
-        )
+        ),
+    )
 
 
 def _merge(flags: list[torch.Tensor], key: int) -> torch.Tensor:
@@ -151,10 +156,6 @@ META = {
 }
 
 
-# The ops whose x may require grad. Flags carry none; as float words they would be given one.
-CHECKS = ("flags_check", "flags_check_", "flags_check_new", "row_findings")
-
-
 def _batched(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         from opguard._flag_vmap import run  # vmap's helpers cost more than all of this module
@@ -191,7 +192,8 @@ def _register() -> Any:
     for name in META:
         library.impl(name, _fake(name), "Meta")
         library.impl(name, _batched(name), "FuncTorchBatched")
-    for name in CHECKS:
+        # Nothing here has a gradient. Float words would be given one, and keep the graph of what
+        # made them (an x that requires grad, a checkpointed block) alive for as long as they live.
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     return library
 

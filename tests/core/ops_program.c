@@ -154,6 +154,36 @@ flags_round(const og_ops *table)
     CHECK(aoti_torch_delete_tensor_object(flags) == 0);
 }
 
+/* One sample may have any stride: it is nowhere multiplied. */
+static void
+single_sample(const og_ops *table)
+{
+    const int64_t far = (int64_t)1 << 62, near = 1;
+    const int64_t sizes[2] = {1, 4}, strides[2] = {far, 1};
+    AtenTensorHandle flags = NULL, column = NULL;
+    void *data = NULL, *ids = NULL;
+    og_error err = {OG_OK, ""};
+    CHECK(aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_int64(),
+                                   aoti_torch_device_type_cpu(), 0,
+                                   &flags) == 0);
+    CHECK(aoti_torch_empty_strided(1, &near, &far, aoti_torch_dtype_int64(),
+                                   aoti_torch_device_type_cpu(), 0,
+                                   &column) == 0);
+    CHECK(aoti_torch_get_data_ptr(flags, &data) == 0);
+    CHECK(aoti_torch_get_data_ptr(column, &ids) == 0);
+    memset(data, 0, 32);
+    *(int64_t *)ids = OG_CODE_INF;
+    void *to = *(void **)flags, *codes = *(void **)column;
+    CHECK(table->flags_push_codes(to, codes, to, 3, -1, 2, KEY, &err) ==
+          OG_OK);
+    CHECK(table->flags_index(codes, to, to, codes, 2, 4, KEY, &err) == OG_OK);
+    CHECK(((uint16_t *)data)[0] == og_slot_make(3, OG_CODE_INF, 3));
+    CHECK(((uint16_t *)data)[1] == og_slot_make(4, OG_CODE_OUT_OF_BOUNDS, 2));
+    CHECK(*(int64_t *)ids == 1);
+    CHECK(aoti_torch_delete_tensor_object(column) == 0);
+    CHECK(aoti_torch_delete_tensor_object(flags) == 0);
+}
+
 static long
 resident_pages(void)
 {
@@ -187,6 +217,7 @@ main(int argc, char **argv)
     }
     CHECK(table()->size >= sizeof(og_ops));
     CHECK(table()->cpu_isa() != NULL);
+    single_sample(table());
     int rounds = argc > 2 ? atoi(argv[2]) : 1;
     for (int i = 0; i < rounds / 4 + 1; i++) {
         round_trip();
