@@ -284,6 +284,25 @@ skip_clean(og_rows rows, int64_t r, int64_t end, int64_t *until)
     return r;
 }
 
+/* The one error of a row that holds no other, 0 for any other row. */
+static uint16_t
+only_slot(const uint16_t *row, int32_t capacity)
+{
+    return row[1] == 0 && row_is_clean(row + 1, capacity - 1) ? row[0] : 0;
+}
+
+static void
+merge_one(uint16_t *row, const uint16_t *other, int32_t capacity, og_policy p)
+{
+    uint16_t slot = only_slot(other, capacity);
+    if (slot == 0) {
+        row_merge(row, other, capacity, p);
+    }
+    else if (og_slot_counts(slot)) {
+        row_record(row, capacity, p, slot);
+    }
+}
+
 void
 og_batch_merge(og_rows in, og_rows other, og_rows out, og_policy p,
                int64_t begin, int64_t end)
@@ -295,7 +314,7 @@ og_batch_merge(og_rows in, og_rows other, og_rows out, og_policy p,
             r = skip_clean(other, r, end, &until);
         }
         if (r < end && !row_is_clean(row_at(other, r), other.capacity)) {
-            row_merge(row_at(out, r), row_at(other, r), out.capacity, p);
+            merge_one(row_at(out, r), row_at(other, r), out.capacity, p);
         }
     }
 }

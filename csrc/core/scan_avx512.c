@@ -165,11 +165,33 @@ small_row(const char *row, __mmask16 slots)
     return _mm256_maskz_loadu_epi16(slots, row);
 }
 
+/* Rows of one 64-bit word side by side, eight at a time; returns where it
+ * stopped. */
+static int64_t
+find_in_words(const char *row, __m512i masks, __m512i values, bool inverse,
+              bool *out, int64_t r, int64_t end)
+{
+    for (; r + 8 <= end; r += 8, row += 64) {
+        __m512i x = _mm512_loadu_si512(row);
+        __m512i found = _mm512_movm_epi16(_mm512_mask_cmpeq_epi16_mask(
+            _mm512_test_epi16_mask(x, x), x & masks, values));
+        __mmask8 rows = _mm512_test_epi64_mask(found, found);
+        rows = inverse ? (__mmask8)~rows : rows;
+        _mm_storel_epi64((__m128i *)(out + r),
+                         _mm_maskz_set1_epi8((__mmask16)rows, 1));
+    }
+    return r;
+}
+
 static void
 find(og_rows in, uint16_t mask, uint16_t value, bool inverse, bool *out,
      int64_t begin, int64_t end)
 {
     const __m512i masks = fill16(mask), values = fill16(value);
+    if (in.capacity == 4 && in.stride == 8) {
+        begin = find_in_words(in.data + begin * 8, masks, values, inverse, out,
+                              begin, end);
+    }
     const char *row = in.data + begin * in.stride;
     if (in.capacity <= 16) {
         const __mmask16 slots = (__mmask16)((1u << in.capacity) - 1);
@@ -248,9 +270,34 @@ small_severity(__m256i x)
     return (high & low) != 0 ? 3 : high != 0 ? 2 : low != 0;
 }
 
+/* Rows of one 64-bit word side by side, eight at a time; returns where it
+ * stopped. Lane by lane, the highest of a word's four slots meets in its
+ * lowest. */
+static int64_t
+word_severities(const char *row, bool wide, void *out, int64_t r, int64_t end)
+{
+    for (; r + 8 <= end; r += 8, row += 64) {
+        __m512i all = _mm512_loadu_si512(row) & fill16(OG_SEVERITY_MASK);
+        all = umax16(all, _mm512_srli_epi64(all, 32));
+        all = umax16(all, _mm512_srli_epi64(all, 16));
+        all &= _mm512_set1_epi64(OG_SEVERITY_MASK);
+        if (wide) {
+            _mm512_storeu_si512((int64_t *)out + r, all);
+        }
+        else {
+            _mm256_storeu_si256((__m256i *)((int32_t *)out + r),
+                                _mm512_cvtepi64_epi32(all));
+        }
+    }
+    return r;
+}
+
 static void
 severity(og_rows in, bool wide, void *out, int64_t begin, int64_t end)
 {
+    if (in.capacity == 4 && in.stride == 8) {
+        begin = word_severities(in.data + begin * 8, wide, out, begin, end);
+    }
     const char *row = in.data + begin * in.stride;
     const __mmask16 few =
         (__mmask16)(in.capacity <= 16 ? (1u << in.capacity) - 1 : 0);

@@ -21,7 +21,7 @@ typedef struct row_reader {
     PyObject *severities;
     PyObject *codes;
     PyObject *location_name;
-    newfunc make; /* tuple's */
+    allocfunc alloc; /* of class */
 } row_reader;
 
 static int
@@ -37,13 +37,16 @@ reader_how(row_reader *reader, PyObject *how)
     reader->severities = PyTuple_GetItem(how, 1);
     reader->codes = PyTuple_GetItem(how, 2);
     reader->location_name = PyTuple_GetItem(how, 3);
-    reader->make = (newfunc)PyType_GetSlot(&PyTuple_Type, Py_tp_new);
     bool usable =
         PyType_Check(reader->class) &&
         PyType_IsSubtype((PyTypeObject *)reader->class, &PyTuple_Type) &&
         PyTuple_CheckExact(reader->severities) &&
         PyTuple_Size(reader->severities) == 4 &&
         PyTuple_CheckExact(reader->codes) && PyTuple_Size(reader->codes) == 16;
+    if (usable) {
+        reader->alloc = (allocfunc)PyType_GetSlot(
+            (PyTypeObject *)reader->class, Py_tp_alloc);
+    }
     return usable ? OG_ROAD_SHORT : OG_ROAD_LONG;
 }
 
@@ -81,30 +84,44 @@ reader_close(row_reader *reader)
     }
 }
 
+/* Fills made, a tuple of six, and drops it where something is missing. */
+static PyObject *
+fill_error(PyObject *made, PyObject *const *values)
+{
+    for (Py_ssize_t i = 0; made != NULL && i < 6; i++) {
+        if (values[i] == NULL ||
+            PyTuple_SetItem(made, i, Py_NewRef(values[i])) < 0) {
+            Py_CLEAR(made);
+        }
+    }
+    return made;
+}
+
 static PyObject *
 named_error(row_reader *reader, int severity, int code, int location)
 {
-    PyObject *number = PyLong_FromLong(location), *name = NULL;
-    PyObject *values = NULL, *args = NULL, *made = NULL;
-    if (number != NULL) {
-        name =
-            PyObject_CallFunctionObjArgs(reader->location_name, number, NULL);
+    PyObject *numbers[3] = {PyLong_FromLong(severity), PyLong_FromLong(code),
+                            PyLong_FromLong(location)};
+    PyObject *name = NULL, *made = NULL;
+    if (numbers[2] != NULL) {
+        name = PyObject_CallFunctionObjArgs(reader->location_name, numbers[2],
+                                            NULL);
     }
+    PyObject *const values[6] = {numbers[0],
+                                 numbers[1],
+                                 numbers[2],
+                                 PyTuple_GetItem(reader->severities, severity),
+                                 PyTuple_GetItem(reader->codes, code),
+                                 name};
     if (name != NULL) {
-        values = Py_BuildValue("(iiOOOO)", severity, code, number,
-                               PyTuple_GetItem(reader->severities, severity),
-                               PyTuple_GetItem(reader->codes, code), name);
+        /* Allocated here, not by its __new__, which would copy a tuple. */
+        made = reader->alloc((PyTypeObject *)reader->class, 6);
+        made = fill_error(made, values);
     }
-    if (values != NULL) {
-        args = PyTuple_Pack(1, values);
-    }
-    if (args != NULL) {
-        made = reader->make((PyTypeObject *)reader->class, args, NULL);
-    }
-    Py_XDECREF(args);
-    Py_XDECREF(values);
     Py_XDECREF(name);
-    Py_XDECREF(number);
+    for (int i = 0; i < 3; i++) {
+        Py_XDECREF(numbers[i]);
+    }
     return made;
 }
 
