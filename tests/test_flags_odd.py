@@ -68,6 +68,32 @@ def test_a_broadcast_sample_is_shared_among_threads(place):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("shape", "strides"), [
+    ((5, 3), (1, 3)), ((5, 2), (3, 6)), ((4, 2), (1, 0)), ((1, 3), (3, 0)), ((3, 1), (0, 1)),
+    ((3, 4), (0, 1)), ((3, 4), (2, 1)), ((9, 8), (6, 3)),
+])  # fmt: skip
+def test_words_that_share_memory_are_read_but_not_written(shape, strides):
+    memory = torch.zeros(128, dtype=torch.int64)
+    f = memory.as_strided(shape, strides)
+    slot = slot_of(1, NAN, CRITICAL)
+    assert OPS.flags_count(OPS.flags_push_all(f, slot, KEY)).tolist() == [1] * shape[0]
+    with pytest.raises(RuntimeError, match="memory of their own"):
+        OPS.flags_push_all_(f, slot, KEY)
+    assert not memory.any()
+
+
+@pytest.mark.parametrize(("shape", "strides"), [
+    ((5, 3), (1, 5)), ((5, 2), (2, 11)), ((4, 2), (2, 1)), ((1, 3), (0, 2)), ((3, 1), (1, 0)),
+    ((3, 4), (4, 3)), ((2, 8), (3, 2)), ((2, 2), (2, 3)), ((0, 8), (1, 0)),
+])  # fmt: skip
+def test_words_that_only_interleave_are_written(shape, strides):
+    memory = torch.zeros(128, dtype=torch.int64)
+    f = memory.as_strided(shape, strides)
+    OPS.flags_push_all_(f, slot_of(1, NAN, CRITICAL), KEY)
+    assert OPS.flags_count(f).tolist() == [1] * shape[0]
+    assert memory.count_nonzero() == shape[0]
+
+
 # --- gradients ------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,10 @@
  *
  * flags: (N, W), words of int64, int32, float64 or float32. key: a
  * configuration (core/slots.h); checks: 1 NaN, 2 +Inf, 4 -Inf. x of any
- * layout, dimension 0 being the samples, 0-d being one. */
+ * layout, dimension 0 being the samples, 0-d being one.
+ *
+ * An op that writes leaves the version of flags as it is: torch's C ABI has
+ * no call that raises it, and autograd saves nothing of flags. */
 #ifndef X
 #error "define X(name, schema) before including torch/flag_ops.h"
 #endif

@@ -167,15 +167,23 @@ read_ids(og_flags_index *call, AtenTensorHandle ids, int64_t size,
     return OG_OK;
 }
 
+/* A tensor, and how many dimensions it has in truth, 0 included. */
+static og_status
+read_with_dims(og_tensor *t, int64_t *ndim, AtenTensorHandle handle,
+               const char *name, og_error *err)
+{
+    og_status status =
+        og_shim_check(aoti_torch_get_dim(handle, ndim), name, err);
+    return status != OG_OK ? status
+                           : og_tensor_read(t, handle, false, name, err);
+}
+
 og_status
 og_flags_empty_like(AtenTensorHandle ids, AtenTensorHandle *out, og_error *err)
 {
     int64_t strides[OG_SCAN_DIMS], step = 1, ndim = 0;
     og_tensor t;
-    og_status status = og_tensor_read(&t, ids, false, "ids", err);
-    if (status == OG_OK) {
-        status = og_shim_check(aoti_torch_get_dim(ids, &ndim), "ids", err);
-    }
+    og_status status = read_with_dims(&t, &ndim, ids, "ids", err);
     if (status == OG_OK && ndim > OG_SCAN_DIMS) {
         status = og_fail(err, OG_BAD_ARGUMENT,
                          "expected ids of at most %d dimensions, got %lld",
@@ -266,11 +274,7 @@ read_where(og_flags_push *call, AtenTensorHandle where,
 {
     og_tensor t;
     int64_t ndim = 0;
-    og_status status =
-        og_shim_check(aoti_torch_get_dim(where, &ndim), "reading where", err);
-    if (status == OG_OK) {
-        status = og_tensor_read(&t, where, false, "where", err);
-    }
+    og_status status = read_with_dims(&t, &ndim, where, "where", err);
     if (status == OG_OK && (ndim != 1 || t.dtype != OG_DTYPE_BOOL)) {
         return og_fail(err, OG_BAD_ARGUMENT,
                        "expected where of shape (N,) and bool, got %lld "
@@ -320,11 +324,7 @@ read_codes(og_flags_codes *call, AtenTensorHandle codes,
 {
     og_tensor t;
     int64_t ndim = 0;
-    og_status status =
-        og_shim_check(aoti_torch_get_dim(codes, &ndim), "reading codes", err);
-    if (status == OG_OK) {
-        status = og_tensor_read(&t, codes, false, "codes", err);
-    }
+    og_status status = read_with_dims(&t, &ndim, codes, "codes", err);
     if (status != OG_OK) {
         return status;
     }

@@ -242,6 +242,31 @@ og_flags_set_aside(og_flags_view *view, og_error *err)
     return status;
 }
 
+/* Whether two words of flags are one in memory. The first to meet are those
+ * that lie lcm(strides) apart, by either way. */
+static bool
+words_share(const og_tensor *t)
+{
+    if (t->sizes[0] == 0) {
+        return false;
+    }
+    int64_t row = t->sizes[0] > 1 ? t->strides[0] : 0;
+    int64_t word = t->sizes[1] > 1 ? t->strides[1] : 0;
+    if (OG_LIKELY(row >= t->sizes[1] && word <= 1)) {
+        return word == 0 && t->sizes[1] > 1;
+    }
+    if (row == 0 || word == 0) {
+        return (row == 0 && t->sizes[0] > 1) || (word == 0 && t->sizes[1] > 1);
+    }
+    int64_t common = row, rest = word;
+    while (rest != 0) {
+        int64_t next = common % rest;
+        common = rest;
+        rest = next;
+    }
+    return word / common < t->sizes[0] && row / common < t->sizes[1];
+}
+
 og_status
 og_flags_open(og_flags_view *view, AtenTensorHandle flags, bool writable,
               const char *name, og_error *err)
@@ -265,11 +290,10 @@ og_flags_open(og_flags_view *view, AtenTensorHandle flags, bool writable,
     view->rows.data = t.data;
     view->rows.stride = og_tensor_step(&t, bytes);
     view->rows.capacity = (int32_t)(t.sizes[1] * bytes / 2);
-    if (writable && t.sizes[0] > 1 && t.strides[0] < t.sizes[1] &&
-        (t.sizes[1] == 1 || t.strides[1] == 1 || t.strides[0] == 0)) {
+    if (writable && words_share(&t)) {
         return og_fail(err, OG_BAD_LAYOUT,
-                       "expected %s whose samples have memory of their own to "
-                       "write into, they share it; pass flags.clone()",
+                       "expected %s whose words have memory of their own to "
+                       "write into, some share it; pass flags.clone()",
                        name);
     }
     if (t.sizes[1] > 1 && t.strides[1] != 1) {
