@@ -321,6 +321,7 @@ LAYERS = (
         "hub",
         "_bundle_tensors",
         "_flag_ops",
+        "_flag_chain",
         "_flag_lowering",
         "_flag_vmap",
     },

@@ -1,6 +1,8 @@
 /* What compiled graphs call: the same calls with everything settled when the
  * graph was made. Inductor's code passes real tensors, ids and slots that
  * were checked, and the tensor to write (opguard.flags._lowering). */
+#include <string.h>
+
 #include "py/flags_work.h"
 
 /* Ints of a call, from `at` on: the last is the key, before it the others. */
@@ -106,11 +108,69 @@ OUT(push, OG_WORK_PUSH, 2, 2, "f, where, slot, key")
 OUT(push_all, OG_WORK_PUSH, 1, 2, "f, slot, key")
 OUT(merge, OG_WORK_MERGE, 0, 1, "*fs, key")
 
+/* Most tensors and steps of one chain, as the ops library has them. */
+enum { CHAIN_TENSORS = 64, CHAIN_STEPS = 32 };
+
+PyDoc_STRVAR(flags_out_chain_doc,
+             "flags_out_chain($module, /, *tensors, steps, *, out)\n--\n\n"
+             "Several ops of compiled code with small tensors as one call.\n\n"
+             "steps: bytes, og_flags_step of opguard_ops.h one by one. Raises "
+             "RuntimeError for steps that are none.");
+
+static int
+chain(og_state *state, PyObject *const *args, Py_ssize_t tensors,
+      og_error *err)
+{
+    void *impls[CHAIN_TENSORS], *out = NULL;
+    og_flags_step steps[CHAIN_STEPS];
+    char *bytes = NULL;
+    Py_ssize_t size = 0;
+    if (!PyBytes_Check(args[tensors])) {
+        return OG_ROAD_LONG;
+    }
+    if (PyBytes_AsStringAndSize(args[tensors], &bytes, &size) < 0) {
+        return OG_ROAD_FAILED;
+    }
+    if ((size_t)size > sizeof steps || (size_t)size % sizeof *steps != 0) {
+        return OG_ROAD_LONG;
+    }
+    memcpy(steps, bytes, (size_t)size);
+    for (Py_ssize_t i = 0; i < tensors; i++) {
+        OG_FLAGS_STEP(og_flags_impl(state, args[i], &impls[i]));
+    }
+    OG_FLAGS_STEP(og_flags_impl(state, args[tensors + 1], &out));
+    return state->ops.table->flags_chain(impls, (size_t)tensors, steps,
+                                         (size_t)size / sizeof *steps, out,
+                                         err) == OG_OK
+               ? OG_ROAD_SHORT
+               : OG_ROAD_LONG;
+}
+
+static PyObject *
+flags_out_chain(PyObject *module, PyObject *const *args, Py_ssize_t count,
+                PyObject *names)
+{
+    og_state *state = og_state_get(module);
+    og_error err = {OG_BAD_ARGUMENT, "these are not its arguments"};
+    if (names != NULL && PyTuple_Size(names) == 1 && count >= 1 &&
+        count <= CHAIN_TENSORS && state->ops.table != NULL &&
+        og_leaf_bind(state) == 0 &&
+        chain(state, args, count - 1, &err) == OG_ROAD_SHORT) {
+        Py_RETURN_NONE;
+    }
+    if (PyErr_Occurred() == NULL) {
+        PyErr_Format(PyExc_RuntimeError,
+                     "a flag op in compiled code failed: %s", err.message);
+    }
+    return NULL;
+}
+
 #define METHOD(name)                                                    \
     {"flags_out_" #name, (PyCFunction)(void (*)(void))flags_out_##name, \
      METH_FASTCALL | METH_KEYWORDS, flags_out_##name##_doc}
 
 PyMethodDef og_flags_out_methods[] = {
-    METHOD(check), METHOD(check_new), METHOD(index), METHOD(index_new),
-    METHOD(push),  METHOD(push_all),  METHOD(merge), {NULL, NULL, 0, NULL},
+    METHOD(check),     METHOD(check_new), METHOD(index),
+    METHOD(index_new), METHOD(push),      METHOD(push_all),
+    METHOD(merge),     METHOD(chain),     {NULL, NULL, 0, NULL},
 };

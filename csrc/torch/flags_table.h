@@ -31,5 +31,9 @@ og_table_flags_clear(void *flags, int64_t code, void *out, og_error *err);
 og_status
 og_table_flags_read(void *flags, int64_t row, uint16_t *slots,
                     int64_t capacity, int64_t *used, og_error *err);
+og_status
+og_table_flags_chain(void *const *impls, size_t tensors,
+                     const og_flags_step *steps, size_t count, void *out,
+                     og_error *err);
 
 #endif

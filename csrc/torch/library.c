@@ -149,6 +149,7 @@ og_ops_table(void)
         .flags_clear = og_table_flags_clear,
         .flags_read = og_table_flags_read,
         .tensor_look = og_tensor_look,
+        .flags_chain = og_table_flags_chain,
     };
     return &table;
 }

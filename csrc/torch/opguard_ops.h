@@ -33,6 +33,25 @@ typedef struct og_look {
     int32_t device_type;
 } og_look;
 
+/* What a step of flags_chain does to register `to`, 0..15; 0 is the result.
+ * from: a register, or -1 for samples without errors. */
+typedef enum og_step_kind {
+    OG_STEP_LOAD,  /* to = tensor `other`, flags like the result */
+    OG_STEP_CHECK, /* of tensor `other`; place: location, number: checks */
+    OG_STEP_PUSH,  /* where tensor `other` says so, -1: all; place: the slot */
+    OG_STEP_MERGE  /* of register `from` and the younger register `other` */
+} og_step_kind;
+
+typedef struct og_flags_step {
+    int64_t kind;
+    int64_t to;
+    int64_t from;
+    int64_t other;
+    int64_t place;
+    int64_t number;
+    int64_t key;
+} og_flags_step;
+
 /* Grows at its end only; callers look at size before they use a newer field.
  * A tensor is given as the at::TensorImpl * that torch.Tensor._cdata holds. */
 typedef struct og_ops {
@@ -90,6 +109,11 @@ typedef struct og_ops {
                             int64_t capacity, int64_t *used, og_error *err);
     /* OG_TORCH_FAILED for tensors without strides or memory. */
     og_status (*tensor_look)(void *impl, og_look *look);
+    /* Some of the above as one call, in host memory, at most 64 tensors; out
+     * is none of them. */
+    og_status (*flags_chain)(void *const *tensors, size_t tensor_count,
+                             const og_flags_step *steps, size_t count,
+                             void *out, og_error *err);
 } og_ops;
 
 /* A static table, never NULL; any thread. */

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from opguard import _flag_chain
+
 __all__ = ["register"]
 
 # op -> how many tensors it takes before its ints; None: a list of them. Their C functions are
@@ -27,7 +29,6 @@ OPS: dict[str, int | None] = {
     "merge": None,
 }
 
-
 def _lowering(name: str, tensors: int | None, op: Any) -> Callable[..., Any]:
     from torch._inductor import ir
     from torch._inductor.lowering import fallback_handler
@@ -37,7 +38,8 @@ def _lowering(name: str, tensors: int | None, op: Any) -> Callable[..., Any]:
 
     def lower(*args: Any) -> Any:
         graph: Any = V.graph
-        value = graph.current_node.meta["val"]
+        node = graph.current_node
+        value = node.meta["val"]
         if (
             graph.cpp_wrapper  # AOTInductor and C++ code call the op by its schema
             or getattr(graph, "fx_wrapper", False)
@@ -47,21 +49,35 @@ def _lowering(name: str, tensors: int | None, op: Any) -> Callable[..., Any]:
         inputs = list(args[0]) if tensors is None else list(args[:tensors])
         if len(inputs) > 16:
             return otherwise(*args)
-        kernel = ir.ExternKernelOut(
-            layout=ir.FixedLayout(
-                value.device,
-                value.dtype,
-                ir.convert_shape_to_inductor(value.size()),  # type: ignore[attr-defined]
-                ir.convert_shape_to_inductor(value.stride()),  # type: ignore[attr-defined]
-            ),
-            inputs=[ir.ExternKernel.realize_input(x) for x in inputs],
-            constant_args=list(args[1 if tensors is None else tensors :]),
-            python_kernel_name=f"torch.ops.opguard.core.flags_out_{name}",
-            op_overload=op,
+        inputs = [_realized(x) for x in inputs]
+        if _flag_chain.waits(node):
+            return _flag_chain.Waiting(node, inputs)
+        constants, kernel = list(args[1 if tensors is None else tensors :]), name
+        if any(isinstance(x, _flag_chain.Waiting) for x in inputs):
+            inputs, constants = _flag_chain.joined(_flag_chain.Waiting(node, inputs))
+            kernel = "chain"
+        return ir.TensorBox.create(
+            ir.ExternKernelOut(
+                layout=ir.FixedLayout(
+                    value.device,
+                    value.dtype,
+                    ir.convert_shape_to_inductor(value.size()),  # type: ignore[attr-defined]
+                    ir.convert_shape_to_inductor(value.stride()),  # type: ignore[attr-defined]
+                ),
+                inputs=inputs,
+                constant_args=constants,
+                python_kernel_name=f"torch.ops.opguard.core.flags_out_{kernel}",
+                op_overload=op,
+            )
         )
-        return ir.TensorBox.create(kernel)
 
     return lower
+
+
+def _realized(x: Any) -> Any:
+    from torch._inductor import ir
+
+    return x if isinstance(x, _flag_chain.Waiting) else ir.ExternKernel.realize_input(x)
 
 
 def register() -> None:

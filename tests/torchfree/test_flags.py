@@ -143,6 +143,7 @@ def test_what_compiled_code_calls_needs_the_ops(C):
         ("push", 4),
         ("push_all", 3),
         ("merge", 3),
+        ("chain", 2),
     ):
         function = getattr(C, f"flags_out_{name}")
         for args in ((), (t,) * count, (t,) * 40):
