@@ -11,7 +11,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from opguard import _C
-from opguard.flags import ErrorConfig, Priority, _engine
+from opguard.flags import AccumulationConfig, ErrorConfig, Priority, _engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
 
@@ -20,7 +20,7 @@ KEYS = (
     KEY,
     ErrorConfig(num_slots=4, flag_dtype=torch.int32).key,
     ErrorConfig(num_slots=3, flag_dtype=torch.float64).key,
-    ErrorConfig(num_slots=2, priority=Priority.LOCATION).key,
+    ErrorConfig(num_slots=2, accumulation=AccumulationConfig(priority=Priority.LOCATION)).key,
 )
 CHAIN = "torch.ops.opguard.core.flags_out_chain("
 

@@ -112,7 +112,7 @@ OUT(merge, OG_WORK_MERGE, 0, 1, "*fs, key")
 enum { CHAIN_TENSORS = 64, CHAIN_STEPS = 32 };
 
 PyDoc_STRVAR(flags_out_chain_doc,
-             "flags_out_chain($module, /, *tensors, steps, *, out)\n--\n\n"
+             "flags_out_chain($module, /, *tensors, steps, out)\n--\n\n"
              "Several ops of compiled code with small tensors as one call.\n\n"
              "steps: bytes, og_flags_step of opguard_ops.h one by one. Raises "
              "RuntimeError for steps that are none.");

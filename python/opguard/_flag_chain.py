@@ -63,7 +63,7 @@ def _flags_of(node: Any) -> list[Any]:
 
 def _changes_nothing(node: Any) -> bool:
     if node.op != "call_function":
-        return node.op in {"placeholder", "get_attr", "output"}
+        return node.op not in {"call_function", "call_module", "call_method"}
     if isinstance(node.target, torch._ops.OpOverload):
         return not node.target._schema.is_mutable
     return getattr(node.target, "__module__", "") == "_operator"

@@ -29,6 +29,7 @@ OPS: dict[str, int | None] = {
     "merge": None,
 }
 
+
 def _lowering(name: str, tensors: int | None, op: Any) -> Callable[..., Any]:
     from torch._inductor import ir
     from torch._inductor.lowering import fallback_handler
