@@ -87,8 +87,7 @@ run_out(PyObject *module, PyObject *const *args, Py_ssize_t count,
 #define OUT(name, kind, tensors, ints, signature)                            \
     PyDoc_STRVAR(flags_out_##name##_doc,                                     \
                  "flags_out_" #name "($module, /, " signature                \
-                 ", *, "                                                     \
-                 "out)\n--\n\n"                                              \
+                 ", out)\n--\n\n"                                            \
                  "For code that torch.compile makes: no argument is looked " \
                  "at twice.");                                               \
                                                                              \
@@ -100,12 +99,12 @@ run_out(PyObject *module, PyObject *const *args, Py_ssize_t count,
         return run_out(module, args, count, names, &of);                     \
     }
 
-OUT(check, OG_WORK_CHECK, 2, 3, "f, x, location, checks, key")
-OUT(check_new, OG_WORK_CHECK, 1, 3, "x, location, checks, key")
-OUT(index, OG_WORK_INDEX, 2, 3, "f, ids, size, location, key")
-OUT(index_new, OG_WORK_INDEX, 1, 3, "ids, size, location, key")
-OUT(push, OG_WORK_PUSH, 2, 2, "f, where, slot, key")
-OUT(push_all, OG_WORK_PUSH, 1, 2, "f, slot, key")
+OUT(check, OG_WORK_CHECK, 2, 3, "f, x, location, checks, key, *")
+OUT(check_new, OG_WORK_CHECK, 1, 3, "x, location, checks, key, *")
+OUT(index, OG_WORK_INDEX, 2, 3, "f, ids, size, location, key, *")
+OUT(index_new, OG_WORK_INDEX, 1, 3, "ids, size, location, key, *")
+OUT(push, OG_WORK_PUSH, 2, 2, "f, where, slot, key, *")
+OUT(push_all, OG_WORK_PUSH, 1, 2, "f, slot, key, *")
 OUT(merge, OG_WORK_MERGE, 0, 1, "*fs, key")
 
 /* Most tensors and steps of one chain, as the ops library has them. */
