@@ -42,6 +42,17 @@ def _check_batch(flags: torch.Tensor, other: torch.Tensor, name: str) -> None:
     )
 
 
+def _check_devices(name: str, args: tuple[Any, ...]) -> None:
+    # A meta tensor beside real flags brings them here, where nothing writes into what is new.
+    for arg in args:
+        for each in arg if isinstance(arg, list | tuple) else (arg,):
+            if isinstance(each, torch.Tensor) and each.device.type != "meta":
+                raise ValueError(
+                    f"expected all tensors of opguard::{name} on one device, got meta and"
+                    f" {each.device}; move them to the device of the flags"
+                )
+
+
 def _fresh(flags: torch.Tensor) -> torch.Tensor:
     return flags.new_empty(flags.shape)
 
@@ -176,6 +187,7 @@ def _fake(name: str) -> Callable[..., Any]:
 
             with contextlib.suppress(ImportError, AttributeError, TypeError):
                 _flag_lowering.register()
+        _check_devices(name, args)
         return fake(*args)
 
     return run

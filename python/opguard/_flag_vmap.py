@@ -39,25 +39,36 @@ def _flat(tensor: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
     return tensor if tensor.dim() == 1 else tensor.flatten(0, 1)
 
 
-def _apart(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    return tensor.reshape(size, tensor.shape[0] // size, *tensor.shape[1:])
+def _apart(tensor: torch.Tensor, size: int, samples: int) -> torch.Tensor:
+    return tensor.reshape(size, samples, *tensor.shape[1:])
+
+
+def _samples(tensor: torch.Tensor, dim: int | None) -> int:
+    """N of each in vmap's batch, also when that is empty."""
+    sizes = [size for i, size in enumerate(tensor.shape) if i != dim]
+    return sizes[0] if sizes else 1
 
 
 def _as_one_batch(
     op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     flat: list[Any] = []
+    samples = 1
     has_samples = True  # as the last tensor has: only ids and x may be 0-d, and come last
     for dims, arg in zip(in_dims, args, strict=True):
         if isinstance(arg, torch.Tensor):
             has_samples = arg.dim() > (dims is not None)
+            samples = _samples(arg, dims)
             flat.append(_flat(arg, dims, size))
         elif isinstance(arg, list):
+            samples = _samples(arg[0], dims[0])
             flat.append([_flat(one, d, size) for one, d in zip(arg, dims, strict=True)])
         else:
             flat.append(arg)
     out = op(*flat)
     if isinstance(out, torch.Tensor):
-        return _apart(out, size), 0
+        return _apart(out, size, samples), 0
     flags, ids = out
-    return (_apart(flags, size), _apart(ids, size) if has_samples else ids), (0, 0)
+    if has_samples:
+        ids = _apart(ids, size, samples)
+    return (_apart(flags, size, samples), ids), (0, 0)

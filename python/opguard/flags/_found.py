@@ -74,11 +74,11 @@ class Found:
         self.sized = True
         self._rows = 1
         if args and type(args[0]) is Tensor and args[0].dim():  # the common case
-            self._rows = args[0].shape[0]
+            self._rows = args[0].size(0)  # a nested tensor may have no shape
         else:
             for each in tensors((args, kwargs)):
                 if each.dim():
-                    self._rows = each.shape[0]
+                    self._rows = each.size(0)
                     break
         if "torch._dynamo" in _modules and not _is_compiling():
             self._like = torch.empty((self._rows, 0))
@@ -170,8 +170,8 @@ class Token:
         self.number = next(_numbers)
         THREADS[self.number] = Threads()
 
-    def __del__(self) -> None:
-        THREADS.pop(self.number, None)
+    def __del__(self, threads: dict[int, Threads] = THREADS) -> None:
+        threads.pop(self.number, None)  # at exit, when the module has lost its globals, too
 
 
 def record_plain(found: Found, x: Tensor, place: int, how: tuple[int, int]) -> bool:

@@ -33,7 +33,7 @@ def places_of(root: nn.Module, prefix: str, leaves: Mapping[str, Leaf]) -> tuple
             for name, leaf in leaves.items()
         ]
     with _registry.lock:
-        others = [owner for owner in _registry.owners if owner.model() is not root]
+        others = [owner for owner in _registry.living() if owner.model() is not root]
         paths = [name for name in leaves if name]
         before, names = claim(root, [prefix, *paths] if prefix else paths, _prune)
         # What claim takes for part of this model now may be tracked by itself.

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from opguard.flags import _engine
+from opguard.flags.combinators import _filled as filled
 from opguard.flags.config import get_config
 from opguard.flags.errors import FlagsError
 
@@ -47,7 +48,7 @@ def _clamped(
 def _settle(out: Tensor, good: Tensor, fill: float | None) -> Tensor:
     """``out`` as it is to be at bad indices; ``good`` broadcasts to its shape."""
     if fill is not None:
-        return out.masked_fill(~good, fill)
+        return filled(out, ~good, fill, "fill")
     # The row that stood in for a missing one was not meant: it learns nothing from that.
     return torch.where(good, out, out.detach()) if out.requires_grad else out
 
@@ -83,7 +84,8 @@ def guarded_embedding(
         (ids.shape + (D,), flags (N, W)).
 
     Raises:
-        FlagsError: the table is empty, ids are not integers, or options came with a module.
+        FlagsError: the table is empty, ids are not integers, options came with a module, or the
+            table's dtype does not hold ``fill``.
     """
     size = _table_size(weight)
     if module is None and isinstance(weight, nn.Module):
@@ -123,6 +125,11 @@ def _table_size(weight: Tensor | nn.Module) -> int:
 
 
 def _size(x: Tensor, dim: int, index: Tensor) -> int:
+    dims = max(x.dim(), 1)
+    if not -dims <= dim < dims:
+        raise FlagsError(
+            f"expected dim to be one of the {dims} of x, -{dims}..{dims - 1}, got {dim}"
+        )
     size = x.shape[dim] if x.dim() else 1
     if size == 0 and index.numel() != 0:
         raise FlagsError(
@@ -152,7 +159,8 @@ def guarded_gather(
         (index.shape, flags (N, W)).
 
     Raises:
-        FlagsError: nothing to look up along ``dim``, or index is not of integers.
+        FlagsError: nothing to look up along ``dim``, index is not of integers, or x's dtype does
+            not hold ``fill``.
     """
     f, clamped = _clamped(index, _size(x, dim, index), module, f, config)
     if clamped.dtype != torch.int64:
@@ -181,7 +189,8 @@ def guarded_index_select(
         (x.shape with N at dim, flags (N, W)).
 
     Raises:
-        FlagsError: nothing to select along ``dim``, or index is not of integers.
+        FlagsError: nothing to select along ``dim``, index is not of integers, or x's dtype does
+            not hold ``fill``.
     """
     f, clamped = _clamped(index, _size(x, dim, index), module, f, config)
     out = torch.index_select(x, dim, clamped)
