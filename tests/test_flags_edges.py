@@ -128,3 +128,23 @@ def test_a_check_may_outlive_the_globals_of_its_module(monkeypatch):
     del check
     gc.collect()
     assert number not in threads
+
+
+NUMBERS = {
+    "code": lambda f, number: push(f, number, 1),
+    "severity": lambda f, number: push(f, err.NAN, 1, severity=number),
+    "location": lambda f, number: push(f, err.NAN, number),
+    "location of a check": lambda f, number: flag_nan(torch.full((1, 1), nan), number, f),
+    "code to clear": err.clear,
+    "all of err.push": lambda f, number: err.push(f, number, number, number),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_a_compiled_function_is_given_may_change(name):
+    torch._dynamo.reset()
+    f = err.from_code(err.INF, 3, 1)
+    run = torch.compile(NUMBERS[name], backend="eager", fullgraph=True)
+    for number in (1, 2, 3, 1):
+        assert torch.equal(run(f, number), NUMBERS[name](f, number))
+    torch._dynamo.reset()

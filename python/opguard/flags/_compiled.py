@@ -10,6 +10,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,8 +57,14 @@ for _function in (checks_of, _slot, _id):
     vars(_function)["_dynamo_marked_constant"] = True
 
 
+def _number(value: Any) -> Any:
+    # An argument of the graph that was another number before is none that Dynamo knows, until it
+    # is asked for as an index: then the graph is this number's.
+    return index(value) if type(value) is int else value
+
+
 def _place(location: Location) -> int:
-    return _id(location) if type(location) is int else resolve_location(location)
+    return _id(index(location)) if type(location) is int else resolve_location(location)
 
 
 def _key(config: ErrorConfig | None) -> int:
@@ -83,6 +90,7 @@ def push(  # noqa: PLR0917  (as _engine.push)
 ) -> Tensor:
     """:func:`opguard.flags._engine.push`."""
     using = get_config() if config is None else config
+    code, severity = _number(code), _number(severity)
     # Read only for the codes without a severity of their own: what is read is guarded.
     otherwise = int(using.default_severity) if code in {4, 8, 12, 15} else 2
     slot = _slot(_place(location), code, severity, otherwise)

@@ -281,7 +281,10 @@ class ErrorLocation:
 
     @classmethod
     def reset(cls) -> None:
-        """Forgets all locations; modules of living models get theirs again at their next use."""
+        """Forgets all locations; modules of living models get theirs again at their next use.
+
+        A :class:`ModelCheck` keeps its ids, which new names may be given: check the model anew.
+        """
         with _registry.lock:
             _registry.ids = {}
             _registry.names = {}
