@@ -321,7 +321,7 @@ class ModelCheck:
         """Calls in the block add up to one flags tensor, of the first call's samples.
 
         For what calls a model many times for one answer, such as ``generate``. Calls of other
-        threads stand apart, as always.
+        threads stand apart, as always; coroutines of one thread do not, so await nothing in it.
         """
         slot = THREADS[self._number].slot
         before = slot.found
