@@ -177,6 +177,23 @@ def test_inductor_equals_eager():
     assert_same(torch.compile(net, fullgraph=True)(x), net(x))
 
 
+def test_another_inductor_lowers_the_ops_as_any_others(monkeypatch):
+    from torch._inductor import ir, lowering
+
+    from opguard import _flag_lowering
+
+    before = dict(lowering.lowerings)
+    monkeypatch.setattr(ir, "ExternKernelOut", lambda layout, inputs: None)
+    with pytest.raises(
+        TypeError, match=r"to take \['constant_args', "
+    ):  # who registers takes these
+        _flag_lowering.register()
+    monkeypatch.delattr(ir, "convert_shape_to_inductor")
+    with pytest.raises((AttributeError, TypeError)):
+        _flag_lowering.register()
+    assert lowering.lowerings == before
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_one_graph_for_every_batch_size(backend):
     net = Flagged()
@@ -343,6 +360,12 @@ def test_vmap_refuses_what_writes_into_flags(op):
     with pytest.raises(RuntimeError, match="outside of vmap") as caught:
         torch.vmap(getattr(OPS, op), in_dims=dims)(*args)
     assert f"opguard::{op[:-1]}," in str(caught.value)
+
+
+def test_another_torchs_vmap_is_one_clear_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "opguard._flag_vmap", None)
+    with pytest.raises(RuntimeError, match=r"opguard::flags_ok: .*; call it outside of vmap$"):
+        torch.vmap(OPS.flags_ok)(torch.zeros((2, 3, 4), dtype=torch.int64))
 
 
 # --- export ---------------------------------------------------------------------------------------

@@ -213,6 +213,37 @@ def test_a_graph_made_before_a_reset_is_not_used_after():
     assert int(run(torch.zeros(1))) == 3 == resolve_location(model.layer2)
 
 
+@pytest.mark.filterwarnings("ignore:expected a module of a @tracked model")
+@pytest.mark.parametrize("location", ["encoder", nn.Identity()], ids=["name", "class"])
+def test_names_in_a_graph_are_looked_up_anew_after_a_reset(location):
+    run = torch.compile(lambda x: x + resolve_location(location), backend="eager", fullgraph=True)
+    assert int(run(torch.zeros(1))) == 1
+    ErrorLocation.reset()
+    ErrorLocation.register("first")
+    assert int(run(torch.zeros(1))) == 2 == resolve_location(location)
+
+
+@pytest.mark.filterwarnings("ignore:all 1023 locations", "ignore:expected room for")
+def test_an_id_in_a_graph_is_never_another_modules():
+    @tracked
+    class WithoutState(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+            self.act = nn.GELU()
+
+    def fn(model, x):
+        return x + resolve_location(model.act)
+
+    run = torch.compile(fn, backend="eager", fullgraph=True)
+    assert places_of([run(WithoutState(), torch.zeros(1))]) == ["act"]
+    gc.collect()  # the model is gone, and its ids are given to others
+    room = ErrorLocation.MAX_LOCATION_ID - ErrorLocation.count()
+    for i in range(room + 1):
+        assert ErrorLocation.register(f"other{i}")
+    assert places_of([run(WithoutState(), torch.zeros(1))]) == ["act"]
+
+
 def test_instances_of_one_class_are_told_apart_in_one_compiled_function():
     first, second = Model(), Model()
 

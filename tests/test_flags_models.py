@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import gc
 import io
+import logging
 import pickle
 import re
 import subprocess
@@ -708,11 +709,35 @@ def test_flags_are_read_for_on_flag_alone(monkeypatch):
     assert read
 
 
+def test_flags_of_a_transform_are_read_in_it():
+    model = Net()
+
+    def flagged(x):
+        model(x)
+        return c.flags
+
+    x = torch.ones(2, 3, 4)
+    with check_model(model) as c:
+        assert torch.vmap(flagged)(x).shape == (2, 3, 4)
+        with pytest.raises(RuntimeError, match=r"inside torch\.vmap .* return \.flags from"):
+            _ = c.flags
+
+
+def test_a_torch_that_cannot_forget_is_told(monkeypatch, caplog):
+    import torch._dynamo.eval_frame
+
+    monkeypatch.delattr(torch._dynamo.eval_frame, "remove_from_cache")
+    with caplog.at_level(logging.WARNING, "opguard"), check_model(Net()):
+        pass
+    assert all("torch._dynamo.reset()" in said for said in caplog.messages)
+    assert len(caplog.messages) == 2
+
+
 @pytest.mark.parametrize(
     ("given", "kind", "said"),
     [
         ({"model": print}, TypeError, "expected a torch.nn.Module, got builtin_function_or_method"),
-        ({"inf": "neg"}, FlagsError, r"inf=\.\.\.\): expected 'both', 'pos' or 'none', got 'neg'"),
+        ({"inf": "neg"}, FlagsError, r"expected inf to be \"both\".*or \"none\", got 'neg'"),
         ({"on_flag": 3}, TypeError, r"on_flag=\.\.\.\): expected a function of one FlagEvent"),
         ({"every": 0}, FlagsError, r"every=\.\.\.\): expected a whole number from 1 on, got 0"),
         ({"sample_rate": 0}, FlagsError, r"sample_rate=\.\.\.\): expected a share above 0"),

@@ -7,6 +7,7 @@ import logging
 import pickle
 import sys
 import threading
+import weakref
 from collections import OrderedDict, namedtuple
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,19 @@ import torch
 from torch import nn
 
 import late_annotations
-from opguard.flags import Err, ErrorLocation, Ok, Result, err, flags, push, tensorcheck, tracked
+from opguard.flags import (
+    Err,
+    ErrorLocation,
+    Ok,
+    Result,
+    _provenance,
+    err,
+    flags,
+    push,
+    resolve_location,
+    tensorcheck,
+    tracked,
+)
 from opguard.flags.config import ErrorConfig, get_config, set_config
 from opguard.flags.errors import CodeError
 from opguard.flags.typing import (
@@ -88,7 +101,8 @@ def test_the_documented_model():
         out, f = run(bad())
         assert errors_of(f) == FOUND
         assert torch.equal(out.isnan(), bad().isnan())
-        assert {e.location_name for row in flags.unpack_all(f) for e in row} == {"SafeModel"}
+        here = {ErrorLocation.name(resolve_location(model))}
+        assert {e.location_name for row in flags.unpack_all(f) for e in row} == here
     for run in both_ways(model.nan_only):
         assert errors_of(run(bad())[1]) == [found - {"INF"} for found in FOUND]
     assert errors_of(model.no_detect(bad())[1]) == [set()] * 4
@@ -345,6 +359,110 @@ def test_async_methods_interleaved():
         asyncio.run(fn(torch.ones(4, 3), 0))
 
 
+def test_calls_that_overlap_for_ever_keep_no_tensors():
+    @tensorcheck
+    async def fn(x):
+        f = err.new(x)
+        made.append(weakref.ref(f))
+        await asyncio.sleep(0.01)
+        return x * 1, f
+
+    async def serve():
+        last = None
+        for _ in range(20):  # there is always one under way, as in a server that is never idle
+            task = asyncio.create_task(fn(bad()))
+            await asyncio.sleep(0.006)
+            if last is not None:
+                assert errors_of((await last)[1]) == FOUND
+            last = task
+        await last
+        del last, task
+        return sum(f() is not None for f in made)
+
+    made = []
+    assert asyncio.run(serve()) == 0
+    assert not _provenance._asking
+
+
+def test_a_task_notes_for_the_call_that_began_it_as_long_as_that_runs():
+    async def branch(x, wait):
+        await asyncio.sleep(wait)
+        return err.new(x)
+
+    @tensorcheck
+    async def fn(x):
+        late.append(asyncio.create_task(branch(x, 0.02)))
+        return x * 1, await asyncio.create_task(branch(x, 0))
+
+    async def main():
+        _, f = await fn(bad())
+        assert errors_of(await late[0]) == [set()] * 4
+        return f
+
+    late = []
+    assert errors_of(asyncio.run(main())) == FOUND
+
+
+def test_a_coroutine_may_end_in_another_thread():
+    @tensorcheck
+    async def fn(x):
+        f = err.new(x)
+        await asyncio.sleep(0)
+        return x * 1, f
+
+    def end():
+        try:
+            coroutine.send(None)
+        except StopIteration as stop:
+            ended.append(errors_of(stop.value[1]))
+
+    ended = []
+    coroutine = fn(bad())
+    coroutine.send(None)
+    thread = threading.Thread(target=end)
+    thread.start()
+    thread.join()
+    assert ended == [FOUND]
+    _provenance._asker.set(None)  # this thread never saw the end
+    assert not _provenance._asking
+
+
+def test_what_yields_is_refused():
+    def each(x):
+        yield x, err.new(x)
+
+    async def each_later(x):
+        yield x, err.new(x)
+
+    for fn in (each, each_later):
+        with pytest.raises(TypeError, match="yields them; decorate what makes each value"):
+            tensorcheck(fn)
+    values, f = next(tensorcheck(auto_detect=False)(each)(bad()))
+    assert errors_of(f) == [set()] * 4
+    assert values.shape == (4, 2)
+
+
+def test_a_broken_graph_does_not_pass_for_nothing_found(caplog):
+    @tensorcheck
+    def plain(x):
+        f = err.new(x)
+        torch._dynamo.graph_break()
+        return x * 1, f
+
+    @tensorcheck
+    def annotated(x) -> tuple[Tensor[float32_t], Tensor[error_t]]:
+        f = err.new(x)
+        torch._dynamo.graph_break()
+        return x * 1, f
+
+    with caplog.at_level(logging.WARNING, "opguard.flags"):
+        assert errors_of(torch.compile(annotated, backend="eager")(bad())[1]) == FOUND
+        assert not caplog.messages
+        torch.compile(plain, backend="eager")(bad())
+    (said,) = caplog.messages
+    assert "nothing was looked for; annotate it as Tensor[error_t, ...]" in said
+
+
 def test_threads_do_not_see_each_other():
     @tensorcheck
     def fn(x):
@@ -364,9 +482,6 @@ def test_threads_do_not_see_each_other():
     for thread in threads:
         thread.join()
     assert not wrong
-    from opguard.flags import _provenance
-
-    assert not _provenance._live
     assert not _provenance._asking
 
 
@@ -378,9 +493,8 @@ def test_nothing_is_kept_after_an_exception():
 
     with pytest.raises(KeyError):
         fn(bad())
-    from opguard.flags import _provenance
-
-    assert not _provenance._live
+    assert not _provenance._asking
+    assert _provenance._asker.get() is None
 
 
 # With strict=True torch says so of the list in which the flag functions note their results, which

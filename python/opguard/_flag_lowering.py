@@ -8,6 +8,7 @@ for lowerings; where they are not as expected the ops are lowered as any custom 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -82,9 +83,22 @@ def _realized(x: Any) -> Any:
 
 
 def register() -> None:
-    """Registers the lowerings; needs torch._inductor.lowering to be imported or importable."""
+    """Registers the lowerings; needs torch._inductor.lowering to be imported or importable.
+
+    Raises:
+        ImportError, AttributeError, TypeError: this Inductor is another one; nothing is registered.
+    """
+    from torch._inductor import ir
     from torch._inductor.lowering import register_lowering
 
+    # Looked for here, where it is not too late for the ops to be lowered as any others.
+    parts = (ir.FixedLayout, ir.TensorBox.create, ir.ExternKernel.realize_input)
+    takes = inspect.signature(ir.ExternKernelOut).parameters
+    missing = {"layout", "inputs", "constant_args", "python_kernel_name", "op_overload"} - set(
+        takes
+    )
+    if missing or not all(map(callable, (*parts, ir.convert_shape_to_inductor))):
+        raise TypeError(f"expected Inductor's ExternKernelOut to take {sorted(missing)}")
     for name, tensors in OPS.items():
         op = getattr(torch.ops.opguard, f"flags_{name}").default
         register_lowering(op, type_promotion_kind=None)(_lowering(name, tensors, op))

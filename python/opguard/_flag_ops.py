@@ -169,8 +169,13 @@ META = {
 
 def _batched(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        from opguard._flag_vmap import run  # vmap's helpers cost more than all of this module
-
+        try:  # here, since vmap's helpers cost more than all of this module
+            from opguard._flag_vmap import run
+        except ImportError as error:
+            raise RuntimeError(
+                f"opguard::{name}: expected a torch whose vmap opguard knows, torch"
+                f" {torch.__version__} is another ({error}); call it outside of vmap"
+            ) from None
         return run(name, args)
 
     return run

@@ -40,7 +40,10 @@ _CHECKS = {"both": 6, "pos": 2, "none": 0}
 def checks_of(inf: str, nan: int) -> int:
     """The mask of checks that ``inf`` asks for, with bit 1 (NaN) as in ``nan``."""
     if not isinstance(inf, str) or inf not in _CHECKS:
-        raise FlagsError(f'expected inf to be "both", "pos" or "none", got {inf!r}')
+        raise FlagsError(
+            f'expected inf to be "both", "pos" (-inf is legal, as masked logits have it) or "none",'
+            f" got {inf!r}"
+        )
     return _CHECKS[inf] | nan
 
 

@@ -5,12 +5,11 @@ And the ``err`` of opguard.flags.experimental, whose new flags have floating wor
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
 
 from opguard.flags import _engine, combinators
+from opguard.flags._traced import Location
 from opguard.flags._words import as_words
 from opguard.flags.codes import ErrorCode, ErrorDomain, Severity, domain_bits
 from opguard.flags.config import CARRIERS, ErrorConfig, get_config
@@ -25,8 +24,6 @@ from opguard.flags.constants import (
 from opguard.flags.errors import CodeError, FlagsLayoutError
 
 __all__ = ["err", "experimental_err"]
-
-Location: TypeAlias = "int | str | torch.nn.Module | None"
 
 _CODE_BITS = CODE_MASK << CODE_SHIFT
 _DOMAIN_BITS = 0xC << CODE_SHIFT

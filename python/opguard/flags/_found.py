@@ -27,7 +27,8 @@ DEEPEST = 8  # of containers in a container: what holds itself ends somewhere
 
 _is_compiling = torch.compiler.is_compiling
 _modules = sys.modules
-_transforms_run = torch._C._are_functorch_transforms_active
+# Where a torch has no such function, flags are never written into: right, and slower.
+_transforms_run = getattr(torch._C, "_are_functorch_transforms_active", None) or (lambda: True)
 _strided = torch.strided
 
 
@@ -137,6 +138,13 @@ class Found:
         from torch._subclasses.fake_tensor import FakeTensor
 
         return self.sized and not isinstance(self.here, FakeTensor)
+
+    def is_out_of_reach(self) -> bool:
+        """Whether the flags belong to a transform, such as vmap, which is over."""
+        if _is_compiling() or self.here is None or _transforms_run():
+            return False
+        inside = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
+        return inside is not None and bool(inside(self.here))
 
 
 class Slot:

@@ -10,6 +10,7 @@ from opguard.flags._leaves import Leaf
 from opguard.flags.locations import (
     ErrorLocation,
     _id_of_member,
+    _id_of_name,
     _registry,
     claim,
     resolve_location,
@@ -29,7 +30,7 @@ def places_of(root: nn.Module, prefix: str, leaves: Mapping[str, Leaf]) -> tuple
         return own, [
             resolve_location(leaf.module)
             if "_opguard_location" in leaf.module.__dict__
-            else _id_of_member(name)
+            else _id_of_name(name)  # nobody's own name: the hook keeps the id
             for name, leaf in leaves.items()
         ]
     with _registry.lock:

@@ -2,27 +2,44 @@
 
 A tensor of features may have the dtype and the shape of flags, so neither says what a tensor is.
 Between :func:`start` and :func:`stop` the flag functions say which tensors they made or recorded
-in; the short road in C, which is told to only while somebody asks, as well as the long one.
+in; the short road in C, which is told to only while somebody asks, as well as the long one. A graph
+that is called in between says nothing. Tensors are held until :func:`stop` and no longer.
 """
 
 from __future__ import annotations
 
 import threading
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from torch.compiler import is_dynamo_compiling
 
 from opguard import _C
+from opguard.flags._tracing import never_a_frame
 
 __all__ = ["noted", "start", "stop"]
 
 _T = TypeVar("_T")
 
-# Thread -> what was noted in it. Dynamo traces no thread's number, and compiles in one at a time.
-_live: dict[int, list[Any]] = {}
-_asking: dict[int, int] = {}
-_traced: list[list[Any]] = []
+
+class _Asker:
+    """One who asks: what was noted for it, None once it has its answer, and who asked before."""
+
+    __slots__ = ("before", "flags")
+
+    def __init__(self, before: _Asker | None) -> None:
+        self.flags: list[Any] | None = []
+        self.before = before
+
+
+# Who asks last where this code runs: each thread and each asyncio task has its own, and a task or
+# thread that was begun by one who asks notes for that one.
+_asker: ContextVar[_Asker | None] = ContextVar("opguard_flags_asker", default=None)
 _lock = threading.Lock()
+_asking = 0  # how many ask in the process
+
+# The same of the code that Dynamo traces: it traces no context, and one frame at a time.
+_traced: list[list[Any]] = []
 _ever_traced = False
 
 
@@ -43,44 +60,59 @@ for _function in (_begin_traced, _is_traced):
 
 
 def noted(result: _T) -> _T:
-    """``result``, flags, noted for whoever asks in this thread."""
+    """``result``, flags, noted for whoever asks where this code runs."""
     if is_dynamo_compiling():
         if _is_traced() and _traced:
             _traced[-1].append(result)
-    elif _live:
-        mine = _live.get(threading.get_ident())
-        if mine is not None:
-            mine.append(result)
+    elif _asking:
+        asker = _asker.get()
+        while asker is not None and asker.flags is None:
+            asker = asker.before  # a task may live longer than the one that began it
+        if asker is not None and asker.flags is not None:
+            asker.flags.append(result)
     return result
 
 
-def start() -> int:
-    """Begins to note; the number to give to :func:`stop`. They nest."""
+def _count(change: int) -> None:
+    global _asking  # noqa: PLW0603  (how many, for the short road in C to be told by the first)
+    with _lock:
+        _asking += change
+        if _asking == max(change, 0):  # the first who asks, or nobody any more
+            _C.flags_bind(noted=noted if _asking else None)
+
+
+def start() -> _Asker | None:
+    """Begins to note; what to give to :func:`stop`. They nest."""
     if is_dynamo_compiling():
         _begin_traced()
         _traced.append([])
-        return 0
-    thread = threading.get_ident()
-    with _lock:
-        mine = _live.setdefault(thread, [])
-        _asking[thread] = _asking.get(thread, 0) + 1
-        _C.flags_bind(noted=noted)
-    return len(mine)
+        return None
+    asker = _Asker(_asker.get())
+    _asker.set(asker)
+    _count(1)
+    return asker
 
 
-def stop(begin: int) -> list[Any]:
-    """Ends what :func:`start` began; the flags noted since, oldest first."""
-    if is_dynamo_compiling():
+def stop(asker: _Asker | None) -> list[Any]:
+    """Ends what :func:`start` began; the flags noted since, oldest first.
+
+    Also in another thread than it began in, where a coroutine may end.
+    """
+    if is_dynamo_compiling() or asker is None:
         seen = _traced.pop()
         if _traced:
             _traced[-1].extend(seen)
         return seen
-    thread = threading.get_ident()
-    seen = _live[thread][begin:]
-    with _lock:
-        _asking[thread] -= 1
-        if not _asking[thread]:  # coroutines of one thread end in any order
-            del _live[thread], _asking[thread]
-            if not _live:
-                _C.flags_bind(noted=None)
+    seen, asker.flags = asker.flags or [], None
+    if _asker.get() is asker:
+        _asker.set(asker.before)
+    before = asker.before
+    if before is not None and before.flags is not None:
+        before.flags.extend(seen)
+    _count(-1)
     return seen
+
+
+# Called from code that no graph contains, these are no graphs of their own: what is asked for there
+# is in the context, of which compiled code knows nothing.
+never_a_frame(noted, start, stop)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 
+from opguard._flag_ops import CARRIERS, SLOTS_A_WORD
 from opguard.flags._provenance import noted
+from opguard.flags.codes import ErrorCode
 from opguard.flags.errors import (
     BatchMismatchError,
     CodeError,
@@ -27,12 +29,8 @@ if TYPE_CHECKING:
 
 Location: TypeAlias = "int | str | torch.nn.Module | None"
 
-# The severities of the codes 0..15; -1: the configuration's.
-_SEVERITIES = (0, 3, 3, 2, -1, 2, 2, 2, -1, 1, 1, 1, -1, 1, 1, -1)
-# By a key's carrier bits: dtype of new flags, slots in a word.
-_CARRIERS = ((torch.int64, 4), (torch.int32, 2), (torch.float64, 4), (torch.float32, 2))
-_SLOTS = {torch.int64: 4, torch.int32: 2, torch.float64: 4, torch.float32: 2}
-_WORDS = {torch.float64: torch.int64, torch.float32: torch.int32}
+# Plain names of this module: each attribute that Dynamo looks up is one guard more.
+_SEVERITIES = ErrorCode._SEVERITIES  # of the codes 0..15; -1: the configuration's
 
 _ops = torch.ops.opguard
 
@@ -67,7 +65,7 @@ def slot_of(location: Location, code: int, severity: int | None, default_severit
 
 
 def _flags(f: Tensor, name: str = "f") -> Tensor:
-    if f.dim() != 2 or f.shape[1] == 0 or f.dtype not in _SLOTS:
+    if f.dim() != 2 or f.shape[1] == 0 or f.dtype not in SLOTS_A_WORD:
         raise FlagsLayoutError(
             f"expected {name} to be flags of shape (N, words) in int64, int32, float64 or "
             f"float32, got shape {tuple(f.shape)} of {f.dtype}"
@@ -106,8 +104,9 @@ def _where(f: Tensor, where: Tensor) -> Tensor:
 
 def new(samples: int, device: Any, key: int) -> Tensor:
     """Flags (samples, words) without errors, in the dtype and width of ``key``."""
-    dtype, slots = _CARRIERS[key >> 21 & 3]
-    return noted(torch.zeros((samples, -(-(key & 0xFFFF) // slots)), dtype=dtype, device=device))
+    dtype = CARRIERS[key >> 21 & 3]
+    words = -(-(key & 0xFFFF) // SLOTS_A_WORD[dtype])
+    return noted(torch.zeros((samples, words), dtype=dtype, device=device))
 
 
 def check(x: Tensor, location: Location, f: Tensor | None, checks: int, key: int) -> Tensor:
@@ -194,10 +193,11 @@ def _alike(f: Tensor, g: Tensor, name: str) -> Tensor:
             f"expected {name} to hold the {f.shape[0]} samples of the first flags, it holds "
             f"{g.shape[0]}"
         )
-    if g.shape[1] * _SLOTS[g.dtype] != f.shape[1] * _SLOTS[f.dtype]:
+    ours, theirs = (flags.shape[1] * SLOTS_A_WORD[flags.dtype] for flags in (f, g))
+    if theirs != ours:
         raise FlagsLayoutError(
-            f"expected {name} to have the {f.shape[1] * _SLOTS[f.dtype]} slots a sample of the "
-            f"first flags, it has {g.shape[1] * _SLOTS[g.dtype]}; make both with one configuration"
+            f"expected {name} to have the {ours} slots a sample of the first flags, it has "
+            f"{theirs}; make both with one configuration"
         )
     return g
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from opguard.flags.config import CARRIERS
 from opguard.flags.errors import FlagsLayoutError
 
 __all__ = ["as_words"]
 
-_INTEGERS = {
-    torch.int64: torch.int64,
-    torch.int32: torch.int32,
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-}
+_INTEGERS = {dtype: integers for dtype, (_, integers, _) in CARRIERS.items()}
 
 
 def as_words(f: torch.Tensor) -> torch.Tensor:

@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 
 from opguard.flags import _engine
+from opguard.flags._compiled import checks_of
 from opguard.flags._found import THREADS, Found, Token, record, record_plain, record_rest
 from opguard.flags._leaves import Dims, Leaf, bare, batch_dims, ends_in, leaves_of
 from opguard.flags._places import places_of
-from opguard.flags._tracing import compile_anew, never_a_frame
+from opguard.flags._tracing import break_graph, compile_anew, never_a_frame
 from opguard.flags.config import ErrorConfig, get_config
 from opguard.flags.errors import FlagsError
 
@@ -41,11 +42,11 @@ __all__ = ["FlagEvent", "ModelCheck", "check_model", "check_parts"]
 
 Patterns = str | Iterable[str]
 
-CHECKS = {"both": 7, "pos": 3, "none": 1}  # the ops' bits: 1 NaN, 2 +Inf, 4 -Inf
-
 logger = logging.getLogger("opguard")
 
 _is_compiling = torch.compiler.is_compiling
+# The number of the backward pass that runs in this thread, -1 for none.
+_backward = getattr(torch._C, "_current_graph_task_id", None) or (lambda: -1)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class _LeafHook(_Hook):
         if found is None or not found.users:
             # Called by itself, outside a call of its model: a call of its own. A backward pass
             # runs a checkpointed leaf once more, which is none.
-            if not _is_compiling() and torch._C._current_graph_task_id() != -1:
+            if not _is_compiling() and _backward() != -1:
                 return
             found = slot.found = Found(users=0)
         if not found.sized:
@@ -203,24 +204,13 @@ class _Watch:
     def look(self, found: Found, module: nn.Module | None, key: int) -> None:
         """Tells of the errors in ``found``; reading them waits for an accelerator."""
         if _is_compiling():
-            _break_graph()
+            break_graph()
         call = next(self._count)
         if (call - 1) % self._every or (self._rate < 1 and self._draw() >= self._rate):
             return
         flags = found.flags(key)
         if module is not None and bool(_engine.is_err(flags).any()):
             self._on_flag(FlagEvent(flags, module, call))
-
-
-def _break_graph() -> None:
-    """Not to be traced: what on_flag does is Python's, between two graphs."""
-
-
-_break_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
-_break_graph._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
-    "check_model(on_flag=...) reads flags between two graphs; compile the checked model itself, "
-    "or leave on_flag out and read .flags"
-)
 
 
 class ModelCheck:
@@ -301,13 +291,19 @@ class ModelCheck:
         there waits for nothing.
 
         Raises:
-            RuntimeError: this thread has not called the model yet.
+            RuntimeError: this thread has not called the model yet, or did in a transform that is
+                over.
         """
         found = THREADS[self._number].slot.found
         if found is None or not (found.held or found.is_readable()):
             raise RuntimeError(
                 "check_model: expected a call of the model in this thread before its flags are "
                 "read, there was none; call the model first"
+            )
+        if found.is_out_of_reach():
+            raise RuntimeError(
+                "check_model: expected the flags of a call inside torch.vmap or another transform "
+                "to be read there; return .flags from the function that is transformed"
             )
         return found.flags(self._key)
 
@@ -432,12 +428,7 @@ def _checked_arguments(model: Any, inf: str, config: ErrorConfig | None) -> tupl
             f"{devices} devices; check the module inside and return .flags from its "
             "forward, DataParallel gathers them"
         )
-    if inf not in CHECKS:
-        raise FlagsError(
-            f"check_model(inf=...): expected 'both', 'pos' or 'none', got {inf!r}; 'pos' leaves "
-            "-inf alone, which masked logits hold"
-        )
-    return CHECKS[inf], (get_config() if config is None else config).key
+    return checks_of(inf, 1), (get_config() if config is None else config).key
 
 
 def check_model(
@@ -499,4 +490,4 @@ def check_parts(model: Any) -> ModelCheck | None:
     if not isinstance(parts, Mapping):
         return None
     roots = {str(name): each for name, each in parts.items() if isinstance(each, torch.nn.Module)}
-    return ModelCheck(roots, how=(CHECKS["both"], get_config().key)) if roots else None
+    return ModelCheck(roots, how=(checks_of("both", 1), get_config().key)) if roots else None

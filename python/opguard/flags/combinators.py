@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from opguard.flags import _engine
+from opguard.flags._traced import Location
 from opguard.flags._words import as_words
 from opguard.flags.codes import ErrorCode
 from opguard.flags.config import ErrorConfig, get_config
@@ -41,8 +42,6 @@ __all__ = [
     "take_ok",
     "take_ok_p",
 ]
-
-Location: TypeAlias = "int | str | torch.nn.Module | None"
 
 # Floats whose largest bit patterns are numbers or NaN, so that an infinity becomes something else.
 _WITHOUT_INF = tuple(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opguard.flags import _engine
-from opguard.flags.config import get_config
+from opguard.flags._words import as_words
+from opguard.flags.config import CARRIERS, get_config
 from opguard.flags.errors import BatchMismatchError, FlagsError, FlagsLayoutError
 
 if TYPE_CHECKING:
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["dist_merge"]
 
-_DTYPES = (torch.int64, torch.int32, torch.float64, torch.float32)
-_WORDS = {torch.float64: torch.int64, torch.float32: torch.int32}
+_DTYPES = tuple(CARRIERS)
 
 
 def dist_merge(
@@ -48,7 +48,7 @@ def dist_merge(
     if flags.numel() == 0 or dist.get_world_size(group) == 1:
         return flags.clone()
     # As integers: no collective may take a word for a number.
-    words = flags.detach().contiguous().view(_WORDS.get(flags.dtype, flags.dtype))
+    words = as_words(flags.detach().contiguous())
     parts = [torch.empty_like(words) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, words, group=group)
     return _engine.merge([part.view(flags.dtype) for part in parts], key)

@@ -193,7 +193,8 @@ def resolve_location(module: int | str | nn.Module | None) -> int:
     if module is None:
         return 0
     if isinstance(module, str):
-        return _id_of_name(module)
+        # The epoch is there to be guarded: a graph must not outlive the registry its ids are of.
+        return _id_of_name(module) if _epoch else 0
     if isinstance(module, nn.Module):
         return _of_module(module)
     if not hasattr(module, "__index__"):
@@ -218,9 +219,12 @@ def _of_module(module: nn.Module) -> int:
     if name is None:
         name = values.get("_fx_path")
     if name is None:
-        return _id_of_class(type(module).__name__)
+        return _id_of_class(type(module).__name__) if _epoch else 0
+    if torch.compiler.is_compiling():
+        # For good: the graph serves later models with the same names as well.
+        return _id_of_name(name) if _epoch else 0
     place = _id_of_member(name)
-    if place != 0 and not torch.compiler.is_compiling():
+    if place != 0:
         values["_opguard_location"] = (_epoch, place)
     return place
 

@@ -12,8 +12,10 @@ flags is never read off its shape alone, because features may have it:
 3. else, where flags were made in this call and none of them is returned, the one tensor of exactly
    their dtype and shape, the last if there are more: ``f.clone()``, a ``torch.where`` of two.
 
-Without flags nothing is detected, and the logger ``opguard.flags`` says so once for each function
-whose last value looks like flags: annotate it then.
+What was made in a graph that is called inside is not known, and 2 and 3 go past it: so it is where
+torch.compile breaks the graph in the decorated function. Without flags nothing is detected, and the
+logger ``opguard.flags`` says so, once for each function whose last value looks like flags: annotate
+it then.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 
 from opguard.flags import _engine, _provenance
 from opguard.flags._hints import Hints
+from opguard.flags._tracing import never_a_frame
 from opguard.flags._values import Checker
 from opguard.flags.codes import ErrorCode
 from opguard.flags.config import get_config
@@ -64,7 +67,7 @@ def tensorcheck(func: Any = None, /, *, auto_detect: bool | Collection[int] | No
             for every sample.
 
     Raises:
-        TypeError: on a class.
+        TypeError: on a class; on a generator function, whose values pass by, with detection.
         CodeError: a code in ``auto_detect`` that cannot be detected.
     """
     checks = _checks_of(auto_detect)
@@ -92,6 +95,12 @@ def _decorate(func: Any, checks: int, frame: FrameType) -> Any:
         return type(func)(_decorate(func.__func__, checks, frame))
     if isinstance(func, type) or not callable(func):
         raise TypeError(f"expected @tensorcheck on a function or method, got {func!r}")
+    if checks and (inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func)):
+        raise TypeError(
+            "expected @tensorcheck on a function that returns its tensors, got"
+            f" {func.__qualname__}, which yields them; decorate what makes each value, or pass"
+            " auto_detect=False"
+        )
     call = _Call(func, checks, Hints(func, frame))
     if inspect.iscoroutinefunction(func):
 
@@ -223,10 +232,14 @@ class _Call:
             self.told = True
             _log.warning(
                 "the last value that %s returns has the dtype and width of flags, and no flag"
-                " function made it in that call: nothing was looked for; annotate it as"
-                " Tensor[error_t, ...] if it is flags",
+                " function is known to have made it in that call (compiled code inside does not"
+                " say): nothing was looked for; annotate it as Tensor[error_t, ...] if it is flags",
                 self.name,
             )
+
+
+# Around code that is compiled in parts these run in between, and say what could not be looked for.
+never_a_frame(_Call.enter, _Call.leave)
 
 
 def _is_result(annotation: Any) -> bool:
