@@ -12,6 +12,7 @@ from torch import nn
 
 from opguard.flags import (
     CONFIG,
+    IS,
     BatchMismatchError,
     CodeError,
     ErrorConfig,
@@ -21,9 +22,12 @@ from opguard.flags import (
     LocationError,
     SeverityError,
     err,
+    find,
     fix,
     flags,
     get_config,
+    push,
+    push_,
     set_config,
 )
 
@@ -416,6 +420,9 @@ def test_batches_that_differ_are_an_error():
         lambda: err.partition(f, z),
         lambda: err.map_ok(f, z, torch.exp),
         lambda: err.and_then(f, z, lambda v: (v, f)),
+        lambda: err.and_then(f, torch.ones(3), lambda v: (v, err.from_code(err.NAN, 1, 1))),
+        lambda: err.and_then(f, torch.ones(3), lambda v: (v, err.from_code(err.NAN, 1, 2))),
+        lambda: err.bind(f, torch.ones(3), lambda v: (v, err.from_code(err.NAN, 1, 1))),
         lambda: err.push(f, err.NAN, 1, where=torch.tensor([True])),
         lambda: err.push(f, torch.tensor([1, 2]), 1),
         lambda: err.ensure_mask(f, torch.tensor([True, False]), err.NAN, 1),
@@ -425,6 +432,27 @@ def test_batches_that_differ_are_an_error():
         lambda: fix(z, f, 1),
     ):
         with pytest.raises(BatchMismatchError, match="expected"):
+            call()
+
+
+def test_a_predicate_that_gives_no_mask_is_an_error():
+    with pytest.raises(FlagsError, match=r"what guard's predicate returns, .* got bool"):
+        err.guard(err.new_t(3), torch.ones(3), lambda v: False, err.NAN, 1)
+
+
+@pytest.mark.parametrize("code", [16, -1, "NAN", 1.5, None, torch.tensor([1, 2])], ids=repr)
+def test_what_is_no_code_is_an_error(code):
+    f = err.new_t(3)
+    for call in (
+        lambda: err.has_code(f, code),
+        lambda: err.clear(f, code),
+        lambda: err.from_code(code, 1, 3),
+        lambda: find(code, f),
+        lambda: push(f, code, 1),
+        lambda: push_(f, code, 1),
+        lambda: IS(code, f),
+    ):
+        with pytest.raises(CodeError, match="expected an error code from 0 to 15, got"):
             call()
 
 

@@ -308,6 +308,16 @@ BAD = {
     "batches": (BatchMismatchError, "merge_", (F, F[:2], KEY)),
     "nothing": (FlagsError, "merge", ((), KEY)),
     "row": (FlagsError, "read", (F, 6)),
+    "name of a code": (CodeError, "push_", (F, None, "NAN", 1, None, KEY)),
+    "half a code": (CodeError, "push", (F, None, 1.5, 1, None, KEY)),
+    "codes": (CodeError, "push", (F, None, torch.tensor([1, 2]), 1, None, KEY)),
+    "name of a severity": (SeverityError, "push_", (F, None, 1, 1, "WARN", KEY)),
+    "list of flags": (FlagsLayoutError, "is_ok", ([0, 0],)),
+    "list for a mask": (FlagsError, "push_", (F, [True] * 6, 1, 1, None, KEY)),
+    "size below 0": (FlagsError, "index", (torch.zeros(6).long(), -1, 1, F, KEY)),
+    "half a size": (FlagsError, "index_clamp", (torch.zeros(6).long(), 2.5, 1, None, KEY)),
+    "list of values": (TypeError, "check", ([1.0], 1, None, 7, KEY)),
+    "array of values": (TypeError, "check_", (data().numpy(), 1, F, 7, KEY)),
 }
 
 

@@ -26,6 +26,17 @@ from opguard.flags.locations import (
 from opguard.flags.tracked import assign_locations, tracked
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _small_heap():
+    """Each test collects, but not through what other files' tests have left."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _fresh():
     if "torch._dynamo" in sys.modules:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opguard.flags import _engine, combinators
-from opguard.flags._traced import Location
+from opguard.flags._traced import Location, code_bits
 from opguard.flags._words import as_words
 from opguard.flags.codes import ErrorCode, ErrorDomain, Severity, domain_bits
 from opguard.flags.config import CARRIERS, ErrorConfig, get_config
@@ -27,12 +27,6 @@ __all__ = ["err", "experimental_err"]
 
 _CODE_BITS = CODE_MASK << CODE_SHIFT
 _DOMAIN_BITS = 0xC << CODE_SHIFT
-
-
-def _code_bits(code: int) -> int:
-    if not hasattr(code, "__index__") or not 0 <= code <= CODE_MASK:
-        raise CodeError(f"expected an error code from 0 to {CODE_MASK}, got {code!r}")
-    return code << CODE_SHIFT
 
 
 def _samples(batch_size: int) -> int:
@@ -197,12 +191,12 @@ class _Err:
     @staticmethod
     def has_code(flags: Tensor, code: int, config: ErrorConfig | None = None) -> Tensor:
         """(N,) bool: the sample has an error of this code."""
-        return _engine.find(flags, _CODE_BITS, _code_bits(code))
+        return _engine.find(flags, _CODE_BITS, code_bits(code))
 
     @staticmethod
     def find(code: int, flags: Tensor, config: ErrorConfig | None = None) -> Tensor:
         """(N,) bool: the sample has an error of this code."""
-        return _engine.find(flags, _CODE_BITS, _code_bits(code))
+        return _engine.find(flags, _CODE_BITS, code_bits(code))
 
     @staticmethod
     def has_nan(flags: Tensor, config: ErrorConfig | None = None) -> Tensor:

@@ -51,20 +51,47 @@ def location_of(location: Location) -> int:
     return place
 
 
+def _code(code: int) -> int:
+    if not _is_whole(code) or not 0 <= code <= 15:
+        raise CodeError(f"expected an error code from 0 to 15, got {code!r}")
+    return code
+
+
+def _severity(severity: int) -> int:
+    if not _is_whole(severity) or not 0 <= severity <= 3:
+        raise SeverityError(f"expected a severity from 0 to 3, got {severity!r}")
+    return severity
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is a number without a fraction; a tensor is one where it has no dimensions."""
+    if isinstance(value, int):
+        return True
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and not (value.is_floating_point() or value.is_complex())
+    return hasattr(value, "__index__")
+
+
+def code_bits(code: int) -> int:
+    """A code where a slot has it, for :func:`find`; CodeError for what is none."""
+    return (code if type(code) is int and 0 <= code <= 15 else _code(code)) << 2
+
+
 def slot_of(location: Location, code: int, severity: int | None, default_severity: int) -> int:
     """The 16 bits of an error; 0 in the code or severity bits means that it is not recorded."""
-    if not 0 <= code <= 15:
-        raise CodeError(f"expected an error code from 0 to 15, got {code}")
+    code = _code(code)
     if severity is None:
         severity = _SEVERITIES[code]
         if severity < 0:
             severity = default_severity
-    if not 0 <= severity <= 3:
-        raise SeverityError(f"expected a severity from 0 to 3, got {severity}")
-    return severity | code << 2 | location_of(location) << 6
+    return _severity(severity) | code << 2 | location_of(location) << 6
 
 
 def _flags(f: Tensor, name: str = "f") -> Tensor:
+    if not isinstance(f, torch.Tensor):
+        raise FlagsLayoutError(
+            f"expected {name} to be flags, a tensor of shape (N, words), got {type(f).__name__}"
+        )
     if f.dim() != 2 or f.shape[1] == 0 or f.dtype not in SLOTS_A_WORD:
         raise FlagsLayoutError(
             f"expected {name} to be flags of shape (N, words) in int64, int32, float64 or "
@@ -74,6 +101,8 @@ def _flags(f: Tensor, name: str = "f") -> Tensor:
 
 
 def _rows(x: Tensor) -> int:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"expected a tensor of shape (N, ...), got {type(x).__name__}")
     return x.shape[0] if x.dim() else 1
 
 
@@ -87,6 +116,10 @@ def _batch(f: Tensor, x: Tensor, name: str) -> Tensor:
 
 
 def _where(f: Tensor, where: Tensor) -> Tensor:
+    if not isinstance(where, torch.Tensor):
+        raise FlagsError(
+            f"expected where to be a mask of shape (N,) in bool, got {type(where).__name__}"
+        )
     if where.dtype is not torch.bool:
         if where.dtype.is_floating_point or where.dtype.is_complex:
             raise FlagsError(
@@ -113,6 +146,7 @@ def check(x: Tensor, location: Location, f: Tensor | None, checks: int, key: int
     """Flags (N, W) with what ``checks`` asks for (1 NaN, 2 +Inf, 4 -Inf) recorded per sample."""
     place = location_of(location)
     if f is None:
+        _rows(x)
         return noted(cast("Tensor", _ops.flags_check_new.default(x, place, checks, key)))
     return noted(cast("Tensor", _ops.flags_check.default(_batch(f, x, "x"), x, place, checks, key)))
 
@@ -177,9 +211,7 @@ def push_codes(  # noqa: PLR0917
         codes = codes.unsqueeze(0)
     if where is not None:
         codes = codes.masked_fill(~_where(f, where), 0)
-    if severity is not None and not 0 <= severity <= 3:
-        raise SeverityError(f"expected a severity from 0 to 3, got {severity}")
-    given = -1 if severity is None else severity
+    given = -1 if severity is None else _severity(severity)
     place = location_of(location)
     return noted(
         cast("Tensor", _ops.flags_push_codes.default(f, codes, place, given, default_severity, key))
@@ -247,12 +279,13 @@ def max_severity(f: Tensor) -> Tensor:
 
 def clear(f: Tensor, code: int) -> Tensor:
     """``f`` without the errors of this code."""
-    if not 0 <= code <= 15:
-        raise CodeError(f"expected an error code from 0 to 15, got {code}")
-    return noted(cast("Tensor", _ops.flags_clear.default(_flags(f), code)))
+    return noted(cast("Tensor", _ops.flags_clear.default(_flags(f), _code(code))))
 
 
-def _ids(ids: Tensor) -> Tensor:
+def _ids(ids: Tensor, size: int) -> Tensor:
+    _rows(ids)
+    if not _is_whole(size) or size < 0:
+        raise FlagsError(f"expected the size of a table, 0 or more rows, got {size!r}")
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype is torch.bool:
         raise FlagsError(f"expected indices of an integer dtype, got {ids.dtype}")
     return ids
@@ -262,9 +295,14 @@ def index(ids: Tensor, size: int, location: Location, f: Tensor | None, key: int
     """Flags with OUT_OF_BOUNDS where a sample of ``ids`` (N, ...) leaves 0..size-1."""
     place = location_of(location)
     if f is None:
-        return noted(cast("Tensor", _ops.flags_index_new.default(_ids(ids), size, place, key)))
+        return noted(
+            cast("Tensor", _ops.flags_index_new.default(_ids(ids, size), size, place, key))
+        )
     return noted(
-        cast("Tensor", _ops.flags_index.default(_batch(f, ids, "ids"), _ids(ids), size, place, key))
+        cast(
+            "Tensor",
+            _ops.flags_index.default(_batch(f, ids, "ids"), _ids(ids, size), size, place, key),
+        )
     )
 
 
@@ -275,7 +313,9 @@ def index_clamp(
     if f is None:
         f = new(_rows(ids), ids.device, key)
     place = location_of(location)
-    result = _ops.flags_index_clamp.default(_batch(f, ids, "ids"), _ids(ids), size, place, key)
+    result = _ops.flags_index_clamp.default(
+        _batch(f, ids, "ids"), _ids(ids, size), size, place, key
+    )
     noted(result[0])
     return cast("tuple[Tensor, Tensor]", result)
 

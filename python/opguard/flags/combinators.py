@@ -194,6 +194,10 @@ def map_err(flags: Tensor, tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Te
 def _flags_where(mask: Tensor, flags: Tensor, otherwise: Tensor | None) -> Tensor:
     """Rows of ``flags`` where mask, else of ``otherwise`` (None: no errors), in flags' dtype."""
     words = as_words(flags)
+    if words.shape[0] != mask.shape[0]:
+        raise BatchMismatchError(
+            f"expected flags of {mask.shape[0]} samples from the function, got {words.shape[0]}"
+        )
     if otherwise is None:
         rest = torch.zeros((), dtype=words.dtype, device=words.device)
     else:
@@ -255,6 +259,11 @@ def ensure_mask(  # noqa: PLR0917 - as documented
     config: ErrorConfig | None = None,
 ) -> Tensor:
     """Records ``code`` in the samples where ``ok_mask`` ``(N,)`` is false."""
+    if not isinstance(ok_mask, Tensor):
+        raise FlagsError(
+            "expected ok_mask, or what guard's predicate returns, to be a mask of shape (N,) in"
+            f" bool, got {type(ok_mask).__name__}"
+        )
     config = get_config() if config is None else config
     bad = ok_mask.logical_not()
     return _engine.push(flags, bad, code, location, severity, config.key, config.default_severity)

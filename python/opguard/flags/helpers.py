@@ -19,9 +19,10 @@ from opguard.flags import config as _config
 from opguard.flags._compiled import check as compiled_check
 from opguard.flags._compiled import checks_of
 from opguard.flags._compiled import push as compiled_push
+from opguard.flags._traced import code_bits
 from opguard.flags.combinators import recover_with_fallback
 from opguard.flags.constants import CODE_MASK, CODE_SHIFT
-from opguard.flags.errors import CodeError, FlagsError
+from opguard.flags.errors import FlagsError
 from opguard.flags.indexing import guarded_embedding, guarded_gather, guarded_index_select
 from opguard.flags.locations import clear_location_cache, clear_warn_cache, resolve_location
 
@@ -53,6 +54,10 @@ __all__ = [
 ]
 
 Fallback: TypeAlias = "complex | Tensor | Callable[[], complex | Tensor]"
+
+
+# Codes without a severity of their own. A set: what is no number is looked up in it as well.
+_WITHOUT_SEVERITY = frozenset((4, 8, 12, 15))
 
 
 def _place(module: Location, location: Location) -> Location:
@@ -186,7 +191,7 @@ def push(
     if is_dynamo_compiling():
         return compiled_push(flags, where, code, module, severity, config)
     using = _config._current if config is None else config
-    if severity is None and code in (4, 8, 12, 15):
+    if severity is None and code in _WITHOUT_SEVERITY:
         severity = int(using.default_severity)
     return _C.flags_push(flags, where, code, module, severity, using.key)
 
@@ -209,16 +214,14 @@ def push_(
         return _traced.push_(
             flags, where, code, module, severity, using.key, int(using.default_severity)
         )
-    if severity is None and code in (4, 8, 12, 15):
+    if severity is None and code in _WITHOUT_SEVERITY:
         severity = int(using.default_severity)
     return _C.flags_push_(flags, where, code, module, severity, using.key)
 
 
 def find(code: int, flags: Tensor, config: ErrorConfig | None = None) -> Tensor:
     """(N,) bool: the sample holds an error of this code, in whichever slot of ``flags``."""
-    if not 0 <= code <= CODE_MASK:
-        raise CodeError(f"expected an error code from 0 to {CODE_MASK}, got {code}")
-    return _engine.find(flags, CODE_MASK << CODE_SHIFT, code << CODE_SHIFT)
+    return _engine.find(flags, CODE_MASK << CODE_SHIFT, code_bits(code))
 
 
 def has_err(flags: Tensor) -> bool:
