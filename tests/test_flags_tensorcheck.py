@@ -375,12 +375,12 @@ def test_calls_that_overlap_for_ever_keep_no_tensors():
             if last is not None:
                 assert errors_of((await last)[1]) == FOUND
             last = task
+            alive.append(sum(f() is not None for f in made))
         await last
-        del last, task
-        return sum(f() is not None for f in made)
 
-    made = []
-    assert asyncio.run(serve()) == 0
+    made, alive = [], []
+    asyncio.run(serve())
+    assert max(alive) <= 3
     assert not _provenance._asking
 
 
