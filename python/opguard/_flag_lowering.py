@@ -92,12 +92,16 @@ def register() -> None:
     from torch._inductor.lowering import register_lowering
 
     # Looked for here, where it is not too late for the ops to be lowered as any others.
-    parts = (ir.FixedLayout, ir.TensorBox.create, ir.ExternKernel.realize_input)
-    takes = inspect.signature(ir.ExternKernelOut).parameters
-    missing = {"layout", "inputs", "constant_args", "python_kernel_name", "op_overload"} - set(
-        takes
+    inductor: Any = ir
+    parts = (
+        inductor.FixedLayout,
+        inductor.TensorBox.create,
+        inductor.ExternKernel.realize_input,
+        inductor.convert_shape_to_inductor,
     )
-    if missing or not all(map(callable, (*parts, ir.convert_shape_to_inductor))):
+    needed = {"layout", "inputs", "constant_args", "python_kernel_name", "op_overload"}
+    missing = needed - set(inspect.signature(ir.ExternKernelOut).parameters)
+    if missing or not all(map(callable, parts)):
         raise TypeError(f"expected Inductor's ExternKernelOut to take {sorted(missing)}")
     for name, tensors in OPS.items():
         op = getattr(torch.ops.opguard, f"flags_{name}").default
