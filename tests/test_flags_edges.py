@@ -136,6 +136,7 @@ NUMBERS = {
     "location": lambda f, number: push(f, err.NAN, number),
     "location of a check": lambda f, number: flag_nan(torch.full((1, 1), nan), number, f),
     "code to clear": err.clear,
+    "code to find": err.has_code,
     "all of err.push": lambda f, number: err.push(f, number, number, number),
 }
 
