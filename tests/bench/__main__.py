@@ -1,8 +1,12 @@
-"""``python tests/bench [NAME ...]``: every row of every bench_*.py, ratios from one run."""
+"""``python tests/bench [NAME ...]``: every row of every bench_*.py, ratios from one run.
+
+In one thread, or in as many as OPGUARD_BENCH_THREADS says.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +18,7 @@ FOLDER = Path(__file__).parent
 def main(names: list[str]) -> int:
     sys.path.insert(0, str(FOLDER))
     harness = importlib.import_module("harness")
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OPGUARD_BENCH_THREADS", "1")))
     missed = 0
     for path in sorted(FOLDER.glob("bench_*.py")):
         if names and path.stem.removeprefix("bench_") not in names:
