@@ -14,12 +14,13 @@ from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import Module
 
 from opguard.flags import _traced
-from opguard.flags._provenance import noted
-from opguard.flags.config import get_config
+from opguard.flags import config as _config
+from opguard.flags._provenance import is_traced, noted
 from opguard.flags.errors import FlagsError
-from opguard.flags.locations import resolve_location
+from opguard.flags.locations import _of_module, resolve_location
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,17 +71,14 @@ def _place(location: Location) -> int:
     return _id(index(location)) if type(location) is int else resolve_location(location)
 
 
-def _key(config: ErrorConfig | None) -> int:
-    return (get_config() if config is None else config).key
-
-
 def check(
     x: Tensor, location: Location, f: Tensor | None, checks: int, config: ErrorConfig | None
 ) -> Tensor:
     """:func:`opguard.flags._engine.check`."""
-    if f is None:
-        return noted(_check_new(x, _place(location), checks, _key(config)))  # type: ignore[no-any-return]
-    return noted(_check(f, x, _place(location), checks, _key(config)))  # type: ignore[no-any-return]
+    key = (_config._current if config is None else config).key
+    place = _of_module(location) if isinstance(location, Module) else _place(location)
+    result = _check_new(x, place, checks, key) if f is None else _check(f, x, place, checks, key)
+    return noted(result) if is_traced() else result  # type: ignore[no-any-return]
 
 
 def push(  # noqa: PLR0917  (as _engine.push)
@@ -92,20 +90,32 @@ def push(  # noqa: PLR0917  (as _engine.push)
     config: ErrorConfig | None,
 ) -> Tensor:
     """:func:`opguard.flags._engine.push`."""
-    using = get_config() if config is None else config
+    using = _config._current if config is None else config
     code, severity = _number(code), _number(severity)
     # Read only for the codes without a severity of their own: what is read is guarded.
     otherwise = int(using.default_severity) if code in {4, 8, 12, 15} else 2
-    slot = _slot(_place(location), code, severity, otherwise)
+    place = _of_module(location) if isinstance(location, Module) else _place(location)
+    slot = _slot(place, code, severity, otherwise)
     if where is None:
-        return noted(_push_all(f, slot, using.key))  # type: ignore[no-any-return]
-    if where.dtype is not torch.bool or where.dim() != 1:
+        result = _push_all(f, slot, using.key)
+    elif where.dtype is not torch.bool or where.dim() != 1:
         return _traced.push(f, where, code, location, severity, using.key, otherwise)
-    return noted(_push(f, where, slot, using.key))  # type: ignore[no-any-return]
+    else:
+        result = _push(f, where, slot, using.key)
+    return noted(result) if is_traced() else result  # type: ignore[no-any-return]
 
 
 def merge(fs: Sequence[Tensor], key: int) -> Tensor:
     """:func:`opguard.flags._engine.merge`."""
     if len(fs) < 2:
         return _traced.merge(fs, key)
-    return noted(_merge(fs, key))  # type: ignore[no-any-return]
+    result = _merge(fs, key)
+    return noted(result) if is_traced() else result  # type: ignore[no-any-return]
+
+
+def merge_all(fs: Sequence[Tensor], config: ErrorConfig | None) -> Tensor:
+    """``err.merge``, without a call of :func:`merge` for the usual two or more."""
+    key = (_config._current if config is None else config).key
+    if len(fs) < 2 or is_traced():
+        return merge(fs, key)
+    return _merge(fs, key)  # type: ignore[no-any-return]

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
+from opguard import _C
 from opguard.flags import _engine, combinators
+from opguard.flags import config as _config
+from opguard.flags._compiled import merge_all as compiled_merge_all
 from opguard.flags._traced import Location, code_bits
 from opguard.flags._words import as_words
 from opguard.flags.codes import ErrorCode, ErrorDomain, Severity, domain_bits
@@ -154,7 +158,9 @@ class _Err:
     @staticmethod
     def merge(*flag_tensors: Tensor, config: ErrorConfig | None = None) -> Tensor:
         """The errors of all, the later tensors' pushed after the earlier's; the first's dtype."""
-        return _engine.merge(flag_tensors, (get_config() if config is None else config).key)
+        if is_dynamo_compiling():
+            return compiled_merge_all(flag_tensors, config)
+        return _C.flags_merge(flag_tensors, (_config._current if config is None else config).key)
 
     @staticmethod
     def clear(flags: Tensor, code: int, config: ErrorConfig | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from opguard import _C
 from opguard.flags._tracing import never_a_frame
 
-__all__ = ["noted", "start", "stop"]
+__all__ = ["is_traced", "noted", "start", "stop"]
 
 _T = TypeVar("_T")
 
@@ -49,20 +49,21 @@ def _begin_traced() -> bool:
     return True
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
+    """Whether traced code ever asked: if not, compiled code need not say what it made."""
     return _ever_traced
 
 
 # What torch.compiler.assume_constant_result sets: run once, at trace time, so that compiled code of
 # programs without a traced asker has no guard on _traced.
-for _function in (_begin_traced, _is_traced):
+for _function in (_begin_traced, is_traced):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def noted(result: _T) -> _T:
     """``result``, flags, noted for whoever asks where this code runs."""
     if is_dynamo_compiling():
-        if _is_traced() and _traced:
+        if is_traced() and _traced:
             _traced[-1].append(result)
     elif _asking:
         asker = _asker.get()
