@@ -71,7 +71,8 @@ def test_every_row_names_a_test():
     "wanted",
     [*(f"A{n}" for n in range(1, 13)), *(f"C{n}" for n in range(1, 12)),
      *(f"D{n}" for n in range(1, 9)), *(f"3.{n}" for n in range(1, 8)),
-     *(f"4.{n}" for n in range(1, 8))],
+     *(f"4.{n}" for n in range(1, 8)), *(f"5.{n}" for n in range(1, 6)),
+     *(f"T{n}" for n in range(1, 61))],
 )  # fmt: skip
 def test_every_fault_and_item_has_a_row(wanted):
     pattern = re.compile(rf"(?<![\w.]){re.escape(wanted)}(?![\w]|\.\d)")
