@@ -117,6 +117,22 @@ def test_a_tensor_that_is_written_to_is_read_before():
     compiled(step, torch.zeros(6, 5), data())
 
 
+def test_more_flags_than_a_call_takes_do_not_wait_for_it():
+    def step(x):
+        return (_engine.merge([_engine.check(x + i, i, None, 7, KEY) for i in range(20)], KEY),)
+
+    _, code = compiled(step, data())
+    assert CHAIN not in code
+
+
+def test_flags_of_another_carrier_keep_out_of_chains():
+    def step(x, f):
+        return (_engine.merge((_engine.check(x, 2, None, 7, KEY), f), KEY),)
+
+    _, code = compiled(step, data(), _engine.check(data(), 77, None, 7, KEYS[1] + 12))
+    assert CHAIN not in code
+
+
 def test_chains_longer_than_a_call_takes():
     def step(x):
         f = _engine.check(x, 0, None, 7, KEY)

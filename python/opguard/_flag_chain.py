@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Waiting", "joined", "waits"]
+__all__ = ["MOST_FLAGS", "Waiting", "joined", "waits"]
 
 # op -> (step of csrc/torch/opguard_ops.h, how many flags it takes first; None: a list of them)
 LOAD, CHECK, PUSH, MERGE = range(4)
@@ -24,6 +24,7 @@ STEPS: dict[str, tuple[int, int | None]] = {
     "push_all": (PUSH, 1),
     "merge": (MERGE, None),
 }
+MOST_FLAGS = 16  # that an op takes as one call of its C function
 MOST_STEPS = 24  # half as many again fit in a call, for what several chains add up to
 MOST_BYTES = 1 << 18  # of tensors that are kept for a chain's end
 
@@ -89,6 +90,11 @@ def _fits(node: Any) -> bool:
     return value.device.type == "cpu" and all(type(n) is int for n in value.shape)
 
 
+def _layout(node: Any) -> tuple[Any, ...]:
+    value = node.meta["val"]
+    return value.shape, value.dtype, value.device
+
+
 def _kept(node: Any, user: Any) -> int:
     """Bytes that live on when ``node`` waits for ``user``."""
     between = node.next
@@ -124,11 +130,11 @@ def waits(node: Any) -> bool:
     (user,) = node.users
     if not _fits(user) or node not in _flags_of(user):
         return False
-    ours, theirs = node.meta["val"], user.meta["val"]
-    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+    layout = _layout(user)
+    together = len(_flags_of(user))
+    if together > MOST_FLAGS or any(_layout(flags) != layout for flags in _flags_of(user)):
         return False
     size = _size(node)
-    together = len(_flags_of(user))
     return (
         size.steps * together < MOST_STEPS
         and (size.kept + _kept(node, user)) * together <= MOST_BYTES

@@ -49,7 +49,7 @@ def _lowering(name: str, tensors: int | None, op: Any) -> Callable[..., Any]:
         ):
             return otherwise(*args)
         inputs = list(args[0]) if tensors is None else list(args[:tensors])
-        if len(inputs) > 16:
+        if len(inputs) > _flag_chain.MOST_FLAGS:
             return otherwise(*args)
         inputs = [_realized(x) for x in inputs]
         if _flag_chain.waits(node):
