@@ -47,6 +47,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker("full")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _heap_of_its_own() -> None:
+    """What earlier files left (compilers, their caches) is not looked at by every collection.
+
+    Tests of leaks collect often, and each collection goes through all objects there are.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     """The same random numbers in every test, in any order; a mode left on is the test's failure."""

@@ -35,15 +35,6 @@ class Net(torch.nn.Module):
         self.inner["fc"].register_buffer("table", torch.zeros(numel + 1))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_heap():
-    """What other tests left is out of sight: each search looks at all objects there are."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
 def module():
     made = types.ModuleType("some_module")
