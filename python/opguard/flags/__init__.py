@@ -67,6 +67,7 @@ from opguard.flags.helpers import (
 from opguard.flags.indexing import guarded_embedding, guarded_gather, guarded_index_select
 from opguard.flags.inspection import ErrorFlags, UnpackedError, flags
 from opguard.flags.locations import ErrorLocation, resolve_location
+from opguard.flags.reporting import FlagCounters, Report, plot, prometheus, report, to_dataframe
 from opguard.flags.results import Err, Ok, Result, as_exception, as_result, unwrap
 from opguard.flags.tensorcheck import tensorcheck
 from opguard.flags.tracked import assign_locations, tracked
@@ -115,6 +116,7 @@ __all__ = [
     "ErrorDomain",
     "ErrorFlags",
     "ErrorLocation",
+    "FlagCounters",
     "FlagEvent",
     "FlagsError",
     "FlagsLayoutError",
@@ -127,6 +129,7 @@ __all__ = [
     "Ok",
     "Order",
     "Priority",
+    "Report",
     "Result",
     "Severity",
     "SeverityError",
@@ -160,11 +163,15 @@ __all__ = [
     "guarded_index_select",
     "has_err",
     "location_from_stack",
+    "plot",
+    "prometheus",
     "push",
     "push_",
+    "report",
     "resolve_location",
     "set_config",
     "tensorcheck",
+    "to_dataframe",
     "tracked",
     "typing",
     "unwrap",

@@ -6,13 +6,14 @@ configuration is; ``config`` is taken for the sake of older code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from opguard import _C
-from opguard.flags import _engine
+from opguard.flags import _engine, reporting
+from opguard.flags._boundary import boundary
 from opguard.flags._words import as_words
 from opguard.flags.codes import ErrorCode, Severity
 from opguard.flags.config import ErrorConfig
@@ -20,18 +21,6 @@ from opguard.flags.errors import FlagsError
 from opguard.flags.locations import ErrorLocation
 
 __all__ = ["ErrorFlags", "UnpackedError", "flags"]
-
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _boundary(fn: _Function) -> _Function:
-    """Says to torch.compile what torch.compiler.disable does, at no cost to each call."""
-    fn._torchdynamo_disable = True  # type: ignore[attr-defined]
-    fn._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
-        "it reads flags as Python values; call it outside the compiled function"
-    )
-    return fn
 
 
 class UnpackedError(NamedTuple):
@@ -88,7 +77,7 @@ class ErrorFlags:
     """Reads flags for people and logs."""
 
     @classmethod
-    @_boundary
+    @boundary
     def unpack(
         cls, flags: torch.Tensor, sample_idx: int = 0, config: ErrorConfig | None = None
     ) -> list[UnpackedError]:
@@ -96,7 +85,7 @@ class ErrorFlags:
         return _C.flags_read(flags, sample_idx, _HOW)  # _engine.read, a call less
 
     @classmethod
-    @_boundary
+    @boundary
     def unpack_all(
         cls, flags: torch.Tensor, config: ErrorConfig | None = None
     ) -> list[list[UnpackedError]]:
@@ -112,7 +101,7 @@ class ErrorFlags:
     unpack_all_vectorized = unpack_all
 
     @classmethod
-    @_boundary
+    @boundary
     def to_errors(
         cls, flags: torch.Tensor, config: ErrorConfig | None = None
     ) -> list[UnpackedError]:
@@ -120,7 +109,7 @@ class ErrorFlags:
         return [error for errors in cls.unpack_all(flags) for error in errors]
 
     @classmethod
-    @_boundary
+    @boundary
     def interpret(
         cls, flags: torch.Tensor, component: str, config: ErrorConfig | None = None
     ) -> list[UnpackedError]:
@@ -131,7 +120,7 @@ class ErrorFlags:
         ]
 
     @classmethod
-    @_boundary
+    @boundary
     def summary(
         cls, flags: torch.Tensor, config: ErrorConfig | None = None
     ) -> dict[str, dict[str, int]]:
@@ -144,7 +133,7 @@ class ErrorFlags:
         return found
 
     @classmethod
-    @_boundary
+    @boundary
     def repr(cls, flags: torch.Tensor, config: ErrorConfig | None = None) -> str:
         """One line: ``ErrorFlags(32 samples, 5 errors: 3xNAN, 2xINF @ encoder, output)``.
 
@@ -164,7 +153,7 @@ class ErrorFlags:
         return f"ErrorFlags({samples} samples, {sum(by_code.values())} errors: {codes} @ {shown})"
 
     @classmethod
-    @_boundary
+    @boundary
     def pretty_print(
         cls, flags: torch.Tensor, sample_idx: int = 0, config: ErrorConfig | None = None
     ) -> str:
@@ -209,6 +198,10 @@ class _Flags:
     repr = staticmethod(ErrorFlags.repr)
     summary = staticmethod(ErrorFlags.summary)
     pretty_print = staticmethod(ErrorFlags.pretty_print)
+    report = staticmethod(reporting.report)
+    plot = staticmethod(reporting.plot)
+    to_dataframe = staticmethod(reporting.to_dataframe)
+    prometheus = staticmethod(reporting.prometheus)
 
 
 flags = _Flags()

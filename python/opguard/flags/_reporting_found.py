@@ -1,0 +1,153 @@
+"""The errors in flags as host arrays: read once, then shown in any way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from opguard.flags._words import as_words
+from opguard.flags.codes import ErrorCode, Severity
+from opguard.flags.constants import (
+    CODE_MASK,
+    CODE_SHIFT,
+    LOCATION_SHIFT,
+    SEVERITY_MASK,
+)
+from opguard.flags.errors import FlagsError
+from opguard.flags.locations import ErrorLocation
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+__all__ = ["Errors", "Finding", "flags_of", "messages_of", "read"]
+
+
+class Finding(NamedTuple):
+    """One kind of error at one location: how often, and in which samples.
+
+    ``errors`` counts slots; ``samples`` are the numbers of the samples, ascending, each once.
+    """
+
+    location: int
+    location_name: str
+    code: int
+    code_name: str
+    domain: str
+    severity: int
+    severity_name: str
+    errors: int
+    samples: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """All errors of a batch, sample after sample in the order of the slots: arrays (errors,).
+
+    ``total`` is the number of samples, ``flags`` the host copy that all was read from.
+    """
+
+    total: int
+    flags: Tensor
+    sample: NDArray[np.int64]
+    slot: NDArray[np.int64]
+    value: NDArray[Any]
+
+    @property
+    def bad(self) -> int:
+        """How many samples have an error."""
+        import numpy as np
+
+        return int(np.count_nonzero(np.diff(self.sample)) + 1) if self.sample.size else 0
+
+    @property
+    def severity(self) -> NDArray[Any]:
+        """(errors,) 0..3."""
+        return self.value & SEVERITY_MASK
+
+    @property
+    def code(self) -> NDArray[Any]:
+        """(errors,) 0..15."""
+        return self.value >> CODE_SHIFT & CODE_MASK
+
+    @property
+    def location(self) -> NDArray[Any]:
+        """(errors,) 0..1023."""
+        return self.value >> LOCATION_SHIFT
+
+    def findings(self) -> list[Finding]:
+        """Each kind of error at each location, by location id, code and severity."""
+        import numpy as np
+
+        if not self.value.size:
+            return []
+        # A slot's number is location, code, severity from the highest bit on. Stable: in each
+        # group the samples stay ascending; 16-bit numbers are sorted by radix, in linear time.
+        order = np.argsort(self.value, kind="stable")
+        values, samples = self.value[order], self.sample[order]
+        begins = np.flatnonzero(np.diff(values, prepend=~values[:1]))
+        ends = [*begins[1:].tolist(), values.size]
+        again = np.zeros(values.size, bool)
+        again[1:] = (values[1:] == values[:-1]) & (samples[1:] == samples[:-1])
+        return [
+            _finding(int(values[begin]), end - begin, samples[begin:end][~again[begin:end]])
+            for begin, end in zip(begins.tolist(), ends, strict=True)
+        ]
+
+
+def _finding(value: int, errors: int, samples: NDArray[np.int64]) -> Finding:
+    location = value >> LOCATION_SHIFT
+    code, severity = value >> CODE_SHIFT & CODE_MASK, value & SEVERITY_MASK
+    return Finding(
+        location,
+        ErrorLocation.name(location),
+        code,
+        ErrorCode.name(code),
+        ErrorCode.domain_name(code),
+        severity,
+        Severity.name(severity),
+        errors,
+        samples,
+    )
+
+
+def flags_of(source: Any) -> Tensor:
+    """The flags tensor of what a person has in hand: flags, or something with ``.flags``."""
+    if not isinstance(source, torch.Tensor) or hasattr(type(source), "flags"):
+        source = getattr(source, "flags", source)
+    if not isinstance(source, torch.Tensor):
+        raise FlagsError(
+            "expected a flags tensor, or an object with .flags such as a GuardedTensor or what"
+            f" check_model returns, got {type(source).__qualname__}"
+        )
+    return source
+
+
+def messages_of(source: Any) -> dict[int, str]:
+    """Texts of user checks by location id, where the source keeps some."""
+    kept = getattr(source, "messages", None)
+    if not isinstance(kept, Mapping):
+        return {}
+    return {int(place): str(text) for place, text in kept.items()}
+
+
+def read(f: Tensor) -> Errors:
+    """Reads flags (N, words) of any of the four dtypes; waits for their device once."""
+    import numpy as np
+
+    host = as_words(f.detach()).cpu()
+    # The lowest slot of a word comes first, whatever the order of bytes in this machine's words.
+    words = host.numpy().astype(f"<i{host.element_size()}", order="C", copy=False)
+    slots = words.view("<u2")
+    sample, slot = np.nonzero(slots)
+    return Errors(
+        slots.shape[0],
+        host.view(f.dtype),
+        sample.astype(np.int64, copy=False),
+        slot.astype(np.int64, copy=False),
+        slots[sample, slot].astype(np.uint16, copy=False),
+    )

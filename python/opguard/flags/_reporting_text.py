@@ -1,0 +1,121 @@
+"""A report as text for a terminal or a log, and as a table for a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from opguard.flags.codes import Severity
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from opguard.flags._reporting_found import Finding
+
+__all__ = ["COLOURS", "as_html", "as_text", "one_line", "spans"]
+
+# From yellow to dark red: they differ in lightness too, for eyes and printers without colour.
+COLOURS = {
+    Severity.OK: "#8d99ae",
+    Severity.WARN: "#ffd166",
+    Severity.ERROR: "#ef7d22",
+    Severity.CRITICAL: "#a4133c",
+}
+_INK = {Severity.OK: "#000", Severity.WARN: "#000", Severity.ERROR: "#000"}
+_HEADS = ("location", "code", "severity", "samples", "which")
+_SPANS = 6
+
+
+def spans(samples: NDArray[np.int64], total: int, most: int = _SPANS) -> str:
+    """Sample numbers for people: ``"all"``, or ``"0-3, 7, 9 and 12 more"``."""
+    import numpy as np
+
+    if samples.size == total and total > 1:
+        return "all"
+    cuts = np.flatnonzero(np.diff(samples) != 1) + 1
+    begins = np.concatenate(([0], cuts))[:most].tolist()
+    ends = np.concatenate((cuts, [samples.size]))[:most].tolist()
+    parts = []
+    for begin, end in zip(begins, ends, strict=True):
+        first, last = int(samples[begin]), int(samples[end - 1])
+        parts.append(f"{first}" if first == last else f"{first}-{last}")
+    more = samples.size - ends[-1]
+    return ", ".join(parts) + (f" and {more} more" if more else "")
+
+
+def _cells(finding: Finding, total: int) -> tuple[str, ...]:
+    return (
+        finding.location_name,
+        finding.code_name,
+        finding.severity_name,
+        str(finding.samples.size),
+        spans(finding.samples, total),
+    )
+
+
+def one_line(text: str) -> str:
+    """Names come from users: a line break or an escape sequence must not tear a table."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def as_text(
+    head: Sequence[str],
+    findings: Sequence[Finding],
+    total: int,
+    messages: Mapping[int, str],
+    rows: int,
+) -> str:
+    """Head lines, then an aligned table of at most ``rows`` findings."""
+    lines = [one_line(line) for line in head]
+    if not findings:
+        return "\n".join(lines)
+    table: list[tuple[str, ...]] = [_HEADS]
+    table += [tuple(map(one_line, _cells(each, total))) for each in findings[:rows]]
+    widths = [max(len(cells[i]) for cells in table) for i in range(4)]
+    for number, cells in enumerate(table):
+        left = "  ".join(cells[i].ljust(widths[i]) for i in range(3))
+        lines.append(f"  {left}  {cells[3].rjust(widths[3])}  {cells[4]}")
+        said = messages.get(findings[number - 1].location) if number else None
+        if said is not None:
+            lines.append(f"      {one_line(said)}")
+    if len(findings) > rows:
+        lines.append(f"  ... and {len(findings) - rows} more")
+    return "\n".join(lines)
+
+
+def as_html(
+    head: Sequence[str],
+    findings: Sequence[Finding],
+    total: int,
+    messages: Mapping[int, str],
+    rows: int,
+) -> str:
+    """The same as an HTML table. Every name is escaped; no script, no style sheet."""
+    first, *others = (escape(line) for line in head)
+    lines = [f"<div><b>{first}</b>", *(f"<br>{line}" for line in others)]
+    if not findings:
+        return "".join([*lines, "</div>"])
+    lines.append("<table><thead><tr>")
+    lines += [f'<th style="text-align:left">{each}</th>' for each in _HEADS]
+    lines.append("</tr></thead><tbody>")
+    for finding in findings[:rows]:
+        name, code, severity, count, which = map(escape, _cells(finding, total))
+        said = messages.get(finding.location)
+        if said is not None:
+            name += f"<br><i>{escape(said)}</i>"
+        chip = (
+            f"background:{COLOURS[finding.severity]};color:{_INK.get(finding.severity, '#fff')};"
+            "padding:0 .5em;border-radius:.6em"
+        )
+        left = '<td style="text-align:left">'
+        lines.append(
+            f"<tr>{left}<code>{name}</code></td>{left}{code}</td>"
+            f'{left}<span style="{chip}">{severity}</span></td>'
+            f'<td style="text-align:right">{count}</td>{left}{which}</td></tr>'
+        )
+    lines.append("</tbody></table>")
+    if len(findings) > rows:
+        lines.append(f"... and {len(findings) - rows} more")
+    return "".join([*lines, "</div>"])
