@@ -43,6 +43,7 @@ from opguard.flags.errors import (
     FlagsError,
     FlagsLayoutError,
     LocationError,
+    RowsLost,
     SeverityError,
 )
 from opguard.flags.extraction import (
@@ -131,6 +132,7 @@ __all__ = [
     "Priority",
     "Report",
     "Result",
+    "RowsLost",
     "Severity",
     "SeverityError",
     "TypeMismatchError",

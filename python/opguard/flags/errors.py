@@ -8,6 +8,7 @@ __all__ = [
     "FlagsError",
     "FlagsLayoutError",
     "LocationError",
+    "RowsLost",
     "SeverityError",
 ]
 
@@ -38,3 +39,7 @@ class FlagsLayoutError(FlagsError):
 
 class BatchMismatchError(FlagsError):
     """Flags and data of different numbers of samples."""
+
+
+class RowsLost(FlagsError, NotImplementedError):
+    """An op after which nobody can tell which sample an element belongs to."""

@@ -1,0 +1,261 @@
+"""The table of row rules: for each op, where the rows of its outputs come from.
+
+A rule runs before its op, so that a refusal leaves in-place data untouched. It returns ``Rows`` for
+every output, or a list with ``Rows`` or None for each tensor among the outputs in order, or a
+function of the outputs that returns one of these. It may look at shapes and, for a function of the
+outputs, at index tensors among them; it never looks at data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, NoReturn, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from opguard.flags._rows.rows import Rows, merge_rows
+from opguard.flags.errors import RowsLost
+
+__all__ = ["POINTWISE", "Call", "Found", "Rule", "load", "lookup", "lost", "plan", "rule"]
+
+RowsOf: TypeAlias = Callable[[Tensor], "Rows | None"]
+Found: TypeAlias = "Rows | list[Rows | None] | Callable[[Any], Rows | list[Rows | None] | None]"
+Rule: TypeAlias = "Callable[[Call], Found | None]"
+_R = TypeVar("_R", bound=Rule)
+
+#: The name under which the rule of all ops tagged as pointwise is registered.
+POINTWISE = "pointwise"
+
+_rules: dict[str, Rule] = {}
+_CORE = {"axes", "payloads", "rows", "rules"}
+_loaded = False
+
+
+def rule(*names: str) -> Callable[[_R], _R]:
+    """Registers a function as the rule of these ops: ``"aten::sum"``, ``"aten::sum.dim_IntList"``.
+
+    The name of a functional op covers its in-place and ``out=`` forms as well.
+    """
+
+    def register(function: _R) -> _R:
+        for name in names:
+            if name in _rules:
+                raise ValueError(f"expected one rule for {name}, got a second one")
+            _rules[name] = function
+        return function
+
+    return register
+
+
+def load() -> None:
+    """Imports the modules of rules, once."""
+    global _loaded  # noqa: PLW0603 - a table of the process, filled once
+    if _loaded:
+        return
+    package = __name__.rpartition(".")[0]
+    for found in iter_modules(import_module(package).__path__):
+        if found.name not in _CORE:
+            import_module(f"{package}.{found.name}")
+    _loaded = True
+    _known.clear()
+
+
+class _Op:
+    """What is known of an overload without a call of it."""
+
+    __slots__ = ("arguments", "defaults", "inputs", "name", "op", "places", "rule")
+
+    def __init__(self, op: Any) -> None:
+        schema = op._schema
+        self.op = op
+        self.name = schema.name
+        self.arguments = [argument.name for argument in schema.arguments]
+        self.places = {name: place for place, name in enumerate(self.arguments)}
+        self.defaults = {
+            argument.name: argument.default_value
+            for argument in schema.arguments
+            if argument.has_default_value()
+        }
+        # Not what is written and not read: `out` arguments.
+        self.inputs = [
+            (place, argument.name, "[]" in str(argument.type))
+            for place, argument in enumerate(schema.arguments)
+            if "Tensor" in str(argument.type) and not argument.is_out
+        ]
+        self.rule = lookup(op)
+
+
+_known: dict[Any, _Op] = {}
+
+
+class Call:
+    """One call of an op, as its rule sees it."""
+
+    __slots__ = ("_known", "args", "kwargs", "rows_of")
+
+    def __init__(
+        self, known: _Op, args: Sequence[Any], kwargs: dict[str, Any], rows_of: RowsOf
+    ) -> None:
+        self._known = known
+        self.args = args
+        self.kwargs = kwargs
+        self.rows_of = rows_of
+
+    @property
+    def op(self) -> Any:
+        """The OpOverload."""
+        return self._known.op
+
+    @property
+    def name(self) -> str:
+        """``aten::sum.dim_IntList``."""
+        return str(self._known.op.name())
+
+    def __getitem__(self, name: str) -> Any:
+        """The argument of this name, its default if it was not given."""
+        known = self._known
+        place = known.places.get(name)
+        if place is None:
+            raise KeyError(f"{self.name} has no argument {name!r}")
+        if place < len(self.args):
+            return self.args[place]
+        if name in self.kwargs:
+            return self.kwargs[name]
+        return known.defaults.get(name)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the op has such an argument."""
+        return name in self._known.places
+
+    def rows(self, name: str) -> Rows | None:
+        """The rows of a tensor argument; None for one without rows, and for no tensor."""
+        value = self[name]
+        return self.rows_of(value) if isinstance(value, Tensor) else None
+
+    def shape(self, name: str) -> tuple[Any, ...]:
+        """The shape of a tensor argument; () for a number."""
+        value = self[name]
+        return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+    def rows_list(self, name: str) -> list[Rows | None]:
+        """The rows of each tensor of a list argument."""
+        return [
+            self.rows_of(value) if isinstance(value, Tensor) else None for value in self[name] or ()
+        ]
+
+    def shapes(self, name: str) -> list[tuple[Any, ...]]:
+        """The shape of each tensor of a list argument."""
+        return [tuple(value.shape) for value in self[name] or ()]
+
+    def any(self) -> list[Rows]:
+        """All rows of the inputs in their order, those written by ``out=`` not among them."""
+        args, count, rows_of = self.args, len(self.args), self.rows_of
+        found = []
+        for place, name, listed in self._known.inputs:
+            value = args[place] if place < count else self.kwargs.get(name)
+            if listed:
+                found += [rows_of(item) for item in value or () if isinstance(item, Tensor)]
+            elif isinstance(value, Tensor):
+                found.append(rows_of(value))
+        return [rows for rows in found if rows is not None]
+
+
+def lost(call: Call, why: str) -> NoReturn:
+    """Refuses: ``why`` says in half a sentence what keeps the rows from being followed."""
+    raise RowsLost(
+        f"expected an op that keeps apart where each sample went, got {call.name}: {why}; unwrap()"
+        ' before it, or guard(x, lost="merge") to go on with one row for the whole batch'
+    )
+
+
+def lookup(op: Any) -> Rule | None:
+    """The rule of an OpOverload: by its full name, its name, the functional op's, its tag."""
+    load()
+    full = op.name()
+    name = op._schema.name
+    found = _rules.get(full) or _rules.get(name)
+    if found is None and name.endswith("_") and not name.endswith("__"):
+        overload = full[len(name) :]
+        found = _rules.get(name[:-1] + overload) or _rules.get(name[:-1])
+    if found is None and torch.Tag.pointwise in op.tags:
+        found = _rules.get(POINTWISE, _pointwise)
+    return found
+
+
+def known(op: Any) -> bool:
+    """Whether the table has a rule for this OpOverload."""
+    return _of(op).rule is not None
+
+
+def _of(op: Any) -> _Op:
+    found = _known.get(op)
+    if found is None:
+        load()
+        found = _known[op] = _Op(op)
+    return found
+
+
+def plan(
+    op: Any, args: Sequence[Any], kwargs: dict[str, Any], rows_of: RowsOf
+) -> Callable[[Any], list[Rows | None]]:
+    """Where the rows of an op's outputs will lie, decided before it runs.
+
+    Args:
+        op: the OpOverload.
+        args, kwargs: of the call, with whatever tensors ``rows_of`` knows.
+        rows_of: the Rows of a tensor, None for a tensor without.
+
+    Returns:
+        A function of the outputs that gives Rows or None for each tensor among them, in order.
+
+    Raises:
+        RowsLost: there is no rule, or the rule refuses.
+    """
+    this = _known.get(op) or _of(op)
+    call = Call(this, args, kwargs, rows_of)
+    if this.rule is None:
+        lost(call, "there is no rule for it")
+    found = this.rule(call)
+    return lambda outputs: _settled(found, outputs, call)
+
+
+def _settled(found: Any, outputs: Any, call: Call) -> list[Rows | None]:
+    if callable(found):
+        found = found(outputs)
+    if isinstance(outputs, Tensor):
+        tensors: list[Tensor] = [outputs]
+    else:
+        tensors = list(_tensors(outputs))
+    rows = found if isinstance(found, list) else [found] * len(tensors)
+    if len(rows) != len(tensors):
+        lost(call, f"it gave {len(tensors)} tensors, its rule knows of {len(rows)}")
+    for one, tensor in zip(rows, tensors, strict=True):
+        if one is not None and one.shape != tuple(tensor.shape) and not _agree(one, tensor):
+            lost(call, f"it gave {tuple(tensor.shape)}, its rule expected {one.shape}")
+    return rows
+
+
+def _agree(rows: Rows, tensor: Tensor) -> bool:
+    """Whether two shapes may be one: sizes that are symbols are taken at their word."""
+    pairs = list(zip(rows.shape, tensor.shape, strict=False))
+    return len(rows.shape) == tensor.dim() and all(
+        a == b for a, b in pairs if type(a) is int and type(b) is int
+    )
+
+
+def _tensors(outputs: Any) -> Any:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, (tuple, list)):
+        for output in outputs:
+            yield from _tensors(output)
+
+
+def _pointwise(call: Call) -> Found | None:
+    found = call.any()
+    if not found:
+        return None
+    return lambda outputs: merge_rows(found, tuple(next(_tensors(outputs)).shape))
