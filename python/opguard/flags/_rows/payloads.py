@@ -7,10 +7,9 @@ Every method takes ``sizes``, the sizes of the axes in row-major order, and axes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import cache, reduce
 from typing import Any, Final, Protocol, TypeVar
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -204,6 +203,13 @@ def _in_words(flags: Tensor, like: Tensor, words: int) -> Tensor:
     return _engine.merge([empty, wide], key)
 
 
+@cache
+def _numpy() -> Any:
+    import numpy
+
+    return numpy
+
+
 IDENTITY: Final = "identity"  # row i is sample i
 MIXED: Final = -2  # of more than one sample, or not proven
 NO_SAMPLE: Final = -1  # padding: of no sample at all
@@ -248,7 +254,7 @@ class SamplePayload:
         """
         if self._ids is None or not isinstance(self._rows, int):
             return None
-        return numpy.arange(self._rows) if self.identity else self._ids
+        return _numpy().arange(self._rows) if self.identity else self._ids
 
     def _with(self, sizes: Sizes, change: Any, new: Sizes) -> SamplePayload:
         ids = self.ids()
@@ -279,12 +285,12 @@ class SamplePayload:
         return self._with(sizes, lambda ids: ids.take(at, k), new)
 
     def flip(self, sizes: Sizes, ks: Sequence[int]) -> SamplePayload:
-        return self._with(sizes, lambda ids: numpy.flip(ids, tuple(ks)), sizes)
+        return self._with(sizes, lambda ids: _numpy().flip(ids, tuple(ks)), sizes)
 
     def roll(self, sizes: Sizes, k: int, shift: Any) -> SamplePayload:
         if not isinstance(shift, int):
             return SamplePayload(self._rows, None)
-        return self._with(sizes, lambda ids: numpy.roll(ids, shift, k), sizes)
+        return self._with(sizes, lambda ids: _numpy().roll(ids, shift, k), sizes)
 
     def permute(self, sizes: Sizes, order: Sequence[int]) -> SamplePayload:
         if list(order) == list(range(len(order))):
@@ -297,7 +303,7 @@ class SamplePayload:
             return self
         new = [*sizes[:k], count, *sizes[k:]]
         return self._with(
-            sizes, lambda ids: numpy.broadcast_to(numpy.expand_dims(ids, k), new), new
+            sizes, lambda ids: _numpy().broadcast_to(_numpy().expand_dims(ids, k), new), new
         )
 
     def fold(self, sizes: Sizes, ks: Sequence[int]) -> SamplePayload:
@@ -319,7 +325,7 @@ class SamplePayload:
             ids = ids[(slice(None),) * k + (slice(max(-before, 0), sizes[k] + min(after, 0)),)]
             around = [(0, 0)] * len(sizes)
             around[k] = (max(before, 0), max(after, 0))
-            return numpy.pad(ids, around, constant_values=NO_SAMPLE)
+            return _numpy().pad(ids, around, constant_values=NO_SAMPLE)
 
         return self._with(sizes, change, new)
 
@@ -330,12 +336,12 @@ class SamplePayload:
             if not all(isinstance(size, int) for size in sizes):
                 return SamplePayload(rows, None)
             if part is None:
-                arrays.append(numpy.full(tuple(sizes), NO_SAMPLE))
+                arrays.append(_numpy().full(tuple(sizes), NO_SAMPLE))
             else:
                 ids = part.ids()
-                whole = numpy.full(part.rows, MIXED) if ids is None else ids
+                whole = _numpy().full(part.rows, MIXED) if ids is None else ids
                 arrays.append(whole.reshape(tuple(sizes)))
-        return _samples(numpy.concatenate(arrays, k).reshape(-1))
+        return _samples(_numpy().concatenate(arrays, k).reshape(-1))
 
     def merge(self, *others: SamplePayload) -> SamplePayload:
         """Rows of one sample in all are of that sample; others are MIXED."""
@@ -350,28 +356,28 @@ class SamplePayload:
         at, ids = _read(index), self.ids()
         if at is None or ids is None:
             return SamplePayload(index.shape[0], None)
-        return _samples(_folded(numpy.append(ids, NO_SAMPLE)[at]))
+        return _samples(_folded(_numpy().append(ids, NO_SAMPLE)[at]))
 
     def one(self) -> SamplePayload:
         return self.fold((self._rows,), (0,))
 
 
 def _samples(ids: Any) -> SamplePayload:
-    return SamplePayload(len(ids), numpy.ascontiguousarray(ids))
+    return SamplePayload(len(ids), _numpy().ascontiguousarray(ids))
 
 
 def _both(a: Any, b: Any) -> Any:
-    either = numpy.where(a == b, a, MIXED)
-    return numpy.where(a == NO_SAMPLE, b, numpy.where(b == NO_SAMPLE, a, either))
+    either = _numpy().where(a == b, a, MIXED)
+    return _numpy().where(a == NO_SAMPLE, b, _numpy().where(b == NO_SAMPLE, a, either))
 
 
 def _folded(ids: Any) -> Any:
     """(M, K) -> (M,): the one sample of each row, if it is one."""
     if ids.shape[1] == 0:
-        return numpy.full(ids.shape[0], NO_SAMPLE)
+        return _numpy().full(ids.shape[0], NO_SAMPLE)
     highest = ids.max(1)
     others = (ids != highest[:, None]) & (ids != NO_SAMPLE)
-    return numpy.where(others.any(1) | (ids == MIXED).any(1), MIXED, highest)
+    return _numpy().where(others.any(1) | (ids == MIXED).any(1), MIXED, highest)
 
 
 def _read(index: Tensor) -> Any:
