@@ -189,6 +189,19 @@ def test_messages_stand_beside_their_location():
     assert "no" not in [line.strip() for line in lines]
 
 
+def test_samples_of_several_dimensions_are_told_by_their_index():
+    class Grid(torch.Tensor):
+        batch_dims = (1, 0)
+        flags = put(err.new_t(12), [0, 5], err.NAN, "a")  # rows by dim 1, then dim 0
+
+    grid = torch.zeros(3, 4, 2).as_subclass(Grid)
+    assert str(og.report(grid)).endswith("2  (0, 0), (1, 2)")
+    Grid.flags = put(err.new_t(12), range(11), err.NAN, "a")
+    assert str(og.report(grid)).endswith("(1, 0), (1, 1), (1, 2) and 5 more")
+    Grid.flags = put(err.new_t(12), range(12), err.NAN, "a")
+    assert str(og.report(grid)).endswith("12  all")
+
+
 def test_the_module_and_its_object_offer_the_same():
     for name in ("report", "plot", "to_dataframe", "prometheus"):
         assert getattr(og, name) is getattr(flags, name)

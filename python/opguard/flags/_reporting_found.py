@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["Errors", "Finding", "flags_of", "messages_of", "read"]
+__all__ = ["Errors", "Finding", "batch_of", "flags_of", "messages_of", "read"]
 
 
 class Finding(NamedTuple):
@@ -125,6 +126,16 @@ def flags_of(source: Any) -> Tensor:
             f" check_model returns, got {type(source).__qualname__}"
         )
     return source
+
+
+def batch_of(source: Any, total: int) -> tuple[int, ...]:
+    """The sizes of the batch's dimensions: (total,), or several of a GuardedTensor."""
+    dims = getattr(source, "batch_dims", None)
+    if isinstance(source, torch.Tensor) and isinstance(dims, tuple) and len(dims) > 1:
+        sizes = tuple(int(source.shape[dim]) for dim in dims)
+        if math.prod(sizes) == total:
+            return sizes
+    return (total,)
 
 
 def messages_of(source: Any) -> dict[int, str]:

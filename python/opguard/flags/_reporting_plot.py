@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["draw"]
 
 _ROW, _MOST, _LEAST = 0.26, 12.0, 1.6  # inches: of a row, of the picture's height
-_NAME, _CODES = 44, 3  # letters of a name, of which the end says more; codes beside it
+_NAME, _CODES = 60, 3  # letters of a name, of which the end says more; codes beside it
 
 
 def _png(figure: Figure) -> bytes:

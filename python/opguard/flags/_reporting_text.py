@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -28,12 +29,21 @@ _HEADS = ("location", "code", "severity", "samples", "which")
 _SPANS = 6
 
 
-def spans(samples: NDArray[np.int64], total: int, most: int = _SPANS) -> str:
-    """Sample numbers for people: ``"all"``, or ``"0-3, 7, 9 and 12 more"``."""
+def spans(samples: NDArray[np.int64], batch: tuple[int, ...], most: int = _SPANS) -> str:
+    """Sample numbers for people: ``"all"``, or ``"0-3, 7, 9 and 12 more"``.
+
+    Where the batch has several dimensions: ``"(0, 3), (1, 2)"``.
+    """
     import numpy as np
 
-    if samples.size == total and total > 1:
+    if samples.size == math.prod(batch) > 1:
         return "all"
+    if len(batch) > 1:
+        places = np.stack(np.unravel_index(samples[:most], batch), 1).tolist()
+        more = samples.size - len(places)
+        return ", ".join(str(tuple(each)) for each in places) + (
+            f" and {more} more" if more else ""
+        )
     cuts = np.flatnonzero(np.diff(samples) != 1) + 1
     begins = np.concatenate(([0], cuts))[:most].tolist()
     ends = np.concatenate((cuts, [samples.size]))[:most].tolist()
@@ -45,13 +55,13 @@ def spans(samples: NDArray[np.int64], total: int, most: int = _SPANS) -> str:
     return ", ".join(parts) + (f" and {more} more" if more else "")
 
 
-def _cells(finding: Finding, total: int) -> tuple[str, ...]:
+def _cells(finding: Finding, batch: tuple[int, ...]) -> tuple[str, ...]:
     return (
         finding.location_name,
         finding.code_name,
         finding.severity_name,
         str(finding.samples.size),
-        spans(finding.samples, total),
+        spans(finding.samples, batch),
     )
 
 
@@ -63,7 +73,7 @@ def one_line(text: str) -> str:
 def as_text(
     head: Sequence[str],
     findings: Sequence[Finding],
-    total: int,
+    batch: tuple[int, ...],
     messages: Mapping[int, str],
     rows: int,
 ) -> str:
@@ -72,7 +82,7 @@ def as_text(
     if not findings:
         return "\n".join(lines)
     table: list[tuple[str, ...]] = [_HEADS]
-    table += [tuple(map(one_line, _cells(each, total))) for each in findings[:rows]]
+    table += [tuple(map(one_line, _cells(each, batch))) for each in findings[:rows]]
     widths = [max(len(cells[i]) for cells in table) for i in range(4)]
     for number, cells in enumerate(table):
         left = "  ".join(cells[i].ljust(widths[i]) for i in range(3))
@@ -88,7 +98,7 @@ def as_text(
 def as_html(
     head: Sequence[str],
     findings: Sequence[Finding],
-    total: int,
+    batch: tuple[int, ...],
     messages: Mapping[int, str],
     rows: int,
 ) -> str:
@@ -101,7 +111,7 @@ def as_html(
     lines += [f'<th style="text-align:left">{each}</th>' for each in _HEADS]
     lines.append("</tr></thead><tbody>")
     for finding in findings[:rows]:
-        name, code, severity, count, which = map(escape, _cells(finding, total))
+        name, code, severity, count, which = map(escape, _cells(finding, batch))
         said = messages.get(finding.location)
         if said is not None:
             name += f"<br><i>{escape(said)}</i>"

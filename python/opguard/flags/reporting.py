@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from opguard.flags._boundary import boundary
 from opguard.flags._reporting_counters import FlagCounters
-from opguard.flags._reporting_found import Errors, Finding, flags_of, messages_of, read
+from opguard.flags._reporting_found import (
+    Errors,
+    Finding,
+    batch_of,
+    flags_of,
+    messages_of,
+    read,
+)
 from opguard.flags._reporting_text import as_html, as_text
 from opguard.flags.codes import ErrorCode, Severity
 from opguard.flags.locations import ErrorLocation
@@ -50,6 +57,7 @@ class Report:
         self.errors = int(self._read.value.size)
         self.findings = self._read.findings()
         self.messages = messages_of(source)
+        self._batch = batch_of(source, self.samples)
 
     @cached_property
     def _head(self) -> list[str]:
@@ -67,13 +75,13 @@ class Report:
 
     @boundary
     def __str__(self) -> str:
-        return as_text(self._head, self.findings, self.samples, self.messages, self._rows)
+        return as_text(self._head, self.findings, self._batch, self.messages, self._rows)
 
     __repr__ = __str__
 
     @boundary
     def _repr_html_(self) -> str:
-        return as_html(self._head, self.findings, self.samples, self.messages, self._rows)
+        return as_html(self._head, self.findings, self._batch, self.messages, self._rows)
 
     @boundary
     def plot(self, ax: Axes | None = None) -> Axes:
