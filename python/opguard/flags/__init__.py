@@ -51,6 +51,7 @@ from opguard.flags.extraction import (
     extract_locations,
     location_from_stack,
 )
+from opguard.flags.guarded import GuardedTensor, guard
 from opguard.flags.helpers import (
     find,
     fix,
@@ -121,6 +122,7 @@ __all__ = [
     "FlagEvent",
     "FlagsError",
     "FlagsLayoutError",
+    "GuardedTensor",
     "InvalidParameterError",
     "InvalidReturnTypeError",
     "LocationError",
@@ -160,6 +162,7 @@ __all__ = [
     "flag_oob_indices",
     "flags",
     "get_config",
+    "guard",
     "guarded_embedding",
     "guarded_gather",
     "guarded_index_select",

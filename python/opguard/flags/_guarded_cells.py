@@ -1,0 +1,110 @@
+"""What tensors over one memory share: the flags of its rows, whoever of them is written into.
+
+A GuardedTensor without views has none of this. The first view makes a cell with the rows of the
+tensor that was viewed; the tensor, its views and their views hold the cell, and each view the steps
+by which it came from the first. Rows of a view are found from those of the first by taking the same
+steps; a write into a view is brought back by taking them with row numbers in the place of flags.
+A cell holds no graph of autograd's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from opguard.flags._rows.payloads import FlagPayload, SamplePayload
+from opguard.flags._rows.rows import Rows, merge_rows
+from opguard.flags._rows.rules import plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Cell", "Step"]
+
+
+class Step(NamedTuple):
+    """One view op: what it was called with, the viewed data at ``args[0]``, and which output."""
+
+    before: Step | None
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    data: Tensor
+    output: int
+
+
+class Cell:
+    """The rows of the first tensor, and how often they have changed."""
+
+    __slots__ = ("rows", "version")
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.version = 0
+
+    def seen_by(self, step: Step | None) -> Rows:
+        """The rows of the view that ``step`` made, of the first tensor for None."""
+        return self.rows if step is None else _taken(step, self.rows)
+
+    def write(self, step: Step | None, rows: Rows) -> None:
+        """``rows`` are those of the view after a write into it."""
+        self.version += 1
+        self.rows = rows if step is None else self._brought_back(step, rows)
+
+    def _brought_back(self, step: Step, rows: Rows) -> Rows:
+        first = self.rows
+        payload: Any = first.payload
+        count = payload.rows
+        origin: Any = _taken(step, Rows(first.shape, first.axes, SamplePayload(count)))
+        flags = payload.flags
+        clean = FlagPayload(flags.new_zeros(origin.payload.rows, flags.shape[1]), payload.key)
+        # Rows as the first tensor knows them, and what else is in the new ones is in all of them.
+        lead = Rows(origin.shape, origin.axes, clean)
+        written: Any = rows if rows.axes == origin.axes else merge_rows([lead, rows], origin.shape)
+        ids = origin.payload.ids()
+        if ids is None or (ids < 0).any():
+            everywhere = written.payload.one()
+            spread = everywhere.spread((), 0, count)
+            return Rows(first.shape, first.axes, payload.merge(spread))
+        whole = _size(origin.shape) // max(len(ids), 1) if len(ids) else 0
+        index = _sources(ids, count, whole, _size(first.shape) // max(count, 1))
+        both = payload.cat(0, [(payload, (count,)), (written.payload, (written.payload.rows,))])
+        return Rows(first.shape, first.axes, both.gather(index.to(flags.device)))
+
+
+def _size(shape: Any) -> Any:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _taken(step: Step, rows: Rows) -> Rows:
+    if step.before is not None:
+        rows = _taken(step.before, rows)
+
+    def rows_of(tensor: Any) -> Rows | None:
+        return rows if tensor is step.data else None
+
+    finish = plan(step.func, step.args, step.kwargs, rows_of)
+    results: Any = finish(step.func(*step.args, **step.kwargs))
+    result: Rows = results[step.output]
+    return result
+
+
+def _sources(ids: Any, count: int, of_view: int, of_row: int) -> Tensor:
+    """(count, K): for each row of the first tensor where its flags come from now.
+
+    ``of_view``: the elements of a row of the view, ``of_row``: of a row of the first tensor. A row
+    of which only a part was written keeps what it had.
+    """
+    sources: list[list[int]] = [[] for _ in range(count)]
+    for number, row in enumerate(ids.tolist()):
+        sources[row].append(count + number)
+    for row, found in enumerate(sources):
+        if len(found) * of_view < of_row or not found:
+            found.insert(0, row)
+    most = max((len(found) for found in sources), default=0)
+    padded = [found + [-1] * (most - len(found)) for found in sources]
+    return torch.tensor(padded, dtype=torch.int64).reshape(count, most)
