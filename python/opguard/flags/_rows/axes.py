@@ -19,13 +19,10 @@ __all__ = [
     "by_digits",
     "divides",
     "is_whole",
-    "marks_of",
-    "pieces_of",
     "product",
     "same",
     "same_shape",
     "strides",
-    "without_needless_marks",
 ]
 
 
@@ -56,7 +53,12 @@ def same(a: Any, b: Any) -> bool:
 
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes are equal, as far as that is known."""
-    return len(a) == len(b) and all(map(same, a, b))
+    if len(a) != len(b):
+        return False
+    for one, other in zip(a, b):  # noqa: B905, SIM110 - on the way of every op
+        if one is not other and not _proven(one == other):
+            return False
+    return True
 
 
 def divides(a: Any, b: Any) -> bool:
@@ -141,49 +143,3 @@ def _at_most(a: Any, b: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(a <= b)
-
-
-def pieces_of(
-    axis: Axis, old: Any, step: Any, shape: Sequence[Any], steps: Sequence[Any]
-) -> list[Axis] | None:
-    """The axis in the dimensions of ``shape``, its highest digits first; None if they cut it."""
-    if same(axis.size, 1):
-        return marks_of(old, step, shape, steps)
-    low = axis.inner * step
-    high = low * axis.size
-    found: list[Axis] = []
-    for dim, (size, bottom) in enumerate(zip(shape, steps, strict=True)):
-        top = bottom * size
-        if below(top, low) or below(high, bottom):
-            continue
-        last = bottom if divides(low, bottom) else low
-        first = top if divides(top, high) else high
-        if not (divides(bottom, last) and divides(last, first) and divides(first, top)):
-            return None
-        if not divides(low, last) or not divides(first, high):
-            return None
-        found.append(Axis(dim, last // bottom, first // last))
-    return found if same(product(piece.size for piece in found), axis.size) else None
-
-
-def marks_of(old: Any, step: Any, shape: Sequence[Any], steps: Sequence[Any]) -> list[Axis]:
-    """Axes of size 1 in the dimensions of ``shape`` where one of size ``old`` went."""
-    low, high = step, step * old
-    return [
-        Axis(dim, 1, 1)
-        for dim, (size, bottom) in enumerate(zip(shape, steps, strict=True))
-        if (not below(bottom * size, low) and not below(high, bottom))
-        or (same(bottom * size, high) and (same(old, 1) or same(size, 1)))
-    ]
-
-
-def without_needless_marks(axes: list[Axis]) -> tuple[Axis, ...]:
-    """At most one axis of size 1 in a dimension, and none beside another."""
-    real = {axis.dim for axis in axes if not same(axis.size, 1)}
-    kept: dict[Any, Axis] = {}
-    for axis in axes:
-        if not same(axis.size, 1):
-            kept[axis] = axis
-        elif axis.dim not in real:
-            kept[axis.dim] = axis
-    return tuple(kept.values())

@@ -19,12 +19,16 @@ from opguard.flags._rows.axes import (
     by_digits,
     divides,
     is_whole,
-    marks_of,
-    pieces_of,
     product,
     same,
     same_shape,
     strides,
+)
+from opguard.flags._rows.digits import (
+    axes_of,
+    marks_of,
+    refined,
+    runs_of,
     without_needless_marks,
 )
 from opguard.flags._rows.payloads import Payload
@@ -93,13 +97,12 @@ class Rows:
         at, above = k, size
         for axis in axes[k : k + len(on)]:
             gap = above // (axis.inner * axis.size)
+            payload = _between(payload, sizes, at, (gap, 1))
             if not same(gap, 1):
-                payload = payload.spread(sizes, at, gap)
                 sizes.insert(at, gap)
                 at += 1
             at, above = at + 1, axis.inner
-        if not same(above, 1):
-            payload = payload.spread(sizes, at, above)
+        payload = _between(payload, sizes, at - 1, (1, above))
         axes[k : k + len(on)] = [Axis(dim, 1, size)]
         return Rows(self.shape, tuple(axes), payload)
 
@@ -215,7 +218,8 @@ class Rows:
     def reshaped(self, shape: Sequence[Any]) -> Rows:
         """The same elements in ``shape``, without -1.
 
-        Axes go along digit by digit; one whose digits the new sizes cut apart is merged.
+        Axes go along digit by digit. Where the new sizes cut the digits of one apart there are more
+        rows than before, or, if they would be very many, it is merged.
         """
         shape = tuple(shape)
         if not self.axes or same_shape(shape, self.shape):
@@ -227,19 +231,29 @@ class Rows:
             common += 1
         if all(axis.dim < common for axis in self.axes):
             return Rows(shape, self.axes, self.payload)
-        steps, new_steps = strides(self.shape), strides(shape)
         if any(same(size, 0) for size in shape):
             kept = self._folded([k for k, axis in enumerate(self.axes) if axis.dim >= common])
             return Rows(shape, kept.axes, kept.payload)
-        axes: list[Axis] = []
-        cut: list[int] = []
-        for k, axis in enumerate(self.axes):
-            pieces = pieces_of(axis, self.shape[axis.dim], steps[axis.dim], shape, new_steps)
-            if pieces is None:
-                cut.append(k)
-                pieces = marks_of(self.shape[axis.dim], steps[axis.dim], shape, new_steps)
-            axes += pieces
-        payload = self._folded(cut).payload
+        return self._by_runs(shape)
+
+    def _by_runs(self, shape: tuple[Any, ...]) -> Rows:
+        runs = runs_of(self.axes, self.shape)
+        payload, sizes, axes, at = self.payload, [run.size for run in runs], [], 0
+        for run in runs:
+            found = axes_of(run, shape)
+            if found is None:
+                longer = refined(run, runs, shape)
+                if longer is None:
+                    payload = payload.fold(sizes, (at,))
+                    del sizes[at]
+                    axes += marks_of(run, shape)
+                    continue
+                gaps = (longer.high // run.high, run.low // longer.low)
+                payload = _between(payload, sizes, at, gaps)
+                sizes[at] = longer.size
+                found = axes_of(longer, shape) or []
+            axes += found
+            at += 1
         return Rows(shape, without_needless_marks(axes), payload)
 
     # --- along one dimension ----------------------------------------------------------------------
@@ -368,6 +382,15 @@ class Rows:
         return Rows(index.shape, axes, rows.payload.gather(flat))
 
 
+def _between(payload: Payload, sizes: list[Any], k: int, gaps: tuple[Any, Any]) -> Payload:
+    """Axis ``k`` in the middle of ``gaps[0]`` copies outside and ``gaps[1]`` inside of it."""
+    above, under = gaps
+    if not same(under, 1):
+        payload = payload.spread(sizes, k + 1, under)
+        sizes = [*sizes[: k + 1], under, *sizes[k + 1 :]]
+    return payload if same(above, 1) else payload.spread(sizes, k, above)
+
+
 # --- several tensors ------------------------------------------------------------------------------
 
 
@@ -381,10 +404,12 @@ def merge_rows(parts: Sequence[Rows | None], shape: Sequence[Any]) -> Rows | Non
     if not known:
         return None
     first = known[0]
-    if all(part.payload is first.payload and part.axes == first.axes for part in known[1:]) and (
-        same_shape(first.shape, shape)
-    ):
-        return first
+    if same_shape(first.shape, shape):
+        for part in known:
+            if part is not first and (part.payload is not first.payload or part.axes != first.axes):
+                break
+        else:
+            return first
     known = [part.expanded(shape) for part in known]
     if len(known) == 1:
         return known[0]

@@ -30,7 +30,7 @@ _R = TypeVar("_R", bound=Rule)
 POINTWISE = "pointwise"
 
 _rules: dict[str, Rule] = {}
-_CORE = {"axes", "payloads", "rows", "rules"}
+_CORE = {"axes", "digits", "payloads", "rows", "rules"}
 _loaded = False
 
 
@@ -152,15 +152,18 @@ class Call:
 
     def any(self) -> list[Rows]:
         """All rows of the inputs in their order, those written by ``out=`` not among them."""
-        args, count, rows_of = self.args, len(self.args), self.rows_of
-        found = []
+        args, rows_of = self.args, self.rows_of
+        count, found = len(args), []
         for place, name, listed in self._known.inputs:
             value = args[place] if place < count else self.kwargs.get(name)
-            if listed:
-                found += [rows_of(item) for item in value or () if isinstance(item, Tensor)]
-            elif isinstance(value, Tensor):
-                found.append(rows_of(value))
-        return [rows for rows in found if rows is not None]
+            if isinstance(value, Tensor):
+                rows = rows_of(value)
+                if rows is not None:
+                    found.append(rows)
+            elif listed and value is not None:
+                all_rows = [rows_of(item) for item in value if isinstance(item, Tensor)]
+                found += [rows for rows in all_rows if rows is not None]
+        return found
 
 
 def lost(call: Call, why: str) -> NoReturn:
@@ -223,27 +226,29 @@ def plan(
 
 
 def _settled(found: Any, outputs: Any, call: Call) -> list[Rows | None]:
-    if callable(found):
+    if type(found) is not Rows and callable(found):
         found = found(outputs)
-    if isinstance(outputs, Tensor):
-        tensors: list[Tensor] = [outputs]
-    else:
-        tensors = list(_tensors(outputs))
+    if type(found) is Rows and isinstance(outputs, Tensor) and _agree(found, outputs):
+        return [found]
+    tensors = list(_tensors(outputs))
     rows = found if isinstance(found, list) else [found] * len(tensors)
     if len(rows) != len(tensors):
         lost(call, f"it gave {len(tensors)} tensors, its rule knows of {len(rows)}")
     for one, tensor in zip(rows, tensors, strict=True):
-        if one is not None and one.shape != tuple(tensor.shape) and not _agree(one, tensor):
+        if one is not None and not _agree(one, tensor):
             lost(call, f"it gave {tuple(tensor.shape)}, its rule expected {one.shape}")
     return rows
 
 
 def _agree(rows: Rows, tensor: Tensor) -> bool:
-    """Whether two shapes may be one: sizes that are symbols are taken at their word."""
-    pairs = list(zip(rows.shape, tensor.shape, strict=False))
-    return len(rows.shape) == tensor.dim() and all(
-        a == b for a, b in pairs if type(a) is int and type(b) is int
-    )
+    """Whether two shapes are one; sizes that are symbols are taken at their word."""
+    ours, theirs = rows.shape, tensor.shape
+    if len(ours) != len(theirs):
+        return False
+    for a, b in zip(ours, theirs):  # noqa: B905 - on the way of every op
+        if a is not b and type(a) is int and type(b) is int and a != b:
+            return False
+    return True
 
 
 def _tensors(outputs: Any) -> Any:
@@ -258,4 +263,12 @@ def _pointwise(call: Call) -> Found | None:
     found = call.any()
     if not found:
         return None
-    return lambda outputs: merge_rows(found, tuple(next(_tensors(outputs)).shape))
+    first = found[0]
+    if len(found) == 1 and _alone(call):
+        return first
+    return lambda outputs: merge_rows(found, next(_tensors(outputs)).shape)
+
+
+def _alone(call: Call) -> bool:
+    """Whether the op has one tensor, so that its result has that one's shape."""
+    return len(call._known.inputs) == 1 and not call._known.inputs[0][2]
