@@ -183,9 +183,22 @@ def lookup(op: Any) -> Rule | None:
     if found is None and name.endswith("_") and not name.endswith("__"):
         overload = full[len(name) :]
         found = _rules.get(name[:-1] + overload) or _rules.get(name[:-1])
-    if found is None and torch.Tag.pointwise in op.tags:
+    if found is None and _is_pointwise(op):
         found = _rules.get(POINTWISE, _pointwise)
     return found
+
+
+def _is_pointwise(op: Any) -> bool:
+    """Whether an op, or the one that it is the in-place or ``out=`` form of, has torch's tag."""
+    if torch.Tag.pointwise in op.tags:
+        return True
+    space, _, name = op._schema.name.partition("::")
+    if space != "aten":
+        return False
+    packet = getattr(torch.ops.aten, name.removesuffix("_") or name, None)
+    return packet is not None and any(
+        torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
+    )
 
 
 def known(op: Any) -> bool:
