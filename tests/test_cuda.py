@@ -218,6 +218,12 @@ def test_edits_equal_cpu(carrier):
         both(OPS.flags_merge, [f, g], policy.key)
         both(OPS.flags_merge, [f] + [g, f.flip(0)] * 40, policy.key)
         both(OPS.flags_clear, f, 1)
+        some = torch.arange(samples * 7, device="cuda").reshape(samples, 7) * 31 % (samples + 1) - 1
+        both(OPS.flags_gather, f, some[:, 0], policy.key)
+        both(OPS.flags_gather, f, some.int(), policy.key)
+        both(OPS.flags_gather, f, some.t(), policy.key)
+        both(OPS.flags_gather, f, some[:, :0], policy.key)
+        both(OPS.flags_gather, f[::2], some.view(1, -1).clamp(max=-1 + len(f[::2])), policy.key)
         both(OPS.flags_index, f, ids, 90, 3, policy.key)
         both(OPS.flags_index_clamp, f, ids.t().contiguous().t(), 90, 3, policy.key)
         both(OPS.flags_index_clamp, f, ids.int(), 0, 3, policy.key)
@@ -253,6 +259,7 @@ def everything(x: torch.Tensor, ids: torch.Tensor, where: torch.Tensor) -> list[
     f, ids = OPS.flags_index_clamp(f, ids, 100, 6, key)
     f = OPS.flags_push(f, where, flags_model.slot_of(7, 9, 1), key)
     f = OPS.flags_merge([f, OPS.flags_check_new(x.flip(0), 8, 7, key)], key)
+    f = OPS.flags_gather(f, torch.stack([where.cumsum(0) - 1, where.long()], 1), key)
     OPS.flags_push_all_(f, flags_model.slot_of(9, 10, 1), key)
     return [f, ids, OPS.flags_ok(f), OPS.flags_count(f), OPS.flags_find(f, 0x3C, 4)]
 

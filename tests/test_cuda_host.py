@@ -84,6 +84,10 @@ MISTAKES = [
     ("device.h", "word < rows.capacity / 2", "word <= rows.capacity / 2"),  # one word too many
     # Somebody's value is overwritten before everybody has read it.
     ("device.h", "    __syncthreads(); /* parts of the row before have been read */\n", ""),
+    ("gather.cu", "pick >= g.rows", "pick > g.rows"),
+    ("gather.cu", "                __syncthreads(); /* found has been read */\n", ""),
+    ("gather.cu", "begin + w * kWarp + i", "begin + i"),  # the first warp's picks again
+    ("gather.cu", "        team_sync(team);\n", ""),  # zeros over what was merged
 ]
 
 
@@ -97,6 +101,11 @@ def test_the_emulation_sees_mistakes(program, tmp_path, mistake):
     assert right in text
     broken.write_text(text.replace(right, wrong, 1))
     shutil.copy(program, tmp_path / "cuda_program")
-    whole = [program.with_name(f"{stem}.o") for stem in ("rows", "pack")]
-    build_kernels(tmp_path / "libopguard_cuda.so", [tmp_path / "cuda" / "check.cu"], whole)
+    source = "check.cu" if name == "device.h" else name
+    whole = [path.with_suffix(".o").name for path in KERNELS if path.name != source]
+    build_kernels(
+        tmp_path / "libopguard_cuda.so",
+        [tmp_path / "cuda" / source],
+        [program.with_name(one) for one in whole],
+    )
     assert run(tmp_path / "cuda_program", 1, 60).returncode != 0

@@ -62,6 +62,7 @@ def arguments(x: torch.Tensor, key: int) -> dict[str, tuple[Any, ...]]:
         "flags_push_codes": (f, codes, 1, -1, 2, key),
         "flags_merge": ([f, f.clone(), f.clone()], key),
         "flags_merge_": (f, f.clone(), key),
+        "flags_gather": (f, ids % n if n else ids, key),
         "flags_find": (f, 0x3C, 4),
         "flags_ok": (f,),
         "flags_err": (f,),
@@ -119,6 +120,8 @@ def test_fake_results_are_like_real_ones(op):
     (lambda f, x: OPS.flags_ok(f.half()), "int64, int32"),
     (lambda f, x: OPS.flags_merge([f, f[:2]], KEY), "3 samples"),
     (lambda f, x: OPS.flags_merge([f, f[:, :2]], KEY), "16 and 8"),
+    (lambda f, x: OPS.flags_gather(f, x, KEY), "int64 or int32"),
+    (lambda f, x: OPS.flags_gather(f, f[0, 0], KEY), "(M,) or (M, K)"),
 ])  # fmt: skip
 def test_shapes_that_do_not_fit_are_said_before_anything_runs(call, words):
     f = torch.zeros(3, 4, dtype=torch.int64, device="meta")
@@ -145,6 +148,8 @@ class Flagged(torch.nn.Module):
             f = OPS.flags_check(f, x, 2 + i, 7, self.key)
         side = OPS.flags_push(torch.zeros_like(f), x.sum(1) > 2, slot_of(9, 9, 1), self.key)
         f = OPS.flags_merge([f, side], self.key)
+        last = torch.arange(f.shape[0]) - 1  # every row with the one before it, the first alone
+        f = OPS.flags_gather(f, torch.stack([last, last + 1], 1), self.key)
         return x, f, OPS.flags_err(f), OPS.flags_count(f), OPS.flags_find(f, 0x3C, NAN << 2)
 
 

@@ -117,6 +117,7 @@ def test_float_words_never_carry_a_gradient(carrier):
         OPS.flags_index(f, where.long(), 1, 2, key),
         OPS.flags_merge([f, f], key),
         OPS.flags_clear(f, 1),
+        OPS.flags_gather(f, where.long(), key),
     ]
     assert [g.grad_fn for g in made] == [None] * len(made)
     assert not any(g.requires_grad for g in made)

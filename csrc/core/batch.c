@@ -5,44 +5,10 @@
 
 #include "core/cpu.h"
 #include "core/kernels.h"
+#include "core/rows.h"
 
 /* Rows looked at together for "is anything there at all". */
 enum { BLOCK_BYTES = 4096 };
-
-static uint16_t *
-row_at(og_rows rows, int64_t r)
-{
-    return (uint16_t *)(rows.data + r * rows.stride);
-}
-
-static int64_t
-row_bytes(og_rows rows)
-{
-    return 2 * (int64_t)rows.capacity;
-}
-
-/* The next eight bytes: rows are aligned to four. */
-static uint64_t
-word_at(const uint16_t *slots)
-{
-    uint64_t word;
-    memcpy(&word, slots, sizeof word);
-    return word;
-}
-
-static bool
-row_is_clean(const uint16_t *row, int32_t capacity)
-{
-    uint64_t any = 0;
-    int32_t i = 0;
-    for (; i + 4 <= capacity; i += 4) {
-        any |= word_at(row + i);
-    }
-    for (; i < capacity; i++) {
-        any |= row[i];
-    }
-    return any == 0;
-}
 
 /* How many slots come before the first empty one; *holes when some follow. */
 static int32_t
@@ -52,7 +18,7 @@ leading(const uint16_t *row, int32_t capacity, bool *holes)
     while (used < capacity && row[used] != 0) {
         used++;
     }
-    *holes = !row_is_clean(row + used, capacity - used);
+    *holes = !og_row_is_clean(row + used, capacity - used);
     return used;
 }
 
@@ -75,7 +41,7 @@ room(int32_t capacity, og_policy p)
 static void
 row_record(uint16_t *row, int32_t capacity, og_policy p, uint16_t slot)
 {
-    if (OG_LIKELY(row_is_clean(row, capacity))) {
+    if (OG_LIKELY(og_row_is_clean(row, capacity))) {
         row[0] = slot; /* under every policy */
         return;
     }
@@ -153,7 +119,7 @@ same_memory(og_rows a, og_rows b)
 void
 og_batch_copy(og_rows in, og_rows out, int64_t begin, int64_t end)
 {
-    int64_t bytes = row_bytes(out);
+    int64_t bytes = og_row_bytes(out);
     if (begin >= end || (in.data != NULL && same_memory(in, out))) {
         return;
     }
@@ -183,7 +149,7 @@ og_batch_push(og_rows in, og_rows out, const uint8_t *where,
     }
     for (int64_t r = begin; r < end; r++) {
         if (where == NULL || where[r * where_stride] != 0) {
-            row_record(row_at(out, r), out.capacity, p, slot);
+            row_record(og_row_at(out, r), out.capacity, p, slot);
         }
     }
 }
@@ -218,10 +184,10 @@ og_batch_push_found(og_rows in, og_rows out, const uint8_t *found,
     for (int64_t r = next_found(found, begin, end); r < end;
          r = next_found(found, r + 1, end)) {
         if ((found[r] & checks & OG_FOUND_NAN) != 0) {
-            row_record(row_at(out, r), out.capacity, p, nan);
+            row_record(og_row_at(out, r), out.capacity, p, nan);
         }
         if ((found[r] & infs) != 0) {
-            row_record(row_at(out, r), out.capacity, p, inf);
+            row_record(og_row_at(out, r), out.capacity, p, inf);
         }
     }
 }
@@ -258,7 +224,7 @@ og_batch_push_codes(og_rows in, og_rows out, og_column codes, int32_t location,
                             : severity;
         uint16_t slot = og_slot_make(location, (int32_t)code, level);
         if (og_slot_counts(slot)) {
-            row_record(row_at(out, r), out.capacity, p, slot);
+            row_record(og_row_at(out, r), out.capacity, p, slot);
         }
     }
     return bad;
@@ -271,11 +237,11 @@ static int64_t
 skip_clean(og_rows rows, int64_t r, int64_t end, int64_t *until)
 {
     const og_kernels *kernels = og_cpu_kernels();
-    int64_t bytes = row_bytes(rows);
+    int64_t bytes = og_row_bytes(rows);
     int64_t block = bytes < BLOCK_BYTES ? BLOCK_BYTES / bytes : 1;
     for (; rows.stride == bytes && r < end; r = *until) {
         *until = end - r < block ? end : r + block;
-        if (kernels->has(row_at(rows, r), (*until - r) * rows.capacity, 0,
+        if (kernels->has(og_row_at(rows, r), (*until - r) * rows.capacity, 0,
                          0)) {
             return r;
         }
@@ -288,7 +254,7 @@ skip_clean(og_rows rows, int64_t r, int64_t end, int64_t *until)
 static uint16_t
 only_slot(const uint16_t *row, int32_t capacity)
 {
-    return row[1] == 0 && row_is_clean(row + 1, capacity - 1) ? row[0] : 0;
+    return row[1] == 0 && og_row_is_clean(row + 1, capacity - 1) ? row[0] : 0;
 }
 
 static void
@@ -313,8 +279,8 @@ og_batch_merge(og_rows in, og_rows other, og_rows out, og_policy p,
         if (r == until) {
             r = skip_clean(other, r, end, &until);
         }
-        if (r < end && !row_is_clean(row_at(other, r), other.capacity)) {
-            merge_one(row_at(out, r), row_at(other, r), out.capacity, p);
+        if (r < end && !og_row_is_clean(og_row_at(other, r), other.capacity)) {
+            merge_one(og_row_at(out, r), og_row_at(other, r), out.capacity, p);
         }
     }
 }
@@ -329,8 +295,8 @@ og_batch_clear(og_rows in, og_rows out, int32_t code, int64_t begin,
         if (r == until) {
             r = skip_clean(out, r, end, &until);
         }
-        if (r < end && !row_is_clean(row_at(out, r), out.capacity)) {
-            row_clear(row_at(out, r), out.capacity, code);
+        if (r < end && !og_row_is_clean(og_row_at(out, r), out.capacity)) {
+            row_clear(og_row_at(out, r), out.capacity, code);
         }
     }
 }
@@ -362,11 +328,12 @@ og_batch_has(og_rows in, uint16_t mask, uint16_t value, int64_t begin,
     if (begin >= end) {
         return false;
     }
-    bool dense = in.stride == row_bytes(in);
+    bool dense = in.stride == og_row_bytes(in);
     int64_t step = dense ? end - begin : 1;
     bool found = false;
     for (int64_t r = begin; r < end && !found; r += step) {
-        found = kernels->has(row_at(in, r), step * in.capacity, mask, value);
+        found =
+            kernels->has(og_row_at(in, r), step * in.capacity, mask, value);
     }
     return found;
 }

@@ -69,6 +69,27 @@ void
 og_batch_merge(og_rows in, og_rows other, og_rows out, og_policy p,
                int64_t begin, int64_t end);
 
+/* Which rows of another batch make up each row: `count` integers a row, each
+ * `stride` bytes behind the one before. */
+typedef struct og_picks {
+    const void *data;
+    int64_t row_stride; /* bytes from row to row */
+    int64_t stride;     /* bytes from pick to pick */
+    int64_t count;      /* 0 or more */
+    bool wide;          /* int64, else int32 */
+} og_picks;
+
+/* Row r of out = the rows of `in`, 0..rows-1, that r's picks name, in their
+ * order: the first that holds anything as it is, then the errors of the others
+ * recorded, a row that is named twice only once. -1 names none. All slots of
+ * out are used, whatever p.num_slots says. out must not overlap in. seen:
+ * NULL, or a bit for each row of `in`, all 0 before and after, which makes
+ * many picks in any order quick. Returns -1, or the first row with a pick that
+ * names no row and is not -1; such a pick is left out. */
+int64_t
+og_batch_gather(og_rows in, int64_t rows, og_picks picks, og_rows out,
+                uint64_t *seen, og_policy p, int64_t begin, int64_t end);
+
 /* out = in without the slots of this code, holes closed. */
 void
 og_batch_clear(og_rows in, og_rows out, int32_t code, int64_t begin,

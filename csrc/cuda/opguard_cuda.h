@@ -118,6 +118,24 @@ typedef struct og_cuda_merge {
     size_t count;
 } og_cuda_merge;
 
+/* Row r of `to` = the rows of `from` that r's picks name, merged; picks
+ * outside 0..rows-1 name none. */
+typedef struct og_cuda_gather {
+    int64_t samples; /* rows of `to` */
+    int64_t rows;    /* of `from` */
+    const void *from;
+    int64_t from_stride; /* bytes */
+    void *to;
+    int64_t to_stride;
+    const void *picks;
+    int64_t picks_row_stride; /* bytes */
+    int64_t picks_stride;
+    int64_t count;    /* picks of a row */
+    int32_t capacity; /* slots of a row; all are used */
+    bool wide;        /* int64 picks, else int32 */
+    og_policy policy;
+} og_cuda_gather;
+
 typedef struct og_cuda_clear {
     og_cuda_rows rows;
     int32_t code;
@@ -163,6 +181,8 @@ og_cuda_launch_codes(const og_cuda_codes *call, const og_cuda_place *place);
 OG_EXPORT int
 og_cuda_launch_merge(const og_cuda_merge *call, const og_cuda_place *place);
 OG_EXPORT int
+og_cuda_launch_gather(const og_cuda_gather *call, const og_cuda_place *place);
+OG_EXPORT int
 og_cuda_launch_clear(const og_cuda_clear *call, const og_cuda_place *place);
 OG_EXPORT int
 og_cuda_launch_query(const og_cuda_query *call, const og_cuda_place *place);
@@ -179,6 +199,7 @@ og_cuda_error_text(int code);
     X(launch_push)           \
     X(launch_codes)          \
     X(launch_merge)          \
+    X(launch_gather)         \
     X(launch_clear)          \
     X(launch_query)          \
     X(error_text)

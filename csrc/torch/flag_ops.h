@@ -5,6 +5,9 @@
  * configuration (core/slots.h); checks: 1 NaN, 2 +Inf, 4 -Inf. x of any
  * layout, dimension 0 being the samples, 0-d being one.
  *
+ * flags_gather: index (M,) or (M, K) of int64 or int32; row m of the result
+ * is rows index[m] merged in their order, -1 being none.
+ *
  * An op that writes leaves the version of flags as it is: torch's C ABI has
  * no call that raises it, and autograd saves nothing of flags. */
 #ifndef X
@@ -24,6 +27,7 @@ X(flags_push_all_, "(Tensor(a!) flags, int slot, int key) -> ()")
 X(flags_push_codes, "(Tensor flags, Tensor codes, int location, int severity, int default_severity, int key) -> Tensor")
 X(flags_merge, "(Tensor[] flags, int key) -> Tensor")
 X(flags_merge_, "(Tensor(a!) flags, Tensor other, int key) -> ()")
+X(flags_gather, "(Tensor flags, Tensor index, int key) -> Tensor")
 X(flags_find, "(Tensor flags, int mask, int value) -> Tensor")
 X(flags_ok, "(Tensor flags) -> Tensor")
 X(flags_err, "(Tensor flags) -> Tensor")

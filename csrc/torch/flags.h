@@ -123,6 +123,19 @@ typedef struct og_flags_merge {
     size_t count;
 } og_flags_merge;
 
+/* Row r of `to` is made of the rows of `from` that its picks name; -1 names
+ * none. The host refuses other numbers outside 0..rows-1, a device, which
+ * cannot raise, takes them for -1. The two do not overlap. */
+typedef struct og_flags_gather {
+    int64_t samples; /* of to, 1 or more */
+    int64_t rows;    /* of from */
+    og_rows from;
+    og_rows to;
+    og_picks picks;
+    og_policy policy; /* without its num_slots: all slots are used */
+    int32_t device_index;
+} og_flags_gather;
+
 typedef struct og_flags_clear {
     og_flags_rows rows;
     int32_t code;
@@ -147,6 +160,7 @@ typedef struct og_flags_runner {
     og_status (*push)(const og_flags_push *call, og_error *err);
     og_status (*push_codes)(const og_flags_codes *call, og_error *err);
     og_status (*merge)(const og_flags_merge *call, og_error *err);
+    og_status (*gather)(const og_flags_gather *call, og_error *err);
     og_status (*clear)(const og_flags_clear *call, og_error *err);
     og_status (*query)(const og_flags_query *call, og_error *err);
 } og_flags_runner;
@@ -183,6 +197,10 @@ og_flags_codes_run(AtenTensorHandle flags, AtenTensorHandle codes,
 og_status
 og_flags_merge_run(const AtenTensorHandle *flags, size_t count,
                    AtenTensorHandle *out, int64_t key, og_error *err);
+/* index: (M,) or (M, K) of int64 or int32. *out: (M, W), never flags. */
+og_status
+og_flags_gather_run(AtenTensorHandle flags, AtenTensorHandle index,
+                    AtenTensorHandle *out, int64_t key, og_error *err);
 og_status
 og_flags_clear_run(AtenTensorHandle flags, int64_t code, AtenTensorHandle *out,
                    og_error *err);

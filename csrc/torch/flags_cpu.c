@@ -224,6 +224,49 @@ merge(const og_flags_merge *call, og_error *err)
     return each_row(&call->rows, merge_range, call, err);
 }
 
+typedef struct gather_context {
+    const og_flags_gather *call;
+    _Atomic int64_t bad; /* a row with a pick that is none, -1 */
+} gather_context;
+
+/* So many picks are told apart without memory. */
+enum { FEW_PICKS = 32 };
+
+static void
+gather_range(int64_t begin, int64_t end, void *context)
+{
+    gather_context *c = context;
+    const og_flags_gather *call = c->call;
+    uint64_t *seen = NULL;
+    if (call->picks.count > FEW_PICKS) {
+        /* Without it the same is done, slower. */
+        seen = calloc((size_t)call->rows / 64 + 1, sizeof *seen);
+    }
+    int64_t bad = og_batch_gather(call->from, call->rows, call->picks,
+                                  call->to, seen, call->policy, begin, end);
+    free(seen);
+    if (bad >= 0) {
+        c->bad = bad;
+    }
+}
+
+static og_status
+gather(const og_flags_gather *call, og_error *err)
+{
+    gather_context context = {call, -1};
+    int64_t picks = call->picks.count > 1 ? call->picks.count : 1;
+    int64_t grain = GRAIN_BYTES / (2 * (int64_t)call->to.capacity) / picks;
+    og_status status = each(call->samples, grain < 1 ? 1 : grain, gather_range,
+                            &context, err);
+    if (status == OG_OK && context.bad >= 0) {
+        return og_fail(err, OG_BAD_ARGUMENT,
+                       "expected index to name one of the %lld rows, or -1 for "
+                       "none, its row %lld has another number",
+                       (long long)call->rows, (long long)context.bad);
+    }
+    return status;
+}
+
 static void
 clear_range(int64_t begin, int64_t end, void *context)
 {
@@ -274,6 +317,7 @@ const og_flags_runner og_flags_cpu = {
     .push = push,
     .push_codes = push_codes,
     .merge = merge,
+    .gather = gather,
     .clear = clear,
     .query = query,
 };

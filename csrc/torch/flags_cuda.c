@@ -316,6 +316,31 @@ cuda_merge(const og_flags_merge *call, og_error *err)
 }
 
 static og_status
+cuda_gather(const og_flags_gather *call, og_error *err)
+{
+    launcher l;
+    og_status status = launcher_open(&l, call->device_index, err);
+    if (status != OG_OK) {
+        return status;
+    }
+    og_cuda_gather gather = {.samples = call->samples,
+                             .rows = call->rows,
+                             .from = call->from.data,
+                             .from_stride = call->from.stride,
+                             .to = call->to.data,
+                             .to_stride = call->to.stride,
+                             .picks = call->picks.data,
+                             .picks_row_stride = call->picks.row_stride,
+                             .picks_stride = call->picks.stride,
+                             .count = call->picks.count,
+                             .capacity = call->to.capacity,
+                             .wide = call->picks.wide,
+                             .policy = call->policy};
+    return og_cuda_outcome(l.cuda, l.cuda->launch_gather(&gather, &l.place),
+                           "gathering flags", err);
+}
+
+static og_status
 cuda_clear(const og_flags_clear *call, og_error *err)
 {
     launcher l;
@@ -378,6 +403,7 @@ const og_flags_runner og_flags_cuda = {
     .push = cuda_push,
     .push_codes = cuda_push_codes,
     .merge = cuda_merge,
+    .gather = cuda_gather,
     .clear = cuda_clear,
     .query = cuda_query,
 };

@@ -252,6 +252,18 @@ og_op_flags_merge_(StableIValue *stack, uint64_t inputs, uint64_t outputs)
 }
 
 void
+og_op_flags_gather(StableIValue *stack, uint64_t inputs, uint64_t outputs)
+{
+    (void)inputs, (void)outputs;
+    og_error err;
+    AtenTensorHandle out = NULL;
+    og_status status =
+        og_flags_gather_run(handle_at(stack, 0), handle_at(stack, 1), &out,
+                            (int64_t)stack[2], &err);
+    finish_new(stack, 2, out, status, &err, "opguard::flags_gather");
+}
+
+void
 og_op_flags_clear(StableIValue *stack, uint64_t inputs, uint64_t outputs)
 {
     (void)inputs, (void)outputs;

@@ -125,6 +125,16 @@ def _merge(flags: list[torch.Tensor], key: int) -> torch.Tensor:
     return _fresh(flags[0])
 
 
+def _gather(flags: torch.Tensor, index: torch.Tensor, key: int) -> torch.Tensor:
+    _check_flags(flags)
+    if index.dim() not in {1, 2} or index.dtype not in {torch.int64, torch.int32}:
+        raise ValueError(
+            "expected index of shape (M,) or (M, K) and int64 or int32, "
+            f"got {index.dim()} dimensions of {index.dtype}"
+        )
+    return flags.new_empty((index.shape[0], flags.shape[1]))
+
+
 def _find(flags: torch.Tensor, *_: int) -> torch.Tensor:
     return _a_sample(flags, torch.bool)
 
@@ -157,6 +167,7 @@ META = {
     "flags_push_codes": _check,
     "flags_merge": _merge,
     "flags_merge_": _merge_in_place,
+    "flags_gather": _gather,
     "flags_find": _find,
     "flags_ok": _find,
     "flags_err": _find,

@@ -23,8 +23,10 @@ def run(name: str, args: tuple[Any, ...]) -> Any:
         )
     op = getattr(torch.ops.opguard, name).default
 
+    as_one = _gather_as_one_batch if name == "flags_gather" else _as_one_batch
+
     def rule(info: Any, in_dims: tuple[Any, ...], *inside: Any) -> tuple[Any, Any]:
-        return _as_one_batch(op, info.batch_size, in_dims, inside)
+        return as_one(op, info.batch_size, in_dims, inside)
 
     interpreter: Any = retrieve_current_functorch_interpreter()
     return custom_function_call_vmap_helper(interpreter, rule, op, *args)
@@ -47,6 +49,27 @@ def _samples(tensor: torch.Tensor, dim: int | None) -> int:
     """N of each in vmap's batch, also when that is empty."""
     sizes = [size for i, size in enumerate(tensor.shape) if i != dim]
     return sizes[0] if sizes else 1
+
+
+def _gather_as_one_batch(
+    op: Any, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """Rows are named within their own batch, so that the numbers of the others are moved on."""
+    flags, index, key = args
+    rows = _samples(flags, in_dims[0])
+    picked = _samples(index, in_dims[1])
+    if in_dims[1] is None:
+        index = index.unsqueeze(0).expand(size, *index.shape)
+    else:
+        index = index.movedim(in_dims[1], 0)
+    if in_dims[0] is not None:
+        first = torch.arange(size, device=index.device) * rows
+        first = first.reshape(size, *[1] * (index.dim() - 1))
+        # What is no row stays none, and no row of another batch.
+        wrong = torch.where(index == -1, -1, size * rows)
+        index = torch.where((index >= 0) & (index < rows), index + first, wrong)
+        flags = _flat(flags, in_dims[0], size)
+    return _apart(op(flags, index.flatten(0, 1), key), size, picked), 0
 
 
 def _as_one_batch(

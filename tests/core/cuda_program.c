@@ -214,8 +214,8 @@ pick_strides(tensor *x)
         if (x->strides[d] != 0) {
             extent *= x->sizes[d] > 0 ? x->sizes[d] : 1;
             /* Whole vectors all the way, or nearly. */
-            gap = vectors && !one_in(4) ? 16 * (extent % 16 == 0)
-                                        : 1 + below(9);
+            gap =
+                vectors && !one_in(4) ? 16 * (extent % 16 == 0) : 1 + below(9);
             extent += gaps && one_in(2) ? gap : 0;
         }
     }
@@ -698,6 +698,101 @@ round_of_merge(void)
     flags_free(&f);
 }
 
+/* Rows of picks in memory of their own: any width, order and gap. */
+static og_picks
+pick_picks(memory *m, int64_t samples, int64_t count, int64_t rows)
+{
+    int64_t bytes = one_in(2) ? 8 : 4, total = samples * count;
+    og_picks picks = {.count = count, .wide = bytes == 8};
+    int64_t apart = bytes * (1 + below(2));
+    bool ascending = one_in(3), turned = one_in(3);
+    picks.stride = turned ? apart * samples : apart;
+    picks.row_stride = turned ? apart : apart * count;
+    *m = memory_new(total > 0 ? (total - 1) * apart + bytes : 0);
+    picks.data = m->data;
+    for (int64_t i = 0; i < total; i++) {
+        int64_t row = i / count, k = i % count;
+        int64_t pick = rows > 0 && !one_in(9) ? below(rows) : -1;
+        pick = ascending && k < rows ? k : one_in(99) ? rows + below(3) : pick;
+        memcpy(m->data + row * picks.row_stride + k * picks.stride, &pick,
+               (size_t)bytes);
+    }
+    return picks;
+}
+
+static int64_t
+pick_of(og_picks picks, int64_t row, int64_t k)
+{
+    int64_t wide = 0;
+    int32_t narrow = 0;
+    const char *at =
+        (const char *)picks.data + row * picks.row_stride + k * picks.stride;
+    memcpy(picks.wide ? (void *)&wide : &narrow, at, picks.wide ? 8 : 4);
+    return picks.wide ? wide : narrow;
+}
+
+static void
+wanted_fold(const og_flags_gather *call, int64_t row, uint16_t *slots)
+{
+    size_t bytes = 2 * (size_t)call->to.capacity;
+    const uint16_t *taken[1000];
+    og_policy p = call->policy;
+    int count = 0;
+    p.num_slots = call->to.capacity;
+    memset(slots, 0, bytes);
+    for (int64_t k = 0; k < call->picks.count; k++) {
+        int64_t pick = pick_of(call->picks, row, k);
+        bool again = pick < 0 || pick >= call->rows, any = false;
+        const char *at = call->from.data + pick * call->from.stride;
+        for (size_t b = 0; !again && b < bytes; b++) {
+            any = any || at[b] != 0;
+        }
+        for (int i = 0; any && i < count; i++) {
+            again = again || (const char *)taken[i] == at;
+        }
+        if (any && !again) {
+            taken[count++] = (const uint16_t *)at;
+            if (count == 1) {
+                memcpy(slots, at, bytes);
+            }
+            else {
+                og_row_merge(slots, (const uint16_t *)at, call->to.capacity,
+                             p);
+            }
+        }
+    }
+}
+
+static void
+round_of_gather(void)
+{
+    int32_t capacity = pick_capacity();
+    int64_t count = one_in(2)   ? below(4)
+                    : one_in(2) ? 1 + below(40)
+                                : 1 + below(700);
+    og_flags_gather call = {.samples = pick_samples(),
+                            .rows = pick_samples(),
+                            .policy = pick_policy()};
+    og_error err;
+    memory from, to, picks;
+    call.samples = count > 3 ? call.samples % 30 : call.samples;
+    pick_rows(&call.from, &from, call.rows, capacity);
+    pick_rows(&call.to, &to, call.samples, capacity);
+    fill_rows(call.from, call.rows);
+    call.picks = pick_picks(&picks, call.samples, count, call.rows);
+    char *wanted = malloc((size_t)to.bytes + 1);
+    memcpy(wanted, to.data, (size_t)to.bytes);
+    for (int64_t row = 0; row < call.samples; row++) {
+        wanted_fold(&call, row, (uint16_t *)(wanted + row * call.to.stride));
+    }
+    CHECK(og_flags_cuda.gather(&call, &err) == OG_OK);
+    CHECK(memcmp(wanted, to.data, (size_t)to.bytes) == 0);
+    free(wanted);
+    memory_free(from);
+    memory_free(to);
+    memory_free(picks);
+}
+
 static void
 round_of_clear(void)
 {
@@ -810,8 +905,9 @@ int
 main(int argc, char **argv)
 {
     void (*const all[])(void) = {
-        round_of_check, round_of_index, round_of_push,  round_of_codes,
-        round_of_merge, round_of_clear, round_of_query, round_of_pack};
+        round_of_check, round_of_index, round_of_push,
+        round_of_codes, round_of_merge, round_of_clear,
+        round_of_query, round_of_pack,  round_of_gather};
     uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 10) : 1;
     int rounds = argc > 2 ? atoi(argv[2]) : 10;
     for (int round = 0; round < rounds && failures == 0; round++) {

@@ -43,6 +43,8 @@ def flags() -> None:
     ops.flags_merge_(APART, APART, KEY)
     ops.flags_push_codes(merged, ops.flags_count(merged), 1, -1, 2, KEY)
     ops.flags_clear(APART, 1)
+    ops.flags_gather(APART, IDS % 6, KEY)
+    ops.flags_gather(APART, IDS.view(1, 12).expand(3, 12).repeat(1, 5) % 6, KEY)
     ops.flags_max_severity(APART)
     ops.row_findings(X)
 
@@ -56,6 +58,8 @@ def flags_refused() -> None:
         lambda: ops.flags_index_clamp(FLAGS, IDS[:2], 5, 3, KEY),
         lambda: ops.flags_merge([APART] * 12 + [few], KEY),
         lambda: ops.flags_push_codes(FLAGS, IDS[:, 0] + 90, 1, -1, 2, KEY),
+        lambda: ops.flags_gather(FLAGS, IDS, KEY),
+        lambda: ops.flags_gather(FLAGS, IDS[:1, 0].expand(2**44), KEY),
         lambda: ops.flags_push_all(huge, 7, KEY),  # torch has no memory for it
         lambda: ops.flags_merge([huge] * 12, KEY),
     ):

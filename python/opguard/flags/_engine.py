@@ -20,7 +20,7 @@ from torch.compiler import is_dynamo_compiling
 from opguard import _C
 from opguard.flags import _traced
 from opguard.flags._compiled import merge as compiled_merge
-from opguard.flags._traced import Location, clear, index_clamp, location_of, slot_of
+from opguard.flags._traced import Location, clear, gather, index_clamp, location_of, slot_of
 from opguard.flags.errors import CodeError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = [
     "clear",
     "count",
     "find",
+    "gather",
     "index",
     "index_clamp",
     "is_err",

@@ -252,6 +252,11 @@ def merge_(f: Tensor, g: Tensor, key: int) -> Tensor:
     return noted(f)
 
 
+def gather(f: Tensor, index: Tensor, key: int) -> Tensor:
+    """Rows of ``f`` by number: row m is rows ``index[m]`` merged in their order, -1 being none."""
+    return noted(cast("Tensor", _ops.flags_gather.default(_flags(f), index, key)))
+
+
 def find(f: Tensor, mask: int, value: int) -> Tensor:
     """(N,) bool: a slot that holds an error has ``value`` in the bits of ``mask``."""
     return cast("Tensor", _ops.flags_find.default(_flags(f), mask, value))
