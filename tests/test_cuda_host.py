@@ -87,7 +87,6 @@ MISTAKES = [
     ("gather.cu", "pick >= g.rows", "pick > g.rows"),
     ("gather.cu", "                __syncthreads(); /* found has been read */\n", ""),
     ("gather.cu", "begin + w * kWarp + i", "begin + i"),  # the first warp's picks again
-    ("gather.cu", "        team_sync(team);\n", ""),  # zeros over what was merged
 ]
 
 

@@ -45,10 +45,15 @@ def folded(rows: list[model.Row], picks: list[int], policy: Policy) -> model.Row
 
 
 @few
-@hypothesis.given(data=st.data(), policy=policies, n=st.integers(0, 9), m=st.integers(0, 9),
-                  k=st.one_of(st.none(), st.integers(0, 5), st.just(40)),
-                  dtype=st.sampled_from([torch.int64, torch.int32]))  # fmt: skip
-def test_gather_equals_the_model(data, policy, n, m, k, dtype):
+@hypothesis.given(
+    data=st.data(),
+    policy=policies,
+    shape=st.tuples(st.integers(0, 9), st.integers(0, 9),
+                    st.one_of(st.none(), st.integers(0, 5), st.just(40))),
+    dtype=st.sampled_from([torch.int64, torch.int32]),
+)  # fmt: skip
+def test_gather_equals_the_model(data, policy, shape, dtype):
+    n, m, k = shape
     rows = []
     for _ in range(n):
         used = data.draw(st.lists(slots, max_size=min(policy.capacity, 6)))
@@ -62,8 +67,8 @@ def test_gather_equals_the_model(data, policy, n, m, k, dtype):
     expected = model.to_flags([folded(rows, one, policy) for one in picks], policy)
     wide = torch.zeros(m, 2 * size + 1, dtype=dtype)
     wide[:, 1::2] = index
-    for given in (index, index.t().contiguous().t(), wide[:, 1::2]):
-        given = given[:, 0] if k is None else given
+    for layout in (index, index.t().contiguous().t(), wide[:, 1::2]):
+        given = layout[:, 0] if k is None else layout
         out = OPS.flags_gather(f, given, policy.key)
         assert (out.shape, out.dtype) == (expected.shape, policy.dtype)
         assert out.is_contiguous()

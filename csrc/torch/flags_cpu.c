@@ -259,10 +259,11 @@ gather(const og_flags_gather *call, og_error *err)
     og_status status = each(call->samples, grain < 1 ? 1 : grain, gather_range,
                             &context, err);
     if (status == OG_OK && context.bad >= 0) {
-        return og_fail(err, OG_BAD_ARGUMENT,
-                       "expected index to name one of the %lld rows, or -1 for "
-                       "none, its row %lld has another number",
-                       (long long)call->rows, (long long)context.bad);
+        return og_fail(
+            err, OG_BAD_ARGUMENT,
+            "expected index to name one of the %lld rows, or -1 for "
+            "none, its row %lld has another number",
+            (long long)call->rows, (long long)context.bad);
     }
     return status;
 }

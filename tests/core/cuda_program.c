@@ -705,7 +705,7 @@ pick_picks(memory *m, int64_t samples, int64_t count, int64_t rows)
     int64_t bytes = one_in(2) ? 8 : 4, total = samples * count;
     og_picks picks = {.count = count, .wide = bytes == 8};
     int64_t apart = bytes * (1 + below(2));
-    bool ascending = one_in(3), turned = one_in(3);
+    bool ascending = one_in(2), turned = one_in(3);
     picks.stride = turned ? apart * samples : apart;
     picks.row_stride = turned ? apart : apart * count;
     *m = memory_new(total > 0 ? (total - 1) * apart + bytes : 0);
@@ -776,6 +776,7 @@ round_of_gather(void)
     og_error err;
     memory from, to, picks;
     call.samples = count > 3 ? call.samples % 30 : call.samples;
+    call.rows = one_in(2) && count > 128 ? count + below(99) : call.rows;
     pick_rows(&call.from, &from, call.rows, capacity);
     pick_rows(&call.to, &to, call.samples, capacity);
     fill_rows(call.from, call.rows);
