@@ -30,7 +30,7 @@ _R = TypeVar("_R", bound=Rule)
 POINTWISE = "pointwise"
 
 _rules: dict[str, Rule] = {}
-_CORE = {"axes", "digits", "payloads", "rows", "rules"}
+_CORE = {"axes", "digits", "moves", "payloads", "rows", "rules"}
 _loaded = False
 
 
