@@ -75,6 +75,9 @@ def check(
     x: Tensor, location: Location, f: Tensor | None, checks: int, config: ErrorConfig | None
 ) -> Tensor:
     """:func:`opguard.flags._engine.check`."""
+    if isinstance(x, _traced._Guarded) or isinstance(f, _traced._Guarded):
+        using = _config._current if config is None else config
+        return _traced.check(x, location, f, checks, using.key)
     key = (_config._current if config is None else config).key
     place = _of_module(location) if isinstance(location, Module) else _place(location)
     result = _check_new(x, place, checks, key) if f is None else _check(f, x, place, checks, key)
@@ -91,6 +94,9 @@ def push(  # noqa: PLR0917  (as _engine.push)
 ) -> Tensor:
     """:func:`opguard.flags._engine.push`."""
     using = _config._current if config is None else config
+    if isinstance(f, _traced._Guarded) or isinstance(where, _traced._Guarded):
+        otherwise = int(using.default_severity)
+        return _traced.push(f, where, code, location, severity, using.key, otherwise)
     code, severity = _number(code), _number(severity)
     # Read only for the codes without a severity of their own: what is read is guarded.
     otherwise = int(using.default_severity) if code in {4, 8, 12, 15} else 2
@@ -107,7 +113,7 @@ def push(  # noqa: PLR0917  (as _engine.push)
 
 def merge(fs: Sequence[Tensor], key: int) -> Tensor:
     """:func:`opguard.flags._engine.merge`."""
-    if len(fs) < 2:
+    if len(fs) < 2 or _traced._any_guarded(fs):
         return _traced.merge(fs, key)
     result = _merge(fs, key)
     return noted(result) if is_traced() else result  # type: ignore[no-any-return]
@@ -116,6 +122,6 @@ def merge(fs: Sequence[Tensor], key: int) -> Tensor:
 def merge_all(fs: Sequence[Tensor], config: ErrorConfig | None) -> Tensor:
     """``err.merge``, without a call of :func:`merge` for the usual two or more."""
     key = (_config._current if config is None else config).key
-    if len(fs) < 2 or is_traced():
+    if len(fs) < 2 or is_traced() or _traced._any_guarded(fs):
         return merge(fs, key)
     return _merge(fs, key)  # type: ignore[no-any-return]

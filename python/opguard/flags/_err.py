@@ -13,6 +13,7 @@ from opguard import _C
 from opguard.flags import _engine, combinators
 from opguard.flags import config as _config
 from opguard.flags._compiled import merge_all as compiled_merge_all
+from opguard.flags._guarded_record import flags_of
 from opguard.flags._traced import Location, code_bits
 from opguard.flags._words import as_words
 from opguard.flags.codes import ErrorCode, ErrorDomain, Severity, domain_bits
@@ -40,15 +41,16 @@ def _samples(batch_size: int) -> int:
 
 
 def _first(flags: Tensor, shift: int, mask: int) -> Tensor:
-    return ((as_words(flags)[:, 0] >> shift) & mask).to(torch.int32)
+    return ((as_words(flags_of(flags))[:, 0] >> shift) & mask).to(torch.int32)
 
 
 class _Err:
     """What :data:`err` is. ``flags`` are ``(N, words)``, masks are ``(N,)`` bool.
 
-    A location is an id 0..1023, a name, a module, or None for unknown. ``config`` overrides the
-    current configuration for one call; flags that are given keep their dtype and width anyway, and
-    queries read all of them.
+    A :class:`GuardedTensor` in the place of flags stands for its flags, and what would give flags
+    gives it back with those. A location is an id 0..1023, a name, a module, or None for unknown.
+    ``config`` overrides the current configuration for one call; flags that are given keep their
+    dtype and width anyway, and queries read all of them.
     """
 
     __slots__ = ()
@@ -87,6 +89,7 @@ class _Err:
     def new(reference: Tensor, config: ErrorConfig | None = None) -> Tensor:
         """Flags without errors for the samples (dim 0) of ``reference``, on its device."""
         key = (get_config() if config is None else config).key
+        reference = flags_of(reference)  # of a GuardedTensor: a row for each of its own
         return _engine.new(reference.shape[0] if reference.dim() else 1, reference.device, key)
 
     @staticmethod
@@ -307,6 +310,7 @@ class _ExperimentalErr(_Err):
     def new(reference: Tensor, config: ErrorConfig | None = None) -> Tensor:
         """Flags without errors for the samples (dim 0) of ``reference``, on its device."""
         key = _floating((get_config() if config is None else config).key)
+        reference = flags_of(reference)
         return _engine.new(reference.shape[0] if reference.dim() else 1, reference.device, key)
 
     @staticmethod

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from opguard.flags import _engine
 from opguard.flags._leaves import Dims
+from opguard.flags.guarded import GuardedTensor
 
 __all__ = ["THREADS", "Found", "Token", "record", "record_plain", "record_rest"]
 
@@ -262,6 +263,8 @@ def add(found: Found, x: Tensor, place: int, how: tuple[int, int], dim: int | No
 
 def _batched(found: Found, x: Tensor, dim: int | None) -> tuple[Tensor, int | None]:
     """``x`` with the batch in dim 0; None where it has none."""
+    if isinstance(x, GuardedTensor):  # its own flags are its own
+        x = x.unwrap()
     if x.layout is not _strided or x.is_nested:
         return (x._values() if x.layout is torch.sparse_coo else x.values()), None
     if dim:

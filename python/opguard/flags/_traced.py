@@ -34,6 +34,14 @@ _SEVERITIES = ErrorCode._SEVERITIES  # of the codes 0..15; -1: the configuration
 
 _ops = torch.ops.opguard
 
+# GuardedTensor, and the module that does with one what the functions here do with tensors and
+# flags: both are bound by that module, which needs this one. No tensor is an instance of ().
+_Guarded: Any = ()
+if TYPE_CHECKING:
+    from opguard.flags import _guarded_record as _lifted
+else:
+    _lifted = None
+
 
 def location_of(location: Location) -> int:
     """The id of a location, 0..1023; LocationError for another integer."""
@@ -88,6 +96,8 @@ def slot_of(location: Location, code: int, severity: int | None, default_severit
 
 
 def _flags(f: Tensor, name: str = "f") -> Tensor:
+    if isinstance(f, _Guarded):
+        return cast("Tensor", f.flags)
     if not isinstance(f, torch.Tensor):
         raise FlagsLayoutError(
             f"expected {name} to be flags, a tensor of shape (N, words), got {type(f).__name__}"
@@ -144,6 +154,8 @@ def new(samples: int, device: Any, key: int) -> Tensor:
 
 def check(x: Tensor, location: Location, f: Tensor | None, checks: int, key: int) -> Tensor:
     """Flags (N, W) with what ``checks`` asks for (1 NaN, 2 +Inf, 4 -Inf) recorded per sample."""
+    if isinstance(x, _Guarded) or isinstance(f, _Guarded):
+        return _lifted.check(x, location, f, checks, key)
     place = location_of(location)
     if f is None:
         _rows(x)
@@ -151,9 +163,12 @@ def check(x: Tensor, location: Location, f: Tensor | None, checks: int, key: int
     return noted(cast("Tensor", _ops.flags_check.default(_batch(f, x, "x"), x, place, checks, key)))
 
 
-def check_(x: Tensor, location: Location, f: Tensor, checks: int, key: int) -> Tensor:
-    """:func:`check` written into ``f``, which is returned."""
-    _ops.flags_check_.default(_batch(f, x, "x"), x, location_of(location), checks, key)
+def check_(x: Tensor, location: Location, f: Tensor | None, checks: int, key: int) -> Tensor:
+    """:func:`check` written into ``f``, which is returned; None: those of a GuardedTensor."""
+    if isinstance(x, _Guarded) or isinstance(f, _Guarded):
+        return _lifted.check_(x, location, f, checks, key)
+    f = _batch(cast("Tensor", f), x, "x")
+    _ops.flags_check_.default(f, x, location_of(location), checks, key)
     return noted(f)
 
 
@@ -167,6 +182,8 @@ def push(  # noqa: PLR0917  (on hot paths; positions cost nothing)
     default_severity: int = 2,
 ) -> Tensor:
     """``f`` with one error recorded in the samples where ``where`` (N,) bool says so, or in all."""
+    if isinstance(f, _Guarded) or isinstance(where, _Guarded):
+        return _lifted.push(f, where, code, location, severity, key, default_severity)
     slot = slot_of(location, code, severity, default_severity)
     if where is None:
         return noted(cast("Tensor", _ops.flags_push_all.default(_flags(f), slot, key)))
@@ -183,6 +200,8 @@ def push_(  # noqa: PLR0917
     default_severity: int = 2,
 ) -> Tensor:
     """:func:`push` written into ``f``, which is returned."""
+    if isinstance(f, _Guarded) or isinstance(where, _Guarded):
+        return _lifted.push_(f, where, code, location, severity, key, default_severity)
     slot = slot_of(location, code, severity, default_severity)
     if where is None:
         _ops.flags_push_all_.default(_flags(f), slot, key)
@@ -201,6 +220,8 @@ def push_codes(  # noqa: PLR0917
     key: int,
 ) -> Tensor:
     """``f`` with each sample's own code, ``codes`` (N,) of any integer dtype, 0 for none."""
+    if isinstance(f, _Guarded) or isinstance(codes, _Guarded) or isinstance(where, _Guarded):
+        return _lifted.push_codes(f, codes, where, location, severity, default_severity, key)
     if codes.dtype.is_floating_point or codes.dtype.is_complex or codes.dim() > 1:
         raise CodeError(
             f"expected codes to be integers of shape ({f.shape[0]},), got shape "
@@ -234,8 +255,17 @@ def _alike(f: Tensor, g: Tensor, name: str) -> Tensor:
     return g
 
 
+def _any_guarded(fs: Sequence[Tensor]) -> bool:
+    for f in fs:  # noqa: SIM110  (traced by Dynamo)
+        if isinstance(f, _Guarded):
+            return True
+    return False
+
+
 def merge(fs: Sequence[Tensor], key: int) -> Tensor:
     """The errors of all flags in the first's dtype, the later ones pushed after the earlier."""
+    if _any_guarded(fs):
+        return _lifted.merge(fs, key)
     if not fs:
         raise FlagsError("expected at least one flags tensor to merge, got none")
     first = _flags(fs[0], "flags[0]")
@@ -248,6 +278,8 @@ def merge(fs: Sequence[Tensor], key: int) -> Tensor:
 
 def merge_(f: Tensor, g: Tensor, key: int) -> Tensor:
     """The errors of ``g`` pushed into ``f``, which is returned."""
+    if isinstance(f, _Guarded) or isinstance(g, _Guarded):
+        return _lifted.merge_(f, g, key)
     _ops.flags_merge_.default(_flags(f), _alike(f, g, "other"), key)
     return noted(f)
 
@@ -284,6 +316,8 @@ def max_severity(f: Tensor) -> Tensor:
 
 def clear(f: Tensor, code: int) -> Tensor:
     """``f`` without the errors of this code."""
+    if isinstance(f, _Guarded):
+        return _lifted.clear(f, code)
     return noted(cast("Tensor", _ops.flags_clear.default(_flags(f), _code(code))))
 
 
@@ -298,6 +332,8 @@ def _ids(ids: Tensor, size: int) -> Tensor:
 
 def index(ids: Tensor, size: int, location: Location, f: Tensor | None, key: int) -> Tensor:
     """Flags with OUT_OF_BOUNDS where a sample of ``ids`` (N, ...) leaves 0..size-1."""
+    if isinstance(ids, _Guarded) or isinstance(f, _Guarded):
+        return _lifted.index(ids, size, location, f, key)
     place = location_of(location)
     if f is None:
         return noted(
@@ -315,6 +351,8 @@ def index_clamp(
     ids: Tensor, size: int, location: Location, f: Tensor | None, key: int
 ) -> tuple[Tensor, Tensor]:
     """:func:`index`, and ``ids`` clamped to 0..size-1."""
+    if isinstance(ids, _Guarded) or isinstance(f, _Guarded):
+        return _lifted.index_clamp(ids, size, location, f, key)
     if f is None:
         f = new(_rows(ids), ids.device, key)
     place = location_of(location)
@@ -341,7 +379,8 @@ def _named(slot: int, how: tuple[Any, ...] | None) -> Any:
 
 def read(f: Tensor, row: int, how: tuple[Any, ...] | None = None) -> list[Any]:
     """The errors of one sample as (severity, code, location), in the order of its slots."""
-    samples = _flags(f).shape[0]
+    f = _flags(f)
+    samples = f.shape[0]
     if not -samples <= row < samples:
         raise FlagsError(f"expected a sample of the {samples} in the flags, got {row}")
     if row < 0:

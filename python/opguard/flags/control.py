@@ -20,8 +20,11 @@ from torch import Tensor
 from opguard.flags import _engine
 from opguard.flags._drawing import draws_since, traced_so_far
 from opguard.flags._err import err
+from opguard.flags._guarded_ops import ATTACH
+from opguard.flags._guarded_record import data_of
 from opguard.flags.config import ErrorConfig
 from opguard.flags.errors import FlagsError
+from opguard.flags.guarded import GuardedTensor
 
 __all__ = ["AND", "HAS", "IF", "IS", "NOT", "OR"]
 
@@ -41,7 +44,7 @@ def _condition(cond: Any, name: str) -> Tensor:
             f"expected {name} to be a 0-d bool tensor, got shape {tuple(cond.shape)}; reduce it"
             " with .any() or .all()"
         )
-    return cond
+    return data_of(cond)  # type: ignore[no-any-return]
 
 
 def HAS(flags: Tensor) -> Tensor:
@@ -91,6 +94,8 @@ def _skeleton(value: Any) -> Any:
 
 def _tensors(value: Any, skeleton: Any) -> list[Tensor]:
     """The tensors in a branch's result, in the order of the skeleton, which is another branch's."""
+    if isinstance(value, GuardedTensor):
+        return [value.unwrap(), value.flags]
     if isinstance(value, Tensor):
         return [value]
     found: list[Tensor] = []
@@ -105,6 +110,8 @@ def _tensors(value: Any, skeleton: Any) -> list[Tensor]:
 
 def _rebuilt(value: Any, tensors: list[Tensor]) -> Any:
     """value with its tensors replaced by the next of ``tensors``, which are taken out."""
+    if isinstance(value, GuardedTensor):
+        return ATTACH(tensors.pop(0), value).with_flags(tensors.pop(0))
     if isinstance(value, Tensor):
         return tensors.pop(0)
     if isinstance(value, dict):
@@ -130,6 +137,8 @@ def _same(a: Any, b: Any, where: str) -> None:
                 "expected every branch of IF to return tensors of one shape and dtype, got"
                 f" {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype} at {where}"
             )
+        if isinstance(a, GuardedTensor):
+            _same(a.flags, b.flags, f"{where}.flags")
     elif isinstance(a, dict):
         if a.keys() != b.keys():
             raise FlagsError(

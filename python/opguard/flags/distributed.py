@@ -10,6 +10,7 @@ from opguard.flags import _engine
 from opguard.flags._words import as_words
 from opguard.flags.config import CARRIERS, get_config
 from opguard.flags.errors import BatchMismatchError, FlagsError, FlagsLayoutError
+from opguard.flags.guarded import GuardedTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,8 @@ def dist_merge(
             (FlagsLayoutError), or in configuration; the same error on every rank.
         RuntimeError: there is no process group, or this process is not in it.
     """
+    if isinstance(flags, GuardedTensor):
+        return flags.with_flags(dist_merge(flags.flags, group, config))
     dist = _ready(group)
     key = (get_config() if config is None else config).key
     _agree(_tell_all(dist, _describe(flags, key), group))

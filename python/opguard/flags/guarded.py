@@ -68,6 +68,8 @@ class GuardedTensor(Tensor):
     ) -> Any:
         if not isinstance(data, Tensor) or isinstance(data, GuardedTensor):
             raise TypeError(f"expected data to be a plain tensor, got {type(data).__name__}")
+        if isinstance(flags, GuardedTensor):
+            flags = flags.flags
         _fits(data, flags)
         return _attached(data, flags, config, _merges(lost))
 
@@ -88,6 +90,40 @@ class GuardedTensor(Tensor):
     def with_flags(self, flags: Tensor) -> GuardedTensor:
         """The same data with other flags, of as many rows as :attr:`flags` has."""
         return ops.WITH_FLAGS(self, flags)  # type: ignore[no-any-return]
+
+    def is_err(self) -> Tensor:
+        """(n,) bool: the row has errors."""
+        return _engine.is_err(self)
+
+    def is_ok(self) -> Tensor:
+        """(n,) bool: the row has no errors."""
+        return _engine.is_ok(self)
+
+    def has_err(self) -> bool:
+        """Whether any row has errors, as a Python bool: it waits for the device."""
+        return bool(_engine.is_err(self).any())
+
+    def subset(self, index: Any) -> GuardedTensor:
+        """The rows that ``index`` picks: an int tensor, a mask (n,) in bool, a slice or a list.
+
+        Rows come in dimension 0, also where :attr:`batch_dims` are others.
+        """
+        from opguard.flags._guarded_record import subset
+
+        return subset(self, index)
+
+    def take_ok(self) -> GuardedTensor:
+        """The rows without errors."""
+        return self.subset(self.is_ok())
+
+    def take_err(self) -> GuardedTensor:
+        """The rows with errors."""
+        return self.subset(self.is_err())
+
+    def partition(self) -> tuple[GuardedTensor, GuardedTensor]:
+        """:meth:`take_ok` and :meth:`take_err`."""
+        bad = self.is_err()
+        return self.subset(~bad), self.subset(bad)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         dims, payload = public_rows(self)

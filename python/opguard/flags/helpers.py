@@ -4,12 +4,17 @@
 returns flags ``(N, words)``; without ``flags`` they are new, in the dtype and width of ``config``
 (default: the current configuration). A name that ends in an underscore writes into ``flags`` and
 returns it; no other changes what it is given.
+
+A :class:`GuardedTensor` needs no ``flags`` and comes back with more of its own, as in
+``flag_nan(g, loc)`` or ``fix(g)``. In the place of ``flags`` it stands for its flags. What is
+written in place are its own flags, unless some are given; its data is never written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+import inspect
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from torch.compiler import is_dynamo_compiling
 
@@ -23,6 +28,7 @@ from opguard.flags._traced import code_bits
 from opguard.flags.combinators import recover_with_fallback
 from opguard.flags.constants import CODE_MASK, CODE_SHIFT
 from opguard.flags.errors import FlagsError
+from opguard.flags.guarded import GuardedTensor
 from opguard.flags.indexing import guarded_embedding, guarded_gather, guarded_index_select
 from opguard.flags.locations import clear_location_cache, clear_warn_cache, resolve_location
 
@@ -53,6 +59,7 @@ __all__ = [
     "resolve_location",
 ]
 
+Codes: TypeAlias = "int | Iterable[int] | None"
 Fallback: TypeAlias = "complex | Tensor | Callable[[], complex | Tensor]"
 
 
@@ -80,7 +87,7 @@ def flag_nan(
 
 
 def flag_nan_(
-    tensor: Tensor, module: Location, flags: Tensor, config: ErrorConfig | None = None
+    tensor: Tensor, module: Location, flags: Tensor | None = None, config: ErrorConfig | None = None
 ) -> Tensor:
     """:func:`flag_nan` written into ``flags``, which is returned."""
     key = (_config._current if config is None else config).key
@@ -111,7 +118,7 @@ def flag_inf(
 def flag_inf_(
     tensor: Tensor,
     module: Location,
-    flags: Tensor,
+    flags: Tensor | None = None,
     config: ErrorConfig | None = None,
     *,
     inf: str = "both",
@@ -143,7 +150,7 @@ def flag_nan_and_inf(
 def flag_nan_and_inf_(
     tensor: Tensor,
     module: Location,
-    flags: Tensor,
+    flags: Tensor | None = None,
     config: ErrorConfig | None = None,
     *,
     inf: str = "both",
@@ -229,18 +236,86 @@ def has_err(flags: Tensor) -> bool:
     return bool(_engine.is_err(flags).any())
 
 
+# Whether an argument was given at all.
+_NOT_GIVEN: Any = object()
+
+
+@overload
+def fix(
+    tensor: GuardedTensor,
+    fallback: Fallback = 0.0,
+    location: Location = None,
+    codes: Codes = None,
+    config: ErrorConfig | None = None,
+    *,
+    module: Location = None,
+) -> GuardedTensor: ...
+@overload
 def fix(
     tensor: Tensor,
     flags: Tensor,
     module: Location,
     fallback: Fallback = 0.0,
     config: ErrorConfig | None = None,
-) -> tuple[Tensor, Tensor]:
+    *,
+    location: Location = None,
+    codes: Codes = None,
+) -> tuple[Tensor, Tensor]: ...
+def fix(tensor: Any, *args: Any, **options: Any) -> Any:
     """``tensor`` with every sample that has an error replaced whole, and ``flags`` that says so.
 
-    ``fallback`` is a number, a tensor that broadcasts to ``tensor``'s shape, or a function without
-    arguments that makes one of these. Each replaced sample gets FALLBACK_VALUE (WARN). The dtype
-    stays, so a number that it cannot hold is an error. ``err.replace`` is for single values.
+    Two ways to call it: ``fix(tensor, flags, module, fallback=0.0, config=None)`` gives values and
+    flags; ``fix(g, fallback=0.0, location=None, codes=None, config=None)`` of a GuardedTensor gives
+    one back. ``location`` is another name of ``module``.
+
+    Args:
+        tensor: the values (N, ...).
+        flags: (N, words); beside a GuardedTensor, another one or by keyword: further flags.
+        module: where the replacement is recorded, as FALLBACK_VALUE (WARN) in each such sample.
+        fallback: a number, a tensor that broadcasts to ``tensor``'s shape, or a function without
+            arguments that makes one of these. The dtype stays, so a number that it cannot hold is
+            an error. ``err.replace`` is for single values.
+        codes: an error code or several: only samples with one of these are replaced. None: any.
     """
+    pair = not isinstance(tensor, GuardedTensor) or "flags" in options
+    pair = pair or (len(args) > 0 and isinstance(args[0], GuardedTensor))
+    if pair:
+        return _fix_pair(tensor, *args, **options)
+    return _fix_guarded(tensor, *args, **options)
+
+
+def _fix_pair(
+    tensor: Tensor,
+    flags: Tensor,
+    module: Location = _NOT_GIVEN,
+    fallback: Fallback = 0.0,
+    config: ErrorConfig | None = None,
+    *,
+    location: Location = None,
+    codes: Codes = None,
+) -> Any:
+    if module is _NOT_GIVEN or location is not None:
+        module = _place(None if module is _NOT_GIVEN else module, location)
     value = fallback() if callable(fallback) else fallback
-    return recover_with_fallback(flags, tensor, value, module, config=config)
+    if codes is None:
+        return recover_with_fallback(flags, tensor, value, module, config=config)
+    return recover_with_fallback(flags, tensor, value, module, config=config, codes=codes)
+
+
+def _fix_guarded(
+    tensor: GuardedTensor,
+    fallback: Fallback = 0.0,
+    location: Location = None,
+    codes: Codes = None,
+    config: ErrorConfig | None = None,
+    *,
+    module: Location = None,
+) -> Any:
+    if module is not None:
+        location = _place(location, module) if location is not None else module
+    value = fallback() if callable(fallback) else fallback
+    return recover_with_fallback(tensor, value, location, config=config, codes=codes)
+
+
+# To whoever asks: the more usual of the two.
+vars(fix)["__signature__"] = inspect.signature(_fix_pair)

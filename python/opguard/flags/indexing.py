@@ -6,12 +6,13 @@ row that exists, in one pass over the indices and without a device sync.
 
 What comes out where an index was bad is the row it was clamped to, or ``fill``; either way no
 gradient flows back from there. ``module`` says where, as everywhere in ``opguard.flags``: an
-``nn.Module``, a name, an id 0..1023, or None for "Unknown".
+``nn.Module``, a name, an id 0..1023, or None for "Unknown". Of GuardedTensors what comes out is one
+GuardedTensor that says it too, or the pair of it and its flags where ``f`` was given.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from opguard.flags import _engine
 from opguard.flags.combinators import _filled as filled
 from opguard.flags.config import get_config
 from opguard.flags.errors import FlagsError
+from opguard.flags.guarded import GuardedTensor, guard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +68,7 @@ def guarded_embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
     config: ErrorConfig | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Any:
     """``F.embedding(ids, weight, ...)`` and flags, for ids that may lie outside the table.
 
     Args:
@@ -90,6 +92,7 @@ def guarded_embedding(
     size = _table_size(weight)
     if module is None and isinstance(weight, nn.Module):
         module = weight
+    with_f = f is not None
     f, clamped = _clamped(ids, size, module, f, config)
     if isinstance(weight, nn.Module):
         if padding_idx is not None or max_norm is not None or scale_grad_by_freq or sparse:
@@ -107,7 +110,14 @@ def guarded_embedding(
         out = F.embedding(
             clamped, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
         )
-    return _settle(out, (ids == clamped).unsqueeze(-1), fill), f
+    return _given(_settle(out, (ids == clamped).unsqueeze(-1), fill), f, with_f)
+
+
+def _given(out: Tensor, f: Tensor, with_f: bool) -> Any:
+    """What a look-up returns: values and flags, or the GuardedTensor that has both."""
+    if not isinstance(out, GuardedTensor):
+        return out, f
+    return (out, out.flags) if with_f else out
 
 
 def _table_size(weight: Tensor | nn.Module) -> int:
@@ -148,7 +158,7 @@ def guarded_gather(
     fill: float | None = None,
     sparse_grad: bool = False,
     config: ErrorConfig | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Any:
     """``x.gather(dim, index)`` and flags, for indices that may lie outside ``x.shape[dim]``.
 
     The samples are the rows of ``index`` (N, ...), also where ``dim`` is 0 and the values of
@@ -162,11 +172,14 @@ def guarded_gather(
         FlagsError: nothing to look up along ``dim``, index is not of integers, or x's dtype does
             not hold ``fill``.
     """
+    with_f = f is not None
+    if isinstance(x, GuardedTensor) and not isinstance(index, GuardedTensor):
+        index = guard(index)
     f, clamped = _clamped(index, _size(x, dim, index), module, f, config)
     if clamped.dtype != torch.int64:
         clamped = clamped.long()
     out = torch.gather(x, dim, clamped, sparse_grad=sparse_grad)
-    return _settle(out, index == clamped, fill), f
+    return _given(_settle(out, index == clamped, fill), f, with_f)
 
 
 def guarded_index_select(
@@ -178,7 +191,7 @@ def guarded_index_select(
     module: int | str | nn.Module | None = None,
     fill: float | None = None,
     config: ErrorConfig | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Any:
     """``x.index_select(dim, index)`` and flags, for indices that may lie outside ``x.shape[dim]``.
 
     The samples are the entries of ``index`` (N,): for ``dim`` 0 the rows of what comes out. ``f``
@@ -192,6 +205,9 @@ def guarded_index_select(
         FlagsError: nothing to select along ``dim``, index is not of integers, or x's dtype does
             not hold ``fill``.
     """
+    with_f = f is not None
+    if isinstance(x, GuardedTensor) and not isinstance(index, GuardedTensor):
+        index = guard(index)
     f, clamped = _clamped(index, _size(x, dim, index), module, f, config)
     out = torch.index_select(x, dim, clamped)
     good = index == clamped
@@ -199,4 +215,4 @@ def guarded_index_select(
         shape = [1] * out.dim()
         shape[dim] = -1
         good = good.reshape(shape)
-    return _settle(out, good, fill), f
+    return _given(_settle(out, good, fill), f, with_f)

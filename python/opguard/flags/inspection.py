@@ -14,6 +14,7 @@ import torch
 from opguard import _C
 from opguard.flags import _engine, reporting
 from opguard.flags._boundary import boundary
+from opguard.flags._guarded_record import flags_of
 from opguard.flags._words import as_words
 from opguard.flags.codes import ErrorCode, Severity
 from opguard.flags.config import ErrorConfig
@@ -63,7 +64,7 @@ _HOW = (
 def _counts(flags: torch.Tensor) -> list[tuple[int, int, int]]:
     """(location, code, how often), by location and code, of the errors of the whole batch."""
     # int16 is the narrowest integer dtype that every device's unique and comparisons know.
-    slots = as_words(flags).contiguous().view(torch.int16)
+    slots = as_words(flags_of(flags)).contiguous().view(torch.int16)
     values, counts = torch.unique(slots[slots != 0], return_counts=True)
     found: dict[tuple[int, int], int] = {}
     for value, count in zip(values.tolist(), counts.tolist(), strict=True):
@@ -74,7 +75,7 @@ def _counts(flags: torch.Tensor) -> list[tuple[int, int, int]]:
 
 
 class ErrorFlags:
-    """Reads flags for people and logs."""
+    """Reads flags for people and logs; a GuardedTensor stands for its flags."""
 
     @classmethod
     @boundary
@@ -139,6 +140,7 @@ class ErrorFlags:
 
         The codes come by how often they are there; of the locations the first three by name.
         """
+        flags = flags_of(flags)
         counts = _counts(flags)
         samples = flags.shape[0]
         if not counts:
@@ -176,9 +178,10 @@ class ErrorFlags:
         """
         if not flags_list:
             raise FlagsError("expected at least one flags tensor to reduce, got none")
-        first = flags_list[0]
+        first = flags_of(flags_list[0])
         bits = as_words(first).clone()
-        for other in flags_list[1:]:
+        for each in flags_list[1:]:
+            other = flags_of(each)
             if other.shape != first.shape or other.dtype != first.dtype:
                 raise FlagsError(
                     f"expected flags of shape {tuple(first.shape)} and {first.dtype} to reduce,"

@@ -107,13 +107,10 @@ def refined(run: Run, others: Sequence[Run], shape: Sequence[Any]) -> Run | None
 def without_needless_marks(axes: list[Axis]) -> tuple[Axis, ...]:
     """At most one axis of size 1 in a dimension, and none beside another."""
     real = {axis.dim for axis in axes if not same(axis.size, 1)}
-    kept: list[Axis] = []
-    marked: set[int] = set()
+    kept: dict[Any, Axis] = {}
     for axis in axes:
-        mark = same(axis.size, 1)
-        if mark and (axis.dim in real or axis.dim in marked):
-            continue
-        if mark:
-            marked.add(axis.dim)
-        kept.append(axis)
-    return tuple(kept)
+        if not same(axis.size, 1):
+            kept[axis] = axis
+        elif axis.dim not in real:
+            kept[axis.dim] = axis
+    return tuple(kept.values())
