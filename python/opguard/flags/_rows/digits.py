@@ -107,10 +107,13 @@ def refined(run: Run, others: Sequence[Run], shape: Sequence[Any]) -> Run | None
 def without_needless_marks(axes: list[Axis]) -> tuple[Axis, ...]:
     """At most one axis of size 1 in a dimension, and none beside another."""
     real = {axis.dim for axis in axes if not same(axis.size, 1)}
-    kept: dict[Any, Axis] = {}
+    kept: list[Axis] = []
+    marked: set[int] = set()
     for axis in axes:
-        if not same(axis.size, 1):
-            kept[axis] = axis
-        elif axis.dim not in real:
-            kept[axis.dim] = axis
-    return tuple(kept.values())
+        mark = same(axis.size, 1)
+        if mark and (axis.dim in real or axis.dim in marked):
+            continue
+        if mark:
+            marked.add(axis.dim)
+        kept.append(axis)
+    return tuple(kept)

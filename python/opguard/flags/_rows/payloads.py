@@ -47,11 +47,11 @@ class Payload(Protocol):
 
 
 _SLOT_BITS: Final = 0xFFFF  # of a key: how many slots, slots.h
-_AT_ONCE: Final = 32
+_gather: Any = torch.ops.opguard.flags_gather.default
 
 
 def _slots(flags: Tensor) -> int:
-    return flags.shape[1] * CARRIERS[flags.dtype][2]
+    return int(flags.shape[1]) * CARRIERS[flags.dtype][2]
 
 
 class FlagPayload:
@@ -121,22 +121,12 @@ class FlagPayload:
         count = product(sizes[k] for k in ks)
         if same(count, 1):
             return self
+        numbers = torch.arange(self.rows, device=self.flags.device)
+        if len(ks) == len(sizes):
+            return self.gather(numbers.unsqueeze(0))
         left = [k for k in range(len(sizes)) if k not in ks]
-        words = self.flags.shape[-1]
         rows = product(sizes[k] for k in left)
-        moved = self._in(sizes).permute(*left, *ks, len(sizes)).reshape(rows, count, words)
-        return self._merged(moved)
-
-    def _merged(self, moved: Tensor) -> FlagPayload:
-        """(M, K, W): the K rows of each of the M merged in order."""
-        if same(moved.shape[1], 0):
-            return FlagPayload(moved.new_zeros(moved.shape[0], moved.shape[2]), self.key)
-        key = self._wide_key(self.flags)
-        columns = list(moved.unbind(1))
-        result = columns[0]
-        for i in range(1, len(columns), _AT_ONCE):
-            result = _engine.merge([result, *columns[i : i + _AT_ONCE]], key)
-        return FlagPayload(result, self.key)
+        return self.gather(numbers.view(*sizes).permute(*left, *ks).reshape(rows, count))
 
     def pad(self, sizes: Sizes, k: int, before: Any, after: Any) -> FlagPayload:
         """Rows without flags before and after along ``k``; negative: so many rows fewer."""
@@ -145,7 +135,7 @@ class FlagPayload:
 
     def cat(self, k: int, parts: Sequence[tuple[FlagPayload | None, Sizes]]) -> FlagPayload:
         """The parts one after the other along ``k``; None: rows without flags."""
-        most = max(_slots(part.flags) for part, _ in parts if part is not None)
+        most = _most_slots([part.flags for part, _ in parts if part is not None])
         like = self.flags
         words = -(-most // CARRIERS[like.dtype][2])
         tensors = []
@@ -165,9 +155,9 @@ class FlagPayload:
                 kept.append(other.flags)
         if len(kept) == 1:
             return self
-        if len({(flags.shape[1], flags.dtype) for flags in kept}) > 1:
-            most = max(_slots(flags) for flags in kept)
-            most = -(-most // 4) * 4  # a whole number of words of either width
+        words, dtype = kept[0].shape[1], kept[0].dtype
+        if not all(f.dtype == dtype and same(f.shape[1], words) for f in kept):
+            most = _most_slots(kept)
             kept = [_widened(flags, most) for flags in kept]
         return FlagPayload(_engine.merge(kept, self._wide_key(kept[0])), self.key)
 
@@ -176,14 +166,19 @@ class FlagPayload:
 
     def gather(self, index: Tensor) -> FlagPayload:
         """Row m: the fold of the rows ``index[m]`` names, -1 names none. ``index`` (M, K) int64."""
-        rows = self.rows
-        padded = torch.cat([self.flags, self.flags.new_zeros(1, self.flags.shape[1])])
-        index = index.to(self.flags.device)
-        return self._merged(padded[torch.where(index < 0, rows, index)])
+        if index.device != self.flags.device:
+            index = index.to(self.flags.device)
+        return FlagPayload(_gather(self.flags, index, self._wide_key(self.flags)), self.key)
 
     def one(self) -> FlagPayload:
         """All rows merged into one."""
         return self.fold((self.rows,), (0,))
+
+
+def _most_slots(all_flags: Sequence[Tensor]) -> int:
+    """The largest capacity, and a whole number of words of either width if there are both."""
+    most = max(_slots(flags) for flags in all_flags)
+    return most if len({flags.dtype for flags in all_flags}) == 1 else -(-most // 4) * 4
 
 
 def _widened(flags: Tensor, slots: int) -> Tensor:

@@ -9,7 +9,8 @@ spelling, take the merge of everything, which is never wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -71,16 +72,9 @@ def broadcast(rows: Rows | None, shape: Shape) -> Rows | None:
     return place(rows, range(ahead, len(shape)), shape)
 
 
-def inputs(call: Call) -> Iterator[tuple[str, Rows]]:
+def inputs(call: Call) -> list[tuple[str, Rows]]:
     """Each guarded tensor argument's name and rows, lists unrolled; what ``out=`` names is none."""
-    for argument in call.op._schema.arguments:
-        if argument.is_out or "Tensor" not in str(argument.type):
-            continue
-        listed = "List" in str(argument.type)
-        found = call.rows_list(argument.name) if listed else [call.rows(argument.name)]
-        for rows in found:
-            if rows is not None:
-                yield argument.name, rows
+    return call.named()
 
 
 def each(place_one: Callable[[int, Shape], Rows | None]) -> After:
@@ -133,10 +127,12 @@ def reduced(rows: Rows | None, dims: Sequence[int] | None, shape: Shape) -> Rows
     return rows.whole(shape)
 
 
+@cache
 def _fixed(spelling: str) -> str:
     return spelling.strip("*")
 
 
+@cache
 def route(spelling: str, out: str, rank: int, out_rank: int, batch: int) -> list[int | None] | None:
     """The dims of `place` for one input and one output; None where the ranks do not fit.
 

@@ -30,7 +30,7 @@ _R = TypeVar("_R", bound=Rule)
 POINTWISE = "pointwise"
 
 _rules: dict[str, Rule] = {}
-_CORE = {"axes", "digits", "payloads", "rows", "rules"}
+_CORE = {"axes", "digits", "moves", "payloads", "rows", "rules"}
 _loaded = False
 
 
@@ -81,7 +81,7 @@ class _Op:
         }
         # Not what is written and not read: `out` arguments.
         self.inputs = [
-            (place, argument.name, "[]" in str(argument.type))
+            (place, argument.name, "List" in str(argument.type))
             for place, argument in enumerate(schema.arguments)
             if "Tensor" in str(argument.type) and not argument.is_out
         ]
@@ -150,8 +150,8 @@ class Call:
         """The shape of each tensor of a list argument."""
         return [tuple(value.shape) for value in self[name] or ()]
 
-    def any(self) -> list[Rows]:
-        """All rows of the inputs in their order, those written by ``out=`` not among them."""
+    def named(self) -> list[tuple[str, Rows]]:
+        """All rows of the inputs with their arguments' names; not those written by ``out=``."""
         args, rows_of = self.args, self.rows_of
         count, found = len(args), []
         for place, name, listed in self._known.inputs:
@@ -159,11 +159,15 @@ class Call:
             if isinstance(value, Tensor):
                 rows = rows_of(value)
                 if rows is not None:
-                    found.append(rows)
+                    found.append((name, rows))
             elif listed and value is not None:
                 all_rows = [rows_of(item) for item in value if isinstance(item, Tensor)]
-                found += [rows for rows in all_rows if rows is not None]
+                found += [(name, rows) for rows in all_rows if rows is not None]
         return found
+
+    def any(self) -> list[Rows]:
+        """All rows of the inputs in their order, those written by ``out=`` not among them."""
+        return [rows for _, rows in self.named()]
 
 
 def lost(call: Call, why: str) -> NoReturn:
