@@ -34,7 +34,7 @@ aten = torch.ops.aten
 KEY = tg.ErrorConfig(num_slots=16).key
 
 few = hypothesis.settings(
-    max_examples=120,
+    max_examples=60,
     deadline=None,
     database=None,
     derandomize=True,
@@ -276,7 +276,7 @@ def program(data: st.DataObject, steps: list[Any]) -> tuple[tuple[Rows, Rows], t
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
-@hypothesis.settings(few, max_examples=25)
+@hypothesis.settings(few, max_examples=15)
 @hypothesis.given(data=st.data())
 def test_a_step_and_what_splits_the_batch_before_it(data: st.DataObject, step: Any):
     program(data, [reshape, permute, step])
@@ -563,3 +563,10 @@ def test_sample_numbers_need_no_look_at_a_device():
     assert not samples.gather(torch.tensor([[0, 0], [1, -1]])).mixed
     assert samples.gather(torch.tensor([[0, 0], [1, -1]])).ids().tolist() == [0, 1]
     assert samples.gather(torch.tensor([[0, 1]])).ids().tolist() == [MIXED]
+
+
+def test_rows_that_became_many_are_written_one_by_one():
+    """Flags are written in place: an expanded batch of one sample has memory for each row."""
+    rows = Rows((1, 2), (Axis(0, 1, 1),), FlagPayload(flags_of(1), KEY)).expanded((3, 2)).aligned()
+    tg.push_(rows.payload.flags, tg.err.INF, 9, where=torch.tensor([False, True, False]))
+    assert samples_in(rows) == [{0}, {0, 8}, {0}]

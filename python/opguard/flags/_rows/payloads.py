@@ -92,7 +92,7 @@ class FlagPayload:
 
     def take(self, sizes: Sizes, k: int, index: Tensor) -> FlagPayload:
         """Along ``k`` the rows that ``index`` (1-D) names."""
-        return self._of(self._in(sizes).index_select(k, index.to(self.flags.device)))
+        return self._of(self._in(sizes).index_select(k, _near(index, self.flags)))
 
     def flip(self, sizes: Sizes, ks: Sequence[int]) -> FlagPayload:
         """Coordinates ``ks`` run backwards."""
@@ -114,7 +114,8 @@ class FlagPayload:
             return self
         words = self.flags.shape[-1]
         new = self._in(sizes) if sizes else self.flags.reshape(words)
-        return self._of(new.unsqueeze(k).expand(*sizes[:k], count, *sizes[k:], words))
+        new = new.unsqueeze(k).expand(*sizes[:k], count, *sizes[k:], words)
+        return self._of(new.contiguous())  # each row in memory of its own: flags are written into
 
     def fold(self, sizes: Sizes, ks: Sequence[int]) -> FlagPayload:
         """All rows along ``ks`` merged, in row-major order of ``ks``; these axes go."""
@@ -143,7 +144,7 @@ class FlagPayload:
             if part is None:
                 tensors.append(like.new_zeros(*sizes, words))
             else:
-                fitting = FlagPayload(_in_words(part.flags, like, words), part.key)
+                fitting = FlagPayload(_in_words(_near(part.flags, like), like, words), part.key)
                 tensors.append(fitting._in(sizes))
         return self._of(torch.cat(tensors, k))
 
@@ -152,7 +153,7 @@ class FlagPayload:
         kept = [self.flags]
         for other in others:
             if all(other.flags is not one for one in kept):
-                kept.append(other.flags)
+                kept.append(_near(other.flags, self.flags))
         if len(kept) == 1:
             return self
         words, dtype = kept[0].shape[1], kept[0].dtype
@@ -166,13 +167,18 @@ class FlagPayload:
 
     def gather(self, index: Tensor) -> FlagPayload:
         """Row m: the fold of the rows ``index[m]`` names, -1 names none. ``index`` (M, K) int64."""
-        if index.device != self.flags.device:
-            index = index.to(self.flags.device)
-        return FlagPayload(_gather(self.flags, index, self._wide_key(self.flags)), self.key)
+        return FlagPayload(
+            _gather(self.flags, _near(index, self.flags), self._wide_key(self.flags)), self.key
+        )
 
     def one(self) -> FlagPayload:
         """All rows merged into one."""
         return self.fold((self.rows,), (0,))
+
+
+def _near(tensor: Tensor, like: Tensor) -> Tensor:
+    """On the device of ``like``: a number on the CPU goes with tensors of any device."""
+    return tensor if tensor.device == like.device else tensor.to(like.device)
 
 
 def _most_slots(all_flags: Sequence[Tensor]) -> int:
@@ -277,7 +283,7 @@ class SamplePayload:
         at = _read(index)
         if at is None:
             return SamplePayload(product(new), None)
-        return self._with(sizes, lambda ids: ids.take(at, k), new)
+        return self._with(sizes, lambda ids: ids.take(at, k, mode="wrap"), new)
 
     def flip(self, sizes: Sizes, ks: Sequence[int]) -> SamplePayload:
         return self._with(sizes, lambda ids: _numpy().flip(ids, tuple(ks)), sizes)

@@ -88,7 +88,8 @@ class _Op:
         self.rule = lookup(op)
 
 
-_known: dict[Any, _Op] = {}
+# By identity, since hashing an OpOverload is a call; each _Op keeps its own alive.
+_known: dict[int, _Op] = {}
 
 
 class Call:
@@ -211,10 +212,10 @@ def known(op: Any) -> bool:
 
 
 def _of(op: Any) -> _Op:
-    found = _known.get(op)
+    found = _known.get(id(op))
     if found is None:
         load()
-        found = _known[op] = _Op(op)
+        found = _known[id(op)] = _Op(op)
     return found
 
 
@@ -234,7 +235,7 @@ def plan(
     Raises:
         RowsLost: there is no rule, or the rule refuses.
     """
-    this = _known.get(op) or _of(op)
+    this = _known.get(id(op)) or _of(op)
     call = Call(this, args, kwargs, rows_of)
     if this.rule is None:
         lost(call, "there is no rule for it")
