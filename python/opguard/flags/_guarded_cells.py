@@ -20,7 +20,7 @@ from opguard.flags._rows.rules import plan
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Cell", "Step"]
+__all__ = ["Cell", "Linked", "Step"]
 
 
 class Step(NamedTuple):
@@ -38,6 +38,8 @@ class Cell:
     """The rows of the first tensor, and how often they have changed."""
 
     __slots__ = ("rows", "version")
+    rows: Rows
+    version: int
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -71,6 +73,45 @@ class Cell:
         index = _sources(ids, count, whole, _size(first.shape) // max(count, 1))
         both = payload.cat(0, [(payload, (count,)), (written.payload, (written.payload.rows,))])
         return Rows(first.shape, first.axes, both.gather(index.to(flags.device)))
+
+
+class Linked(Cell):
+    """Rows of their own over memory of another cell: of a tensor that was given other flags.
+
+    What is written into either memory is in the rows of both, beside what they had.
+    """
+
+    __slots__ = ("_known", "_of", "_own", "_step", "_writes")
+
+    def __init__(self, rows: Rows, of: Cell, step: Step | None) -> None:
+        self._own = rows
+        self._of = of
+        self._step = step
+        self._known = of.version
+        self._writes = 0
+
+    @property
+    def version(self) -> int:  # type: ignore[override]
+        return self._writes + self._of.version
+
+    @property
+    def rows(self) -> Rows:  # type: ignore[override]
+        if self._of.version != self._known:
+            self._own = _union(self._own, self._of.seen_by(self._step))
+            self._known = self._of.version
+        return self._own
+
+    def write(self, step: Step | None, rows: Rows) -> None:
+        self._own = rows if step is None else self._brought_back(step, rows)
+        self._writes += 1
+        theirs = self._of.seen_by(self._step)
+        self._of.write(self._step, _union(theirs, self._own))
+        self._known = self._of.version
+
+
+def _union(mine: Rows, theirs: Rows) -> Rows:
+    both: Any = merge_rows([mine, theirs], mine.shape)
+    return both  # type: ignore[no-any-return]
 
 
 def _size(shape: Any) -> Any:

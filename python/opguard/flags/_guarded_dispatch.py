@@ -2,32 +2,37 @@
 
 The rule is asked before the op runs, so that a refusal leaves what an op would have written into
 as it was. In a backward pass results are plain tensors: gradients carry no flags.
+
+Most calls only hand the rows of an input on. Where a rule has said so once, it is not asked again
+for the same op on the same shapes: what it may look at is all in the key of :data:`_handed_on`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _python_dispatch
 
-from opguard.flags import _guarded_ops as ops
-from opguard.flags._guarded_cells import Cell, Step
-from opguard.flags._rows.axes import Axis
-from opguard.flags._rows.payloads import FlagPayload
+from opguard.flags import _guarded_wrap
+from opguard.flags._guarded_wrap import (
+    SPECIAL,
+    as_view,
+    beside,
+    in_backward,
+    reshaped,
+    resize,
+    rows_now,
+    set_rows,
+    wrap,
+)
 from opguard.flags._rows.rows import Rows
 from opguard.flags._rows.rules import plan
-from opguard.flags.errors import BatchMismatchError, RowsLost
+from opguard.flags.errors import RowsLost
 
-__all__ = ["build", "dispatch", "public_rows", "rows_now", "wrap"]
+__all__ = ["dispatch"]
 
-wrapper: Any = None  # GuardedTensor, named by its module
-
-_make = torch.Tensor._make_wrapper_subclass
-_task = torch._C._current_graph_task_id
-_same_memory: Any = _python_dispatch.return_and_correct_aliasing
 _aten = torch.ops.aten
 
 # Statistics that a module keeps of the batches it saw: they are its own, and carry no flags.
@@ -40,18 +45,34 @@ _KEEPS_STATISTICS = {
     "aten::_batch_norm_impl_index",
     "aten::batch_norm",
 }
+_CHANGES_DEVICE = {"aten::_to_copy", "aten::copy_", "aten::copy", "aten::to", "aten::_pin_memory"}
+_READS_STRIDES = {"aten::as_strided", "aten::as_strided_", "aten::as_strided_copy"}
+_PLAIN = (
+    int,
+    float,
+    bool,
+    type(None),
+    str,
+    complex,
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+)
+_REMEMBERED = 4096
 
 
 class _Op(NamedTuple):
     """What is asked of an op at every call, found once."""
 
-    data_only: bool  # neither gives tensors nor writes into any
+    data_only: bool  # neither gives tensors nor writes into any, or is one of opguard's own
     writes: tuple[tuple[int, str], ...]  # arguments written into: position and name
     written: tuple[tuple[int, str] | None, ...]  # the argument that each output is, if any
     view: bool
     reshapes_itself: bool
     composite: bool
     keeps_statistics: bool
+    changes_device: bool
+    by_shapes: bool  # its rule looks at nothing but shapes, numbers and index tensors
 
 
 _described: dict[Any, _Op] = {}
@@ -75,167 +96,132 @@ def _describe(func: Any) -> _Op:
         written.append(named)
     tensors = any("Tensor" in str(returned.type) for returned in schema.returns)
     op = _Op(
-        data_only=not tensors and not writes,
-        writes=tuple(writes.values()),
+        data_only=func.namespace == "opguard" or not (tensors or schema.is_mutable),
+        # Lists that are written into have no mark of their own, and are returned by no op.
+        writes=tuple(writes.values()) or (((0, "self"),) if schema.is_mutable else ()),
         written=tuple(written),
         view=views and not writes,
         reshapes_itself=torch.Tag.inplace_view in func.tags,
         composite=func._can_decompose(),
         keeps_statistics=schema.name in _KEEPS_STATISTICS,
+        changes_device=schema.name in _CHANGES_DEVICE,
+        by_shapes=schema.name not in _READS_STRIDES | _CHANGES_DEVICE and not writes,
     )
     _described[func] = op
     return op
 
 
-def rows_now(g: Any) -> Rows:
-    """The rows of a GuardedTensor, what was written into its memory through others among them."""
-    cell = g._cell
-    if cell is not None and g._seen != cell.version:
-        g._rows = cell.seen_by(g._step)
-        g._seen = cell.version
-    return g._rows  # type: ignore[no-any-return]
+class _HandedOn(NamedTuple):
+    """Of one output: which input's payload it has, where its rows lie, and its shape."""
+
+    source: int
+    axes: Any
+    shape: tuple[int, ...]
 
 
-def public_rows(g: Any) -> tuple[tuple[int, ...], FlagPayload]:
-    """The batch dimensions, and the flags of their rows in row-major order."""
-    rows = rows_now(g).aligned()
-    payload: Any = rows.payload
-    return tuple(axis.dim for axis in rows.axes), payload
+_handed_on: dict[Any, tuple[_HandedOn, ...]] = {}
+
+
+class _Read:
+    """The arguments of a call: the data in them, the GuardedTensors, and a key of what they are."""
+
+    __slots__ = ("found", "key", "named", "plain")
+
+    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.found: list[Any] = []
+        self.key: list[Any] | None = [func]
+        self.plain = self._read(args)
+        self.named = kwargs
+        if kwargs:
+            names = tuple(kwargs)
+            self.named = dict(zip(names, self._read(tuple(kwargs.values())), strict=True))
+            if self.key is not None:
+                self.key.append(names)
+
+    def _read(self, values: Sequence[Any]) -> list[Any]:
+        result: list[Any] = []
+        for value in values:
+            kind = type(value)
+            if kind is _guarded_wrap.wrapper:
+                result.append(self._guarded(value))
+                continue
+            if kind is list or kind is tuple:
+                if self.key is not None:
+                    self.key.append(len(value))
+                result.append(kind(self._read(value)))
+                continue
+            result.append(value)
+            if self.key is None:
+                continue
+            if kind in _PLAIN:
+                self.key.append(value)
+            elif (kind is Tensor or kind is torch.nn.Parameter) and value.is_floating_point():
+                self.key.append(value.shape)
+            else:  # perhaps an index, whose numbers decide
+                self.key = None
+        return result
+
+    def _guarded(self, g: Any) -> Tensor:
+        found, key, data = self.found, self.key, g._data
+        rows = g._rows if g._cell is None else rows_now(g)
+        if key is not None:
+            if type(data) is Tensor:
+                key.append(rows.shape)
+                key.append(rows.axes)
+                if found:
+                    payload: Any = rows.payload
+                    key.append(payload.flags is found[0]._rows.payload.flags)
+            else:  # traced: sizes may be symbols
+                self.key = None
+        found.append(g)
+        return data  # type: ignore[no-any-return]
 
 
 def _rows_of(tensor: Any) -> Rows | None:
-    return rows_now(tensor) if type(tensor) is wrapper else None
-
-
-def wrap(data: Tensor, rows: Rows, merges: bool = False) -> Any:
-    """A GuardedTensor around ``data``."""
-    payload: Any = rows.payload
-    if payload.flags.device != data.device:
-        payload = FlagPayload(payload.flags.to(data.device), payload.key)
-        rows = Rows(rows.shape, rows.axes, payload)
-    made = _make(
-        wrapper,
-        data.shape,
-        data.stride(),
-        data.storage_offset(),
-        None,
-        data.dtype,
-        data.layout,
-        data.device,
-        False,
-        data.requires_grad,
-    )
-    made._data = data
-    made._rows = rows
-    if merges:
-        made._merges = True
-    return made
-
-
-def build(data: Tensor, flags: Tensor, context: Any) -> Any:
-    """A GuardedTensor of its parts; ``context``: batch dims, key, whether lost rows merge."""
-    dims, key, merges = context
-    shape = data.shape
-    axes = tuple(Axis(dim, 1, shape[dim]) for dim in dims)
-    return wrap(data, Rows(shape, axes, FlagPayload(flags, key)), merges)
-
-
-def plain_results() -> bool:
-    """Whether this is a backward pass; what checkpointing computes again in one is none."""
-    if _task() == -1:
-        return False
-    if not torch.is_grad_enabled():
-        return True
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-
-
-def _strip(values: Sequence[Any], found: list[Any]) -> list[Any]:
-    result = []
-    for value in values:
-        kind = type(value)
-        if kind is wrapper:
-            found.append(value)
-            result.append(value._data)
-        elif kind is list or kind is tuple:
-            result.append(kind(_strip(value, found)))
-        else:
-            result.append(value)
-    return result
-
-
-def _attach(x: Any, carrier: Any) -> Any:
-    return wrap(_aten.alias.default(x), rows_now(carrier), carrier._merges)
-
-
-def _unwrap(g: Any) -> Any:
-    return _aten.alias.default(g._data)
-
-
-def _with_flags(g: Any, flags: Any) -> Any:
-    rows = rows_now(g).aligned()
-    old: Any = rows.payload
-    if flags.shape[0] != old.rows:
-        raise BatchMismatchError(
-            f"expected flags of the {old.rows} rows of the tensor, got flags"
-            f" of {flags.shape[0]}; make flags for this batch"
-        )
-    if isinstance(flags, wrapper):
-        flags = flags._data
-    payload = FlagPayload(flags, old.key)
-    return wrap(_aten.alias.default(g._data), Rows(rows.shape, rows.axes, payload), g._merges)
-
-
-def _detach(g: Any) -> Any:
-    return _same(_aten.detach.default, g)
-
-
-def _alias(g: Any) -> Any:
-    return _same(_aten.alias.default, g)
-
-
-def _same(func: Any, g: Any) -> Any:
-    """All of the tensor again: the same rows, and what is written into one is in the other."""
-    data = func(g._data)
-    if plain_results():
-        return data
-    result = wrap(data, rows_now(g), g._merges)
-    cell = g._cell
-    if cell is None:
-        cell = g._cell = Cell(g._rows)
-    result._cell = cell
-    result._seen = cell.version
-    result._step = g._step
-    if type(data) is not Tensor:
-        return _same_memory(func, (g,), {}, result)
-    return result
-
-
-_SPECIAL: dict[Any, Callable[..., Any]] = {
-    _aten.detach.default: _detach,
-    _aten.alias.default: _alias,
-    ops.ATTACH: _attach,
-    ops.UNWRAP: _unwrap,
-    ops.WITH_FLAGS: _with_flags,
-}
+    return rows_now(tensor) if type(tensor) is _guarded_wrap.wrapper else None
 
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``func`` on the data of the GuardedTensors among its arguments, their rows on its results."""
-    special = _SPECIAL.get(func)
+    special = SPECIAL.get(func)
     if special is not None:
         return special(*args, **kwargs)
-    found: list[Any] = []
-    plain = _strip(args, found)
-    named = dict(zip(kwargs, _strip(tuple(kwargs.values()), found), strict=True)) if kwargs else {}
     op = _described.get(func) or _describe(func)
-    if op.data_only or func.namespace == "opguard" or plain_results():
-        out = func(*plain, **named)
-        if found[0]._gradient and func is _aten.clone.default:  # brought into the strides expected
+    read = _Read(func, args, kwargs)
+    found = read.found
+    if op.data_only or in_backward():
+        out = func(*read.plain, **read.named)
+        if found and found[0]._gradient and func is _aten.clone.default:  # to the strides expected
             return wrap(out, found[0]._rows)
         return out
-    merges = any(g._merges for g in found)
+    key = tuple(read.key) if read.key is not None and op.by_shapes else None
+    moves = None if key is None else _handed_on.get(key)
+    if moves is None:
+        return _by_rule(op, (func, args, kwargs), read, key)
+    out = func(*read.plain, **read.named)
+    merges = found[0]._merges or (len(found) > 1 and any(g._merges for g in found))
+    if len(moves) == 1 and isinstance(out, Tensor):
+        result = _handed(out, moves[0], found, merges)
+    else:
+        result = type(out)(
+            [_handed(one, move, found, merges) for one, move in zip(out, moves, strict=True)]
+        )
+    return as_view((func, args, kwargs), read.plain, read.named, result) if op.view else result
+
+
+def _handed(out: Any, move: _HandedOn, found: list[Any], merges: bool) -> Any:
+    source, axes, shape = move
+    if source < 0:
+        return out
+    rows = found[source]._rows
+    return wrap(out, rows if axes is None else Rows(shape, axes, rows.payload), merges)
+
+
+def _by_rule(op: _Op, call: tuple[Any, Any, Any], read: _Read, key: Any) -> Any:
+    func, args, kwargs = call
+    merges = any(g._merges for g in read.found)
     if op.writes:
-        _may_write(func, op, args, kwargs)
+        _may_write(op, call)
     try:
         finish = plan(func, args, kwargs, _rows_of)
     except RowsLost:
@@ -243,16 +229,45 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return func.decompose(*args, **kwargs)
         if not merges:
             raise
-        finish = _merged(found)
-    out = func(*plain, **named)
+        finish = _merged(read.found)
+    out = func(*read.plain, **read.named)
     rows = finish(out)
+    if op.changes_device:
+        rows = [None if one is None else beside(out, one) for one in rows]
     if op.writes:
-        return _written(op, (func, args, kwargs), out, rows)
+        return _written(op, call, out, rows)
+    if key is not None and not merges:
+        _remember(key, out, rows, read.found)
     result = _wrapped(out, iter(rows), merges)
-    return _as_view((func, args, kwargs), plain, named, result) if op.view else result
+    return as_view(call, read.plain, read.named, result) if op.view else result
 
 
-def _wrapped(out: Any, rows: Any, merges: bool) -> Any:
+def _remember(key: Any, out: Any, rows: list[Rows | None], found: list[Any]) -> None:
+    """Keeps what the rule said if it was to hand rows on as they are."""
+    outs = (out,) if isinstance(out, Tensor) else out
+    if len(outs) != len(rows):
+        return
+    moves = []
+    for one in rows:
+        source, axes = -1, None
+        if one is not None:
+            source = next((i for i, g in enumerate(found) if _same_rows(g._rows, one)), -1)
+            if source < 0:
+                return
+            given = found[source]._rows
+            axes = None if one is given else one.axes
+        moves.append(_HandedOn(source, axes, () if one is None else one.shape))
+    if len(_handed_on) >= _REMEMBERED:
+        _handed_on.clear()
+    _handed_on[key] = tuple(moves)
+
+
+def _same_rows(given: Any, rows: Any) -> bool:
+    old, new = given.payload, rows.payload
+    return old is new or (old.flags is new.flags and old.key == new.key)
+
+
+def _wrapped(out: Any, rows: Iterator[Rows | None], merges: bool) -> Any:
     if isinstance(out, Tensor):
         each = next(rows)
         return out if each is None else wrap(out, each, merges)
@@ -281,31 +296,40 @@ def _argument(at: tuple[int, str], args: tuple[Any, ...], kwargs: dict[str, Any]
     return args[position] if position < len(args) else kwargs.get(name)
 
 
-def _may_write(func: Any, op: _Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _may_write(op: _Op, call: tuple[Any, Any, Any]) -> None:
     """Refuses to write what has flags into a tensor that cannot hold them."""
     if op.keeps_statistics:
         return
+    func, args, kwargs = call
     for at in op.writes:
         target = _argument(at, args, kwargs)
-        if isinstance(target, Tensor) and type(target) is not wrapper:
+        if isinstance(target, Tensor) and type(target) is not _guarded_wrap.wrapper:
             raise RowsLost(
                 f"expected {at[1]} of {func} to be a GuardedTensor, since what is written into it"
                 f" has flags, got {type(target).__name__}; write into opguard.flags.guard({at[1]}),"
                 " or leave the flags out by .unwrap()"
             )
+        if target is not None and at not in op.written:
+            raise RowsLost(
+                f"expected an op that returns what it writes, got {func}, which writes into"
+                f" {at[1]} and says nothing of it; call the op for single tensors, or .unwrap()"
+            )
 
 
-def _written(op: _Op, call: tuple[Any, Any, Any], out: Any, rows: Any) -> Any:
-    func, args, kwargs = call
+def _written(op: _Op, call: tuple[Any, Any, Any], out: Any, rows: list[Rows | None]) -> Any:
+    _, args, kwargs = call
     if op.reshapes_itself:
-        _same_memory(func, args, kwargs, args[0])
+        reshaped(call)
     outs = (out,) if len(op.written) == 1 else out
     results = []
     left = iter(rows)
     for at, each in zip(op.written, outs or (), strict=False):
         target = None if at is None else _argument(at, args, kwargs)
-        if type(target) is wrapper:
-            _set_rows(target, next(left))
+        if type(target) is _guarded_wrap.wrapper:
+            new = next(left)
+            if new is not None:
+                resize(target)
+                set_rows(target, new)
             results.append(target)
         elif at is not None:
             next(left, None)
@@ -313,31 +337,3 @@ def _written(op: _Op, call: tuple[Any, Any, Any], out: Any, rows: Any) -> Any:
         else:
             results.append(_wrapped(each, left, False))
     return results[0] if len(op.written) == 1 else tuple(results)
-
-
-def _set_rows(g: Any, rows: Rows) -> None:
-    g._rows = rows
-    if g._cell is not None:
-        g._cell.write(g._step, rows)
-        g._seen = g._cell.version
-
-
-def _as_view(
-    call: tuple[Any, Any, Any], plain: list[Any], named: dict[str, Any], result: Any
-) -> Any:
-    func, args, kwargs = call
-    base = args[0]
-    if type(base) is not wrapper:
-        return result
-    cell = base._cell
-    if cell is None:
-        cell = base._cell = Cell(base._rows)
-    many = not isinstance(result, Tensor)
-    for output, view in enumerate(result if many else (result,)):
-        if type(view) is wrapper:
-            view._cell = cell
-            view._seen = cell.version
-            view._step = Step(base._step, func, tuple(plain), named, base._data, output)
-    if type(base._data) is not Tensor:  # traced: what shares memory has to be seen by its storage
-        return _same_memory(func, args, kwargs, result)
-    return result

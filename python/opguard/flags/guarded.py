@@ -13,9 +13,10 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from opguard.flags import _engine, _guarded_dispatch
+from opguard.flags import _engine, _guarded_wrap
 from opguard.flags import _guarded_ops as ops
-from opguard.flags._guarded_dispatch import build, dispatch, public_rows
+from opguard.flags._guarded_dispatch import dispatch
+from opguard.flags._guarded_wrap import build, public_rows
 from opguard.flags.config import ErrorConfig, get_config
 from opguard.flags.errors import BatchMismatchError, FlagsError
 
@@ -85,6 +86,8 @@ class GuardedTensor(Tensor):
 
     def unwrap(self) -> Tensor:
         """The data as a plain tensor: the same memory, in the same graph of autograd's."""
+        if not self.requires_grad and not torch.compiler.is_compiling():
+            return self._data.detach()
         return ops.UNWRAP(self)  # type: ignore[no-any-return]
 
     def with_flags(self, flags: Tensor) -> GuardedTensor:
@@ -202,7 +205,7 @@ class GuardedTensor(Tensor):
         return self._data.tolist()
 
 
-_guarded_dispatch.wrapper = GuardedTensor
+_guarded_wrap.wrapper = GuardedTensor
 
 
 def _fits(data: Tensor, flags: Tensor) -> None:
