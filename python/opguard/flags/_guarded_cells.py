@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from opguard.flags._guarded_strided import follow
 from opguard.flags._rows.payloads import FlagPayload, SamplePayload
 from opguard.flags._rows.rows import Rows, merge_rows
-from opguard.flags._rows.rules import plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,13 +37,15 @@ class Step(NamedTuple):
 class Cell:
     """The rows of the first tensor, and how often they have changed."""
 
-    __slots__ = ("rows", "version")
+    __slots__ = ("given", "members", "rows", "version")
     rows: Rows
     version: int
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, given: bool = False) -> None:
         self.rows = rows
         self.version = 0
+        self.given = given  # to a region that is being traced
+        self.members: list[Any] = []  # all that is traced over this memory, weakly
 
     def seen_by(self, step: Step | None) -> Rows:
         """The rows of the view that ``step`` made, of the first tensor for None."""
@@ -84,6 +86,8 @@ class Linked(Cell):
     __slots__ = ("_known", "_of", "_own", "_step", "_writes")
 
     def __init__(self, rows: Rows, of: Cell, step: Step | None) -> None:
+        self.given = of.given
+        self.members = of.members
         self._own = rows
         self._of = of
         self._step = step
@@ -128,7 +132,7 @@ def _taken(step: Step, rows: Rows) -> Rows:
     def rows_of(tensor: Any) -> Rows | None:
         return rows if tensor is step.data else None
 
-    finish = plan(step.func, step.args, step.kwargs, rows_of)
+    finish = follow(step.func, step.args, step.kwargs, rows_of)
     results: Any = finish(step.func(*step.args, **step.kwargs))
     result: Rows = results[step.output]
     return result

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from opguard.flags import _guarded_wrap
+from opguard.flags._guarded_strided import follow
 from opguard.flags._guarded_wrap import (
     SPECIAL,
     as_view,
@@ -28,7 +29,6 @@ from opguard.flags._guarded_wrap import (
     wrap,
 )
 from opguard.flags._rows.rows import Rows
-from opguard.flags._rows.rules import plan
 from opguard.flags.errors import RowsLost
 
 __all__ = ["dispatch"]
@@ -223,7 +223,7 @@ def _by_rule(op: _Op, call: tuple[Any, Any, Any], read: _Read, key: Any) -> Any:
     if op.writes:
         _may_write(op, call)
     try:
-        finish = plan(func, args, kwargs, _rows_of)
+        finish = follow(func, args, kwargs, _rows_of)
     except RowsLost:
         if op.composite:
             return func.decompose(*args, **kwargs)

@@ -6,6 +6,7 @@ Everything here is under autograd: it gives and takes data without gradients.
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from opguard.flags._guarded_cells import Cell, Linked, Step
 from opguard.flags._rows.axes import Axis
 from opguard.flags._rows.payloads import FlagPayload
 from opguard.flags._rows.rows import Rows
-from opguard.flags.errors import BatchMismatchError
+from opguard.flags.errors import BatchMismatchError, RowsLost
 
 __all__ = [
     "SPECIAL",
@@ -45,14 +46,26 @@ def rows_now(g: Any) -> Rows:
     """The rows of a GuardedTensor, what was written into its memory through others among them."""
     cell = g._cell
     if cell is not None and g._seen != cell.version:
-        g._rows = cell.seen_by(g._step)
+        _tell(g, cell.seen_by(g._step))
         g._seen = cell.version
     return g._rows  # type: ignore[no-any-return]
 
 
+def _tell(g: Any, rows: Rows) -> None:
+    """``rows`` are those of ``g``.
+
+    What is traced is taken apart when the trace is over, too late to compute anything: its public
+    rows are found now, and cost nothing where nobody asks for them.
+    """
+    g._rows = rows
+    if type(g._data) is not Tensor:
+        g._public = rows.aligned()
+
+
 def public_rows(g: Any) -> tuple[tuple[int, ...], FlagPayload]:
     """The batch dimensions, and the flags of their rows in row-major order."""
-    rows = rows_now(g).aligned()
+    rows = rows_now(g)
+    rows = rows.aligned() if g._public is None else g._public
     payload: Any = rows.payload
     return tuple(axis.dim for axis in rows.axes), payload
 
@@ -77,6 +90,8 @@ def wrap(data: Tensor, rows: Rows, merges: bool = False) -> Any:
     )
     made._data = data
     made._rows = rows
+    if type(data) is not Tensor:
+        _tell(made, rows)
     if merges:
         made._merges = True
     return made
@@ -96,7 +111,10 @@ def build(data: Tensor, flags: Tensor, context: Any) -> Any:
     dims, key, merges = context
     shape = data.shape
     axes = tuple(Axis(dim, 1, shape[dim]) for dim in dims)
-    return wrap(data, Rows(shape, axes, FlagPayload(flags, key)), merges)
+    made = wrap(data, Rows(shape, axes, FlagPayload(flags, key)), merges)
+    if type(data) is not Tensor:
+        made._given = True
+    return made
 
 
 def in_backward() -> bool:
@@ -110,17 +128,37 @@ def in_backward() -> bool:
 
 def set_rows(g: Any, rows: Rows) -> None:
     """``rows`` are those of ``g`` after a write into it."""
-    g._rows = rows
-    if g._cell is not None:
-        g._cell.write(g._step, rows)
-        g._seen = g._cell.version
+    cell = g._cell
+    given = g._given if cell is None else cell.given
+    if given and rows.payload is not g._rows.payload:
+        raise RowsLost(
+            "expected a compiled region to leave the flags of what it is given as they are, got a"
+            " write that changes those of an input; write into a copy (g * 1) and return it"
+        )
+    _tell(g, rows)
+    if cell is None:
+        return
+    cell.write(g._step, rows)
+    g._seen = cell.version
+    for member in cell.members:
+        other = member()
+        if other is not None:
+            rows_now(other)
+
+
+def _join(cell: Cell, *members: Any) -> None:
+    """Has what is traced over one memory told of every write at once."""
+    for member in members:
+        if type(member._data) is not Tensor:
+            cell.members.append(ref(member))
 
 
 def cell_of(g: Any) -> Cell:
     """What ``g`` shares with its views."""
     cell: Cell | None = g._cell
     if cell is None:
-        cell = g._cell = Cell(g._rows)
+        cell = g._cell = Cell(g._rows, g._given)
+        _join(cell, g)
     return cell
 
 
@@ -136,6 +174,7 @@ def as_view(call: tuple[Any, Any, Any], plain: list[Any], named: Any, result: An
             view._cell = cell
             view._seen = cell.version
             view._step = Step(base._step, func, tuple(plain), named, base._data, output)
+            _join(cell, view)
     if type(base._data) is not Tensor:  # traced: what shares memory has to be seen by its storage
         return _same_memory(func, args, kwargs, result)
     return result
@@ -204,6 +243,7 @@ def _same(func: Any, g: Any) -> Any:
     result._cell = cell = cell_of(g)
     result._seen = cell.version
     result._step = g._step
+    _join(cell, result)
     if type(data) is not Tensor:
         return _same_memory(func, (g,), {}, result)
     return result

@@ -52,6 +52,8 @@ class GuardedTensor(Tensor):
     _data: Tensor
     _merges = False
     _gradient = False
+    _given = False
+    _public: Any = None
     _cell: Any = None
     _step: Any = None
     _seen = 0
@@ -222,6 +224,7 @@ def _attached(data: Tensor, flags: Tensor, config: ErrorConfig | int | None, mer
     key = config if isinstance(config, int) else (config or get_config()).key
     dims = (0,) if data.dim() else ()
     carrier = build(data.detach(), flags, (dims, key, merges))
+    carrier._given = False  # also where it is traced, it is made here
     if not (data.requires_grad and torch.is_grad_enabled()):
         return carrier
     return ops.ATTACH(data, carrier)
