@@ -87,7 +87,7 @@ def _flags_and_key(g: GuardedTensor, key: int, other: Tensor | None = None) -> t
     Without a configuration of the call's own, it is the tensor's. No error is left out because the
     configuration now has fewer slots than the flags were made with.
     """
-    from opguard.flags._guarded_dispatch import rows_now
+    from opguard.flags._guarded_wrap import rows_now
     from opguard.flags._rows.payloads import FlagPayload
 
     payload = rows_now(g).aligned().payload
@@ -226,7 +226,7 @@ def _rows_first(g: GuardedTensor) -> GuardedTensor:
     dims = g.batch_dims
     if dims:
         return by_rows(g, dims)  # type: ignore[return-value]
-    from opguard.flags._guarded_dispatch import build
+    from opguard.flags._guarded_wrap import build
 
     data = g.unwrap().unsqueeze(0)
     carrier = build(data.detach(), g.flags, ((0,), rows_key(g), g._merges))
@@ -235,7 +235,7 @@ def _rows_first(g: GuardedTensor) -> GuardedTensor:
 
 def rows_key(g: GuardedTensor) -> int:
     """The key of the configuration by which the flags of ``g`` merge."""
-    from opguard.flags._guarded_dispatch import rows_now
+    from opguard.flags._guarded_wrap import rows_now
 
     return rows_now(g).payload.key  # type: ignore[attr-defined,no-any-return]
 
@@ -323,10 +323,10 @@ def _put(
             " cannot change them in a tensor that it was given; use the function without the"
             " underscore, which gives one back"
         )
-    from opguard.flags import _guarded_dispatch as dispatch
+    from opguard.flags import _guarded_wrap
 
     made = g.with_flags(_WORKS[what](g, tensors, numbers))
-    dispatch._set_rows(g, dispatch.rows_now(made))
+    _guarded_wrap.set_rows(g, _guarded_wrap.rows_now(made))
     return g
 
 

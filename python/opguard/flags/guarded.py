@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from opguard.flags import _engine, _guarded_wrap
 from opguard.flags import _guarded_ops as ops
@@ -202,6 +203,26 @@ class GuardedTensor(Tensor):
     def __array__(self, dtype: Any = None, copy: Any = None) -> NoReturn:
         self.numpy()
 
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(
+            "expected a plain tensor for DLPack, got a GuardedTensor whose flags it cannot hold;"
+            " pass .unwrap() and keep .flags"
+        )
+
+    def data_ptr(self) -> int:
+        """Where the data begins in memory."""
+        return self._data.data_ptr()
+
+    def share_memory_(self) -> GuardedTensor:
+        """Moves the data and the flags to memory that other processes can share."""
+        self._data.share_memory_()  # type: ignore[no-untyped-call]
+        self.flags.share_memory_()  # type: ignore[no-untyped-call]
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether the data lies in memory that other processes can share."""
+        return bool(self._data.is_shared())  # type: ignore[no-untyped-call]
+
     def tolist(self) -> Any:
         """The data as nested lists of numbers."""
         return self._data.tolist()
@@ -263,6 +284,14 @@ def _accept_gradients() -> None:
 
 _accept_gradients()
 torch.serialization.add_safe_globals([_rebuild])
+
+
+def _collate(batch: Any, *, collate_fn_map: Any = None) -> Any:
+    """Samples as one batch, each with its flags."""
+    return torch.stack(tuple(batch))
+
+
+default_collate_fn_map[GuardedTensor] = _collate
 
 
 def guard(x: Tensor, config: ErrorConfig | None = None, *, lost: Lost = "error") -> GuardedTensor:
