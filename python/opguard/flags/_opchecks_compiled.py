@@ -1,0 +1,327 @@
+"""Code under torch.compile: inside a block it is compiled once more, with the checks in its graph.
+
+``torch.compiler.set_stance`` puts a backend of ours in place of all others for as long as a block
+is entered; what was compiled before is found again afterwards, and what is compiled here in the
+next block of the same kind. The backend wraps the graph that Dynamo made into one that runs it op
+by op while it is traced, under the mode, and hands it to the compiler asked for.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opguard.flags._opchecks_eager import Mode, Watch, pop_modes, push_modes
+from opguard.flags._opchecks_graph import Traced
+from opguard.flags._opchecks_places import HERE, Place, place_of_node, place_of_stack
+from opguard.flags._rows import Axis, Rows, SamplePayload
+from opguard.flags._rows.axes import same
+from opguard.flags.codes import ErrorCode
+
+__all__ = ["enter"]
+
+_CPU = torch.device("cpu")
+_lock = threading.Lock()
+_backends: dict[Any, Backend] = {}
+_entered: list[Backend] = []  # those of the blocks of all threads
+_before: list[Any] = []  # the stance before the first of them
+
+
+def enter(
+    backend: str | Callable[..., Any], mask: int, categories: frozenset[str]
+) -> Callable[[], None]:
+    """Makes compiled code checked from now on; what ends that.
+
+    The stance of torch.compile is one for all threads: it is the latest block's, and the user's
+    own again when the last block ends.
+    """
+    import torch._dynamo.eval_frame as frames
+
+    with _lock:
+        stance = _before[0] if _entered else frames._stance
+        if stance.stance != "default":
+            return lambda: None  # the user wants eager code, or no compiling
+        key = (backend if stance.backend is None else stance.backend, mask, categories)
+        ours = _backends.get(key)
+        if ours is None:
+            ours = _backends[key] = Backend(*key)
+        if not _entered:
+            _before.append(stance)
+        _entered.append(ours)
+        _use(ours)
+
+    def leave() -> None:
+        with _lock:
+            if ours not in _entered:
+                return
+            _entered.reverse()
+            _entered.remove(ours)
+            _entered.reverse()
+            if _entered:
+                _use(_entered[-1])
+            else:
+                frames._set_stance(_before.pop())
+
+    return leave
+
+
+def _use(backend: Backend) -> None:
+    import torch._dynamo.eval_frame as frames
+
+    frames._set_stance(frames.DynamoStance(backend=backend))
+
+
+class _Names(torch.fx.Interpreter):
+    """Runs Dynamo's graph and knows which node is at work."""
+
+    node: torch.fx.Node
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        self.node = n
+        return super().run_node(n)
+
+
+class Backend:
+    """Compiles graphs with checks of one kind. One object a kind: graphs are found again by it."""
+
+    def __init__(
+        self, inner: str | Callable[..., Any], mask: int, categories: frozenset[str]
+    ) -> None:
+        self.inner = inner
+        self.mask = mask
+        self.categories = categories
+        self.__name__ = "check_ops"
+
+    def __call__(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        return Checked(self, graph, examples)
+
+    def compile(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        """``graph`` by the compiler asked for."""
+        inner = self.inner
+        if isinstance(inner, str):
+            from torch._dynamo.backends.registry import lookup_backend
+
+            inner = lookup_backend(inner)
+        return inner(graph, examples)  # type: ignore[no-any-return]
+
+
+class Checked:
+    """One graph of Dynamo's with its checks, compiled for the rows that its inputs had then."""
+
+    def __init__(
+        self, backend: Backend, graph: torch.fx.GraphModule, examples: list[Any]
+    ) -> None:
+        self.backend = backend
+        self.graph = graph
+        self.returns = len(_output(graph).args[0])
+        self.parameters = frozenset(
+            i for i, each in enumerate(examples) if isinstance(each, torch.nn.Parameter)
+        )
+        self.own = _own_inputs(graph)
+        self.model = _model_of(graph)
+        self.rows_of_outputs: list[Any] = []
+        self.places: list[Place] = []
+        self.wide: set[int] = set()
+        self.notes: list[Any] = []
+        watches = _watches()
+        self.signature = self._signature(watches[-1], examples) if watches else None
+        self.function = backend.compile(self._wrapped(), examples)
+
+    # --- tracing ---------------------------------------------------------------------------------
+
+    def _wrapped(self) -> torch.fx.GraphModule:
+        """A graph of one call, whose outputs are the graph's own and what was found."""
+        outer = torch.fx.Graph()
+        inputs = []
+        for node in self.graph.graph.nodes:
+            if node.op == "placeholder":
+                made = outer.placeholder(node.name)
+                made.meta = dict(node.meta)
+                inputs.append(made)
+        call = outer.call_function(self._traced, tuple(inputs))
+        count = self.returns + 2 + _size_of_notes(self.graph)
+        outer.output(tuple(outer.call_function(operator.getitem, (call, i)) for i in range(count)))
+        module = torch.fx.GraphModule(self.graph, outer)
+        module.meta = dict(self.graph.meta)
+        return module
+
+    def _traced(self, *args: Any) -> tuple[Any, ...]:
+        runner = _Names(self.graph)
+        signature = self.signature or (None,) * len(args)
+        samples, device = None, next((x.device for x in args if isinstance(x, Tensor)), _CPU)
+        for x, known in zip(args, signature, strict=True):
+            if known is not None:
+                samples, device = x.shape[known[0]], x.device
+                break
+        traced = Traced(
+            self.backend.mask,
+            self.backend.categories,
+            samples,
+            lambda op: place_of_node(op, runner.node),
+            device,
+        )
+        for i, (x, known) in enumerate(zip(args, signature, strict=True)):
+            if known is not None:
+                dim, is_batch = known
+                axis = Axis(dim, 1, x.shape[dim])
+                traced.tracker.put(x, Rows(tuple(x.shape), (axis,), SamplePayload(samples)))
+            else:
+                is_batch = i in self.parameters
+            if isinstance(x, Tensor) and not is_batch:
+                traced.may_hold_inf(x)
+        mode = Mode(traced)
+        push_modes([mode])
+        try:
+            outputs = runner.run(*args)
+        finally:
+            pop_modes(mode)
+        self.places = list(traced.places)
+        self.wide = traced.wide
+        self.notes = [(site, place, len(values)) for site, place, _, values in traced.notes]
+        self.rows_of_outputs = [_batch_dim(traced.tracker, each) for each in outputs]
+        told = [x for *_, pred, values in traced.notes for x in (pred, *values)]
+        return (*outputs, traced.found, traced.more, *told)
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def _signature(self, watch: Watch, args: Any) -> tuple[Any, ...]:
+        """Of each input None, or which of its dimensions is the batch and whether it was given as one."""
+        watch.knows([x for x in args if isinstance(x, Tensor)])
+        if self.own:
+            mine = [args[i] for i in self.own if isinstance(args[i], Tensor)]
+            watch.take_batch(f"input of {self.model}", mine)
+        found: list[Any] = []
+        for x in args:
+            dim = _batch_dim(watch.tracker, x)
+            found.append(None if dim is None else (dim, watch.batch.knows(x)))
+        return tuple(found)
+
+    def __call__(self, *args: Any) -> Any:
+        watches = _watches()
+        if not watches:  # another thread's block: its checks, nobody's findings
+            return self.function(*args)[: self.returns]
+        modes = pop_modes()
+        try:
+            signatures = [self._signature(watch, args) for watch in watches]
+            if any(each != self.signature for each in signatures):
+                return self._run_by_op(modes, args)
+            out = self.function(*args)
+        finally:
+            push_modes(modes)
+        outputs, rest = out[: self.returns], out[self.returns :]
+        caller = place_of_stack("")
+        for watch in watches:
+            self._take(watch, outputs, rest, caller)
+        return outputs
+
+    def _run_by_op(self, modes: list[Any], args: Any) -> Any:
+        """Where the batch lies elsewhere than when it was compiled: op by op, as eager code."""
+        runner = _Names(self.graph)
+        push_modes(modes)
+        before = HERE.place_of
+        HERE.place_of = lambda op: place_of_node(op, runner.node)
+        try:
+            return runner.run(*args)
+        finally:
+            HERE.place_of = before
+            pop_modes()
+
+    def _take(self, watch: Watch, outputs: Any, rest: Any, caller: Place) -> None:
+        samples = watch.book.samples
+        for x, dim in zip(outputs, self.rows_of_outputs, strict=True):
+            if dim is not None and samples is not None and x.shape[dim] == samples:
+                axis = Axis(dim, 1, samples)
+                watch.tracker.put(x, Rows(tuple(x.shape), (axis,), SamplePayload(samples)))
+        told = [x for x in rest if x is not None]
+        if all(x.is_cpu for x in told):
+            self._read(watch, rest, caller)
+        else:
+            watch.book.pending.append(lambda: self._read(watch, rest, caller))
+
+    def _read(self, watch: Watch, rest: Any, caller: Place) -> None:
+        found, more, *told = rest
+        for flags in (found, more):
+            if flags is None:
+                continue
+            slots = flags.detach().cpu().numpy()
+            if slots.any():
+                self._translate(watch, slots.view("uint16"), caller)
+        at = 0
+        for site, place, count in self.notes:
+            if "user" in watch.categories:
+                if not place.line:
+                    place = place._replace(line=caller.line)
+                site.tell(watch.book, place, told[at], told[at + 1 : at + 1 + count])
+            at += 1 + count
+
+    def _translate(self, watch: Watch, slots: Any, caller: Place) -> None:
+        """From the graph's places to the book's findings, in the order of the graph."""
+        book = watch.book
+        for slot in sorted({int(each) for each in slots[slots != 0]}, key=lambda s: (s >> 6, s)):
+            number, code = slot >> 6, slot >> 2 & 15
+            where = (slots == slot).any(1)
+            place = self.places[number - 1]
+            if not place.line:
+                place = place._replace(line=caller.line)
+            if code in (ErrorCode.NAN, ErrorCode.INF):
+                bits = where.astype("uint8") * (1 if code == ErrorCode.NAN else 2)
+                nan, inf = book.unseen(bits, wide=number in self.wide)
+                where = nan if code == ErrorCode.NAN else inf
+                if where is None:
+                    continue
+            book.add(code, place, where)
+
+
+def _output(graph: torch.fx.GraphModule) -> Any:
+    return next(node for node in graph.graph.nodes if node.op == "output")
+
+
+def _size_of_notes(graph: torch.fx.GraphModule) -> int:
+    note = torch.ops.opguard.check_note.default
+    return sum(
+        1 + len(node.args[2]) for node in graph.graph.nodes if node.target in (note, note._overloadpacket)
+    )
+
+
+def _batch_dim(tracker: Any, x: Any) -> int | None:
+    """The dimension of ``x`` in which row i is sample i; None where there is none such."""
+    rows = tracker.rows(x) if isinstance(x, Tensor) else None
+    if rows is None or not rows.payload.identity or len(rows.axes) != 1:
+        return None
+    axis = rows.axes[0]
+    whole = same(axis.inner, 1) and same(axis.size, x.shape[axis.dim])
+    return int(axis.dim) if whole else None
+
+
+def _own_inputs(graph: torch.fx.GraphModule) -> list[int]:
+    """The inputs that a compiled function was called with, where it calls modules itself."""
+    nodes = list(graph.graph.nodes)
+    if not any(node.meta.get("nn_module_stack") for node in nodes):
+        return []
+    places = []
+    for i, node in enumerate(each for each in nodes if each.op == "placeholder"):
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        guard = getattr(source, "guard_source", None)
+        guard = guard() if callable(guard) else guard
+        if guard is not None and getattr(guard, "name", "") == "LOCAL":
+            places.append(i)
+    return places
+
+
+def _model_of(graph: torch.fx.GraphModule) -> str:
+    for node in graph.graph.nodes:
+        for _, kind in (node.meta.get("nn_module_stack") or {}).values():
+            return getattr(kind, "__name__", str(kind).rpartition(".")[2])
+    return "the compiled function"
+
+
+def _watches() -> list[Watch]:
+    """What this thread's blocks look by, the innermost last."""
+    from opguard.flags.opchecks import _BLOCKS
+
+    return [block._watch for block in _BLOCKS.now if block._watch is not None]

@@ -1,0 +1,404 @@
+"""The dispatch mode: every op of the block comes by here, and goes on unchanged."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from opguard.flags._opchecks_book import Book
+from opguard.flags._opchecks_host import Host
+from opguard.flags._opchecks_ops import Kind, kind_of
+from opguard.flags._opchecks_places import Place, place_of_stack
+from opguard.flags._opchecks_rows import Tracker, of_batch, outermost_call
+from opguard.flags._opchecks_user import SITES, place_name, tell
+from opguard.flags._rows import Rows
+from opguard.flags._tracing import never_a_frame
+from opguard.flags.codes import ErrorCode
+
+__all__ = ["HERE", "Mode", "Watch", "pop_modes", "push_modes"]
+
+logger = logging.getLogger("opguard")
+
+_push: Any = torch._C._push_on_torch_dispatch_stack
+_pop_by_key: Any = torch._C._pop_torch_dispatch_stack
+_top: Any = torch._C._get_dispatch_stack_at
+_length: Any = torch._C._len_torch_dispatch_stack
+
+_kinds: dict[Any, Kind] = {}
+_strided = torch.strided
+
+
+class _Here(threading.local):
+    """This thread's own: whether it looks at something now, and is not to be looked at."""
+
+    busy = False
+
+
+HERE = _Here()
+
+
+class Watch:
+    """What is known and what was found in one block."""
+
+    def __init__(self, mask: int, categories: frozenset[str]) -> None:
+        self.mask = mask
+        self.categories = categories
+        self.book = Book()
+        self.tracker = Tracker()
+        self.batch = Tracker()  # what was given as the batch, or called for it
+        self.host = Host(self.book, self.tracker, mask, "div" in categories)
+        self.until: FrameType | None = None  # the frame of the block
+        self.checks_ids = "index" in categories
+        self.failed = False
+
+    # --- the batch -------------------------------------------------------------------------------
+
+    def take_batch(self, name: str, batch: list[Tensor]) -> None:
+        """Tensors whose dimension 0 is the batch; the first of them says how many samples."""
+        for each in batch:
+            if not each.dim() or self.tracker.rows(each) is not None:
+                continue
+            if self.book.samples is None:
+                self.book.size(each.shape[0], each.device)
+            if each.shape[0] != self.book.samples:
+                continue
+            rows = of_batch(each, self.book.samples)
+            self.tracker.put(each, rows)
+            self.batch.put(each, rows)
+            if _is_floats(each):
+                self._look_at_input(name, each, rows)
+
+    def _look_at_input(self, name: str, x: Tensor, rows: Rows) -> None:
+        found = self.host.bits(x, rows, self.mask) if x.is_cpu and self.mask else None
+        if found is None:
+            return
+        nan, inf = self.book.unseen(found[0], wide=False)
+        place = Place(name, "", "")
+        if nan is not None:
+            self.book.add(ErrorCode.NAN, place, nan)
+        if inf is not None:
+            self.book.add(ErrorCode.INF, place, inf)
+
+    def knows(self, inputs: list[Tensor]) -> bool:
+        """Whether the rows of any input are known; looks for the batch where it may be new."""
+        samples, tracker = self.book.samples, self.tracker
+        known = look = False
+        for each in inputs:
+            if tracker.rows(each) is not None:
+                known = True
+            elif (
+                (samples is None or (each.dim() and each.shape[0] == samples))
+                and not isinstance(each, torch.nn.Parameter)
+                and not tracker.knows(each)
+            ):
+                look = True
+        if not look:
+            return known
+        self.find_batch()
+        for each in inputs:
+            if tracker.rows(each) is not None:
+                known = True
+            elif self.book.samples is not None and each.dim() and not tracker.knows(each):
+                tracker.put(each, None)
+        return known
+
+    def find_batch(self) -> None:
+        """Takes the tensors of the outermost call of a module in the block for its batch."""
+        call = outermost_call(self.until)
+        if call is not None:
+            self.take_batch(f"input of {call[0]}", call[1])
+
+    # --- one op ----------------------------------------------------------------------------------
+
+    def run(self, op: Any, kind: Kind, args: Any, kwargs: Any) -> Any:
+        """Runs the op and looks at what it made."""
+        HERE.busy = True
+        try:
+            finish, before, args, kwargs = self._before(op, kind, args, kwargs)
+        finally:
+            HERE.busy = False
+        try:
+            out = op(*args, **kwargs)
+        except Exception:
+            if kind.divisor is not None and self.host.divisions:
+                self._failed_division(kind, args, kwargs)
+            raise
+        HERE.busy = True
+        try:
+            self._after(kind, (args, kwargs), out, finish, before)
+        except Exception as error:  # what looks on must not end what it looks at
+            self._complain(kind, error)
+        finally:
+            HERE.busy = False
+        return out
+
+    def _complain(self, kind: Kind, error: Exception) -> None:
+        if not self.failed:
+            self.failed = True
+            logger.warning(
+                "check_ops: could not look at what %s returned: %s: %s",
+                kind.name,
+                type(error).__name__,
+                error,
+            )
+
+    def _before(self, op: Any, kind: Kind, args: Any, kwargs: Any) -> Any:
+        finish, before = None, {}
+        try:
+            inputs = _tensors(args) if not kwargs else _tensors((*args, *kwargs.values()))
+            known = self.knows(inputs)
+            if self.checks_ids and (kind.ids is not None or kind.id_lists):
+                args, kwargs = self._with_right_ids(kind, args, kwargs)
+            if known:
+                finish = self.tracker.plan(op, args, kwargs)
+            if kind.writes:
+                before = self._written(kind, args, kwargs)
+        except Exception as error:
+            self._complain(kind, error)
+        return finish, before, args, kwargs
+
+    def _written(self, kind: Kind, args: Any, kwargs: Any) -> dict[int, Any]:
+        """The rows, and where it matters what they hold, of tensors that the op writes into."""
+        found: dict[int, Any] = {}
+        for at in kind.writes:
+            value = kind.argument(kind.names[at], args, kwargs)
+            for each in _tensors((value,)):
+                rows = self.tracker.rows(each)
+                held = None
+                if not kind.quiet and _is_floats(each) and _is_real(each) and at == 0:
+                    held = self.host.bits(each, rows)
+                found[id(each)] = (rows, held)
+        return found
+
+    def _after(self, kind: Kind, call: Any, out: Any, finish: Any, before: Any) -> None:
+        outputs = [out] if isinstance(out, Tensor) else _tensors((out,))
+        if not outputs:
+            if before:  # written into, and nothing returned: foreach ops
+                outputs = [x for x in _tensors(call[0]) if id(x) in before]
+                finish = None
+            if not outputs:
+                return
+        rows: list[Rows | None] = [None] * len(outputs)
+        if finish is not None:
+            try:
+                rows = finish(out)
+            except Exception:  # RowsLost: nothing is proven
+                rows = [None] * len(outputs)
+        samples, tracker = self.book.samples, self.tracker
+        for each, mine in zip(outputs, rows, strict=True):
+            if before is not None and id(each) in before:
+                self._rewritten(each, mine, before[id(each)][0])
+            elif mine is not None or (samples is not None and each.dim()
+                                      and each.shape[0] == samples):
+                tracker.put(each, mine)
+        if kind.quiet and not (kind.ids or kind.id_lists):
+            return
+        for each, mine in zip(outputs, rows, strict=True):
+            if _is_floats(each):
+                data = _data_of(each)
+                if data is not None:
+                    self.host.scan(kind, data, mine, call, before)
+
+    def _rewritten(self, x: Tensor, rows: Rows | None, old: Rows | None) -> None:
+        self.tracker.put(x, rows)
+        if rows is old:
+            return
+        same = (
+            rows is not None
+            and old is not None
+            and rows.axes == old.axes
+            and rows.payload.identity
+            and old.payload.identity
+        )
+        if not same:
+            self.tracker.forget_storage(x)
+
+    # --- users' checks ---------------------------------------------------------------------------
+
+    def check(self, pred: Any, message: str, values: dict[str, Any]) -> None:
+        """Records a check of the user's; on an accelerator it is read when flags are."""
+        place = place_of_stack(place_name(message))
+        HERE.busy = True
+        try:
+            if isinstance(pred, Tensor) and not pred.is_cpu:
+                kept = {k: x.clone() if isinstance(x, Tensor) else x for k, x in values.items()}
+                self.book.pending.append(
+                    lambda: tell(self.book, place, pred.clone(), message, kept)
+                )
+            else:
+                tell(self.book, place, pred, message, values)
+        finally:
+            HERE.busy = False
+
+    def note(self, pred: Tensor, number: int, tensors: Any) -> None:
+        """A check in a graph that runs op by op."""
+        if "user" in self.categories:
+            site = SITES[number]
+            place = place_of_stack(place_name(site.message))
+            site.tell(self.book, place, pred, tensors)
+
+    # --- ids and divisors ------------------------------------------------------------------------
+
+    def _with_right_ids(self, kind: Kind, args: Any, kwargs: Any) -> Any:
+        if kind.ids is not None:
+            table, dim, name, _ = kind.ids
+            ids, of = (kind.argument(each, args, kwargs) for each in (name, table))
+            if isinstance(dim, str):
+                dim = kind.argument(dim, args, kwargs)
+            if not of.dim():
+                return args, kwargs
+            fixed = self._right(kind, ids, of.shape[dim], negative=False)
+            return (args, kwargs) if fixed is ids else _replaced(kind, name, fixed, args, kwargs)
+        of = kind.argument("self", args, kwargs)
+        lists = list(kind.argument("indices", args, kwargs))
+        dim, changed = 0, False
+        for i, ids in enumerate(lists):
+            if ids is None:
+                dim += 1
+                continue
+            if ids.dtype in (torch.bool, torch.uint8):
+                dim += ids.dim()
+                continue
+            fixed = self._right(kind, ids, of.shape[dim], negative=True)
+            changed |= fixed is not ids
+            lists[i] = fixed
+            dim += 1
+        return _replaced(kind, "indices", lists, args, kwargs) if changed else (args, kwargs)
+
+    def _right(self, kind: Kind, ids: Tensor, size: int, *, negative: bool) -> Tensor:
+        """``ids``, or where some are bad a copy in which they are the nearest good ones."""
+        if not _is_real(ids) or not ids.is_cpu or not size or not ids.numel():
+            return ids
+        low = -size if negative else 0
+        rows = self.tracker.rows(ids)
+        bad = self.host.bad_ids(ids - low if negative else ids, size - low, rows)
+        if bad is None:
+            return ids
+        self.book.add(ErrorCode.OUT_OF_BOUNDS, place_of_stack(kind.name), bad)
+        fixed = ids.clamp(low, size - 1)
+        if rows is not None:
+            self.tracker.put(fixed, rows)
+        return fixed
+
+    def _failed_division(self, kind: Kind, args: Any, kwargs: Any) -> None:
+        by = kind.argument(kind.divisor or "", args, kwargs)
+        HERE.busy = True
+        try:
+            if not isinstance(by, Tensor):
+                by = torch.as_tensor(by)
+            if not _is_real(by):
+                return
+            zero = torch.zeros(by.shape).masked_fill_(by == 0, torch.nan)
+            found = self.host.bits(zero, self.tracker.rows(by))
+            if found is not None:
+                place = place_of_stack(kind.name)
+                place = place._replace(op=f"zero divisor of {place.op}")
+                self.book.add(ErrorCode.INVALID_VALUE, place, found[0] != 0)
+        except Exception as error:
+            self._complain(kind, error)
+        finally:
+            HERE.busy = False
+
+
+class Mode(TorchDispatchMode):
+    """Sees every op that this thread runs, below autograd."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, watch: Any) -> None:
+        super().__init__()
+        self.watch = watch
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # said to Dynamo below, at no cost a call
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = _kinds.get(func)
+        if kind is None:
+            kind = _kinds[func] = kind_of(func)
+        if kind.plain or HERE.busy:
+            if kind.name == "opguard::check_note" and not HERE.busy:
+                self.watch.note(*args)
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if kind.splits:
+            _push(self)
+            try:
+                return func.decompose(*args, **(kwargs or {}))
+            finally:
+                pop_modes(self)
+        return self.watch.run(func, kind, args, kwargs or {})
+
+
+never_a_frame(Mode.__torch_dispatch__)
+
+
+def push_modes(modes: list[Any]) -> None:
+    """Puts modes on this thread's stack, the last one on top."""
+    for mode in modes:
+        _push(mode)
+
+
+def pop_modes(mode: Any = None) -> list[Any]:
+    """Takes ``mode`` off this thread's stack, wherever it is; None: all of check_ops's that lie
+    on top. Those taken off."""
+    if mode is None:
+        taken = []
+        while _length() and isinstance(_top(_length() - 1), Mode):
+            taken.append(_pop_by_key(None))
+        taken.reverse()
+        return taken
+    above = []
+    while _length():
+        top = _pop_by_key(None)
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        _push(other)
+    return [mode]
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for each in values:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, list | tuple):
+            found += _tensors(each)
+    return found
+
+
+def _is_floats(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _is_real(x: Tensor) -> bool:
+    kind = type(x)
+    return (kind is Tensor or kind is torch.nn.Parameter) and x.layout is _strided
+
+
+def _data_of(x: Tensor) -> Tensor | None:
+    """The plain tensor in ``x``, None where there is none that can be read."""
+    if not _is_real(x):
+        x = getattr(x, "_data", None)
+        if not isinstance(x, Tensor) or not _is_real(x):
+            return None
+    return x if x.numel() and x.is_cpu else None
+
+
+def _replaced(kind: Kind, name: str, value: Any, args: Any, kwargs: Any) -> Any:
+    if name in kwargs:
+        return args, {**kwargs, name: value}
+    at = kind.names.index(name)
+    return (*args[:at], value, *args[at + 1 :]), kwargs

@@ -1,0 +1,144 @@
+"""What kind of op it is: what it can make, what it cannot, which of its arguments are ids.
+
+Everything here is asked once an op and kept.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Kind", "kind_of"]
+
+# What these return is in their inputs, or finite whatever the inputs are: they make no NaN and no
+# Inf, from an Inf neither.
+_MOVES = """
+    _conj _efficientzerotensor _fw_primal _neg_view _reshape_alias _to_copy _unsafe_view _values
+    alias as_strided as_strided_scatter broadcast_to cat channel_shuffle chunk clone concat
+    contiguous copy copy_ data detach detach_ diagonal diagonal_copy diagonal_scatter dropout
+    expand expand_as flatten flip fliplr flipud gather index index_copy index_put index_select
+    lift lift_fresh lift_fresh_copy masked_select movedim narrow new_empty new_empty_strided
+    new_ones new_zeros permute pixel_shuffle pixel_unshuffle positive ravel repeat
+    repeat_interleave reshape resize_ roll rot90 scatter select select_backward select_scatter
+    set_ slice slice_backward slice_scatter sort split split_with_sizes squeeze stack swapaxes t
+    take take_along_dim tile to topk transpose tril triu unbind unflatten unfold unsafe_chunk
+    unsafe_split unsqueeze view view_as view_as_complex view_as_real where zero_ zeros_like
+    ones_like empty_like empty zeros ones eye arange linspace rand rand_like randn randn_like
+    randint randint_like randperm full full_like new_full fill fill_ masked_fill constant_pad_nd
+    pad reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+    replication_pad3d bernoulli bernoulli_ uniform_ normal_ random_ empty_strided
+    scalar_tensor _local_scalar_dense max_pool1d max_pool2d max_pool3d
+    max_pool2d_with_indices max_pool3d_with_indices kthvalue median mode cummax cummin
+    unfold_backward lift_fresh_ view_copy nonzero
+"""
+_BOUNDS = """
+    abs relu relu_ relu6 hardtanh hardsigmoid clamp clamp_min clamp_max clip max min amax amin
+    aminmax maximum minimum fmax fmin sigmoid tanh sign sgn floor ceil round trunc erf neg
+    nan_to_num threshold threshold_backward argmax argmin heaviside atan leaky_relu dropout
+    native_dropout feature_dropout
+"""
+_SAME = {"dropout", "feature_dropout", "native_dropout"}  # they scale what is left: scanned
+_QUIET = frozenset((_MOVES + _BOUNDS).split()) - _SAME
+# An Inf that goes in does not come out as one.
+_ENDS_INF = frozenset("""
+    softmax _softmax sigmoid tanh erf atan sign clamp relu6 hardtanh hardsigmoid nan_to_num
+    scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu
+    _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention
+    _scaled_dot_product_attention_math _safe_softmax _scaled_dot_product_cudnn_attention
+""".split())
+# name: (the table, its dimension or the argument that says it, the ids, negative ones are right)
+_IDS: dict[str, tuple[str, int | str, str, bool]] = {
+    "embedding": ("weight", 0, "indices", False),
+    "_embedding_bag": ("weight", 0, "indices", False),
+    "_embedding_bag_forward_only": ("weight", 0, "indices", False),
+    "index_select": ("self", "dim", "index", False),
+    "gather": ("self", "dim", "index", False),
+    "scatter": ("self", "dim", "index", False),
+    "scatter_": ("self", "dim", "index", False),
+    "scatter_add": ("self", "dim", "index", False),
+    "scatter_add_": ("self", "dim", "index", False),
+    "scatter_reduce": ("self", "dim", "index", False),
+    "scatter_reduce_": ("self", "dim", "index", False),
+    "index_add": ("self", "dim", "index", False),
+    "index_add_": ("self", "dim", "index", False),
+    "index_copy": ("self", "dim", "index", False),
+    "index_copy_": ("self", "dim", "index", False),
+    "index_fill": ("self", "dim", "index", False),
+    "index_fill_": ("self", "dim", "index", False),
+}
+_LISTS_OF_IDS = frozenset({"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"})
+_DIVIDES = frozenset({
+    "div", "div_", "true_divide", "divide", "floor_divide", "floor_divide_", "remainder",
+    "remainder_", "fmod", "fmod_", "reciprocal", "reciprocal_", "addcdiv", "addcdiv_",
+})  # fmt: skip
+_DIVISORS = {"reciprocal": "self", "reciprocal_": "self", "addcdiv": "tensor2", "addcdiv_": "tensor2"}
+
+
+@dataclass(slots=True)
+class Kind:
+    """What is asked about an op before and after it runs."""
+
+    name: str  # "aten::log"
+    plain: bool  # nothing to do but to run it: not of the user's, or without tensors
+    quiet: bool  # cannot make what is looked for
+    pointwise: bool
+    ends_inf: bool
+    splits: bool  # made of other ops, which are looked at instead
+    writes: tuple[int, ...]  # arguments that the op writes into
+    ids: tuple[str, int | str, str, bool] | None
+    id_lists: bool
+    divisor: str | None
+    names: tuple[str, ...]  # of the arguments, by position
+
+    def argument(self, name: str, args: Any, kwargs: Any) -> Any:
+        """The argument of this name, None where it was left out."""
+        if name in kwargs:
+            return kwargs[name]
+        at = self.names.index(name) if name in self.names else len(args)
+        return args[at] if at < len(args) else None
+
+
+def kind_of(op: Any) -> Kind:
+    """The kind of an ``OpOverload``; other callables (higher-order ops) are plain."""
+    schema = getattr(op, "_schema", None)
+    if schema is None or op.namespace == "opguard":
+        name = str(op) if schema is None else schema.name
+        return Kind(name, True, True, False, False, False, (), None, False, None, ())
+    base = schema.name.rpartition("::")[2]
+    bare = base[:-1] if base.endswith("_") and not base.endswith("__") else base
+    arguments = schema.arguments
+    return Kind(
+        name=schema.name,
+        plain=op.namespace in {"prim", "profiler", "c10d", "_c10d_functional", "debugprims"},
+        quiet=op.namespace == "aten" and (base in _QUIET or bare in _QUIET),
+        pointwise=torch.Tag.pointwise in op.tags,
+        ends_inf=bare in _ENDS_INF,
+        splits=_splits(op),
+        writes=tuple(
+            i
+            for i, each in enumerate(arguments)
+            if each.alias_info is not None and each.alias_info.is_write
+        ),
+        ids=_IDS.get(base) if op.namespace == "aten" else None,
+        id_lists=op.namespace == "aten" and base in _LISTS_OF_IDS,
+        divisor=_DIVISORS.get(base, "other") if base in _DIVIDES else None,
+        names=tuple(each.name for each in arguments),
+    )
+
+
+def _splits(op: Any) -> bool:
+    """Whether it is only made of others: such an op arrives in inference mode."""
+    try:
+        return bool(
+            torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+        ) and not any(each.alias_info is not None for each in op._schema.arguments)
+    except RuntimeError:
+        return False
+
+
+def brings_inf(args: Any) -> bool:
+    """Whether a number among the arguments is itself an Inf: then it is meant."""
+    return any(isinstance(each, float) and math.isinf(each) for each in args)

@@ -1,0 +1,217 @@
+"""Every op of a block is checked, and what made the first NaN or Inf is named by source line.
+
+    with check_ops() as c:
+        y = model(x)
+    print(flags.report(c.flags))   # aten::log at model.py:41 in Head.forward
+
+Nothing of the model changes and nothing stays behind. Eager code is seen by a dispatch mode,
+compiled code is compiled once more with the checks in its graph.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from opguard.flags._compiled import checks_of
+from opguard.flags.config import ErrorConfig, get_config
+from opguard.flags.errors import BatchMismatchError, FlagsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from opguard.flags._opchecks_eager import Mode, Watch
+
+__all__ = ["check", "check_ops"]
+
+# What a traced `check` is in a graph: nothing, but to the backend of a block. Without results and
+# effects it goes from all other graphs.
+_LIBRARY = torch.library.Library("opguard", "FRAGMENT")
+_LIBRARY.define("check_note(Tensor pred, int site, Tensor[] values) -> ()")
+_LIBRARY.impl("check_note", lambda pred, site, values: None, "CompositeExplicitAutograd")
+_check_note: Any = torch.ops.opguard.check_note.default
+
+CATEGORIES = ("nan", "inf", "user", "index", "div")
+
+
+class _Blocks(threading.local):
+    """The blocks that this thread is in, the innermost one last."""
+
+    def __init__(self) -> None:
+        self.now: list[check_ops] = []
+
+
+_BLOCKS = _Blocks()
+
+
+class check_ops:  # noqa: N801 - used as a statement, as torch.no_grad is
+    """Checks every op in the block; afterwards ``flags`` says what it found.
+
+    A sample's NaN is recorded where it first came up, its Inf where an op made it out of finite
+    numbers, with the op and the user's line as the location. Where the row rules prove which
+    elements are a sample's, only that sample is flagged, else all of them.
+
+    Args:
+        *batch: tensors whose dimension 0 is the batch. Without any, the tensors in the outermost
+            call of a module in the block: the first one's dimension 0, and others of that size.
+        checks: which of "nan", "inf", "user" (:func:`check`), "index" (ids outside their table:
+            flagged and clamped, so that the run goes on) and "div" (zero divisors).
+        inf: "both", "pos" (-inf is legal, as masked logits have it) or "none".
+        config: how flags are stored; the current configuration if None.
+        backend: what compiles the checked form of code that is under torch.compile.
+
+    Raises:
+        FlagsError: an unknown category, or an ``inf`` that is none.
+        BatchMismatchError: tensors of different batch sizes.
+    """
+
+    def __init__(
+        self,
+        *batch: Tensor,
+        checks: str | Iterable[str] = CATEGORIES,
+        inf: str = "both",
+        config: ErrorConfig | None = None,
+        backend: str | Callable[..., Any] = "inductor",
+    ) -> None:
+        self._batch = list(batch)
+        self._categories = _categories(checks)
+        mask = checks_of(inf, 1)
+        self._mask = (mask & 1 if "nan" in self._categories else 0) | (
+            mask & 6 if "inf" in self._categories else 0
+        )
+        self._config = config
+        self._backend = backend
+        sizes = {each.shape[0] if each.dim() else 1 for each in batch}
+        if len(sizes) > 1:
+            raise BatchMismatchError(
+                f"check_ops: expected tensors of one batch, got batches of {sorted(sizes)}; pass "
+                "those whose dimension 0 is the batch"
+            )
+        self._watch: Watch | None = None
+        self._entered: list[tuple[Mode, Any, int]] = []
+
+    def __enter__(self) -> Self:
+        from opguard.flags._opchecks_compiled import enter
+        from opguard.flags._opchecks_eager import Mode, Watch, push_modes
+
+        if self._entered:
+            raise RuntimeError(
+                "check_ops: expected a block that is not entered, it is; make one of its own for "
+                "each block inside another or in another thread"
+            )
+        watch = self._watch = Watch(self._mask, self._categories)
+        watch.until = sys._getframe(1)
+        watch.take_batch("input", self._batch)
+        mode = Mode(watch)
+        leave = enter(self._backend, self._mask, self._categories)
+        self._entered.append((mode, leave, threading.get_ident()))
+        _BLOCKS.now.append(self)
+        push_modes([mode])
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        from opguard.flags._opchecks_eager import pop_modes
+
+        mode, leave, thread = self._entered.pop()
+        if thread == threading.get_ident():  # a generator's block may end in another one
+            pop_modes(mode)
+        blocks = _BLOCKS.now
+        if self in blocks:
+            blocks.remove(self)
+        leave()
+        watch = self._watch
+        if watch is not None:
+            watch.until = None
+            watch.tracker.clear()
+
+    @property
+    def flags(self) -> Tensor:
+        """Flags (N, words) of what the block has found up to now; one row without a batch.
+
+        Raises:
+            RuntimeError: the block was not entered yet.
+        """
+        return self._found().book.flags(get_config() if self._config is None else self._config)
+
+    @property
+    def locations(self) -> dict[str, int]:
+        """Id of each place where something was found, by its name."""
+        book = self._found().book
+        book.settle()
+        return book.names()
+
+    def _check(self, pred: Any, message: str, values: dict[str, Any]) -> None:
+        if "user" in self._categories and self._entered:
+            self._found().check(pred, message, values)
+
+    def _found(self) -> Watch:
+        if self._watch is None:
+            raise RuntimeError(
+                "check_ops: expected its block to be entered before what it found is read; use "
+                "it as `with check_ops() as c:`"
+            )
+        return self._watch
+
+    def __repr__(self) -> str:
+        if self._watch is None:
+            return "check_ops(not entered)"
+        found = self._watch.book
+        found.settle()
+        state = "running" if self._entered else "done"
+        return f"check_ops({state}, {len(found.found)} findings)"
+
+
+def _categories(checks: str | Iterable[str]) -> frozenset[str]:
+    chosen = frozenset([checks] if isinstance(checks, str) else checks)
+    unknown = sorted(map(str, chosen - set(CATEGORIES)))
+    if unknown:
+        raise FlagsError(
+            f"check_ops(checks=...): expected categories out of {', '.join(CATEGORIES)}, got "
+            f"{', '.join(unknown)}"
+        )
+    return chosen
+
+
+def check(pred: Tensor, message: str, **values: object) -> None:
+    """Records, in a block of :class:`check_ops`, the samples for which ``pred`` is False.
+
+    Outside of such a block it does nothing.
+
+    Args:
+        pred: (N,) bool, or () for the whole batch.
+        message: what is wrong, with ``{name}`` for ``values``: those of the first bad sample stand
+            there in what is reported.
+        **values: tensors (N, ...), or anything else that can be formatted.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        names, constants, kept = [], [], []
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                names.append(name)
+                kept.append(value)
+            else:
+                constants.append((name, value))
+        _check_note(pred, _site(message, tuple(names), tuple(constants)), kept)
+        return
+    for block in _BLOCKS.now:
+        block._check(pred, message, values)
+
+
+def _site(message: str, names: tuple[str, ...], constants: tuple[tuple[str, Any], ...]) -> int:
+    from opguard.flags._opchecks_user import site_of
+
+    return site_of(message, names, constants)
+
+
+# What torch.compiler.assume_constant_result sets; that imports torch._dynamo, which takes 0.8 s.
+vars(_site)["_dynamo_marked_constant"] = True
