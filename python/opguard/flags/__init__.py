@@ -51,6 +51,7 @@ from opguard.flags.extraction import (
     extract_locations,
     location_from_stack,
 )
+from opguard.flags.failures import Failure, first_failure
 from opguard.flags.guarded import GuardedTensor, guard
 from opguard.flags.helpers import (
     find,
@@ -69,6 +70,7 @@ from opguard.flags.helpers import (
 from opguard.flags.indexing import guarded_embedding, guarded_gather, guarded_index_select
 from opguard.flags.inspection import ErrorFlags, UnpackedError, flags
 from opguard.flags.locations import ErrorLocation, resolve_location
+from opguard.flags.opchecks import check, check_ops
 from opguard.flags.reporting import FlagCounters, Report, plot, prometheus, report, to_dataframe
 from opguard.flags.results import Err, Ok, Result, as_exception, as_result, unwrap
 from opguard.flags.tensorcheck import tensorcheck
@@ -118,6 +120,7 @@ __all__ = [
     "ErrorDomain",
     "ErrorFlags",
     "ErrorLocation",
+    "Failure",
     "FlagCounters",
     "FlagEvent",
     "FlagsError",
@@ -145,13 +148,16 @@ __all__ = [
     "as_exception",
     "as_result",
     "assign_locations",
+    "check",
     "check_model",
+    "check_ops",
     "dist_merge",
     "err",
     "error_t",
     "experimental",
     "extract_locations",
     "find",
+    "first_failure",
     "fix",
     "flag_inf",
     "flag_inf_",

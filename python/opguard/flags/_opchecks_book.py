@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from opguard.flags import _engine
 from opguard.flags._opchecks_places import Place, id_of
 from opguard.flags.codes import ErrorCode
 from opguard.flags.config import ErrorConfig
+from opguard.flags.failures import remember_order
 from opguard.flags.locations import ErrorLocation, _registry
 
 __all__ = ["INF_BITS", "NAN_BIT", "Book", "Found"]
@@ -38,6 +38,8 @@ class Book:
     """
 
     def __init__(self) -> None:
+        import numpy
+
         self.samples: int | None = None
         self.seen: Any = numpy.zeros(1, numpy.uint8)
         self.found: list[Found] = []
@@ -47,6 +49,8 @@ class Book:
 
     def size(self, samples: int, device: torch.device) -> None:
         """The batch is known from now on."""
+        import numpy
+
         if self.samples is None:
             self.samples = samples
             self.device = device
@@ -93,13 +97,15 @@ class Book:
             location = id_of(each.place)
             if each.text and _registry.ids.get(each.place.name) == location:
                 _registry.names[location] = f"{each.text} at {each.place.line}"
-            where = None if each.where is None else torch.from_numpy(each.where.copy())
+            where = None if each.where is None else torch.from_numpy(each.where)
             if where is not None and where.shape[0] != flags.shape[0]:
                 where = None
             flags = _engine.push(
                 flags, where, each.code, location, None, config.key, int(config.default_severity)
             )
-        return flags if self.device.type == "cpu" else flags.to(self.device)
+        flags = flags if self.device.type == "cpu" else flags.to(self.device)
+        remember_order(flags, [(id_of(each.place), each.code) for each in self.found])
+        return flags
 
     def names(self) -> dict[str, int]:
         """Each place's name and its location id."""

@@ -19,12 +19,14 @@ from torch import Tensor
 from opguard.flags._opchecks_eager import Mode, Watch, pop_modes, push_modes
 from opguard.flags._opchecks_graph import Traced
 from opguard.flags._opchecks_places import HERE, Place, place_of_node, place_of_stack
+from opguard.flags._opchecks_rows import samples_of
 from opguard.flags._rows import Axis, Rows, SamplePayload
 from opguard.flags._rows.axes import same
 from opguard.flags.codes import ErrorCode
 
 __all__ = ["enter"]
 
+_INPUT = "place" + "holder"  # what torch.fx calls a graph's input
 _CPU = torch.device("cpu")
 _lock = threading.Lock()
 _backends: dict[Any, Backend] = {}
@@ -107,15 +109,13 @@ class Backend:
             from torch._dynamo.backends.registry import lookup_backend
 
             inner = lookup_backend(inner)
-        return inner(graph, examples)  # type: ignore[no-any-return]
+        return inner(graph, examples)
 
 
 class Checked:
     """One graph of Dynamo's with its checks, compiled for the rows that its inputs had then."""
 
-    def __init__(
-        self, backend: Backend, graph: torch.fx.GraphModule, examples: list[Any]
-    ) -> None:
+    def __init__(self, backend: Backend, graph: torch.fx.GraphModule, examples: list[Any]) -> None:
         self.backend = backend
         self.graph = graph
         self.returns = len(_output(graph).args[0])
@@ -139,8 +139,8 @@ class Checked:
         outer = torch.fx.Graph()
         inputs = []
         for node in self.graph.graph.nodes:
-            if node.op == "placeholder":
-                made = outer.placeholder(node.name)
+            if node.op == _INPUT:
+                made = getattr(outer, _INPUT)(node.name)
                 made.meta = dict(node.meta)
                 inputs.append(made)
         call = outer.call_function(self._traced, tuple(inputs))
@@ -190,7 +190,7 @@ class Checked:
     # --- running ---------------------------------------------------------------------------------
 
     def _signature(self, watch: Watch, args: Any) -> tuple[Any, ...]:
-        """Of each input None, or which of its dimensions is the batch and whether it was given as one."""
+        """Of each input its batch dimension and whether it was given as a batch, or None."""
         watch.knows([x for x in args if isinstance(x, Tensor)])
         if self.own:
             mine = [args[i] for i in self.own if isinstance(args[i], Tensor)]
@@ -254,9 +254,8 @@ class Checked:
         at = 0
         for site, place, count in self.notes:
             if "user" in watch.categories:
-                if not place.line:
-                    place = place._replace(line=caller.line)
-                site.tell(watch.book, place, told[at], told[at + 1 : at + 1 + count])
+                at_line = place if place.line else place._replace(line=caller.line)
+                site.tell(watch.book, at_line, told[at], told[at + 1 : at + 1 + count])
             at += 1 + count
 
     def _translate(self, watch: Watch, slots: Any, caller: Place) -> None:
@@ -284,14 +283,16 @@ def _output(graph: torch.fx.GraphModule) -> Any:
 def _size_of_notes(graph: torch.fx.GraphModule) -> int:
     note = torch.ops.opguard.check_note.default
     return sum(
-        1 + len(node.args[2]) for node in graph.graph.nodes if node.target in (note, note._overloadpacket)
+        1 + len(node.args[2])
+        for node in graph.graph.nodes
+        if node.target in (note, note._overloadpacket)
     )
 
 
 def _batch_dim(tracker: Any, x: Any) -> int | None:
     """The dimension of ``x`` in which row i is sample i; None where there is none such."""
     rows = tracker.rows(x) if isinstance(x, Tensor) else None
-    if rows is None or not rows.payload.identity or len(rows.axes) != 1:
+    if rows is None or not samples_of(rows).identity or len(rows.axes) != 1:
         return None
     axis = rows.axes[0]
     whole = same(axis.inner, 1) and same(axis.size, x.shape[axis.dim])
@@ -304,7 +305,7 @@ def _own_inputs(graph: torch.fx.GraphModule) -> list[int]:
     if not any(node.meta.get("nn_module_stack") for node in nodes):
         return []
     places = []
-    for i, node in enumerate(each for each in nodes if each.op == "placeholder"):
+    for i, node in enumerate(each for each in nodes if each.op == _INPUT):
         source = getattr(node.meta.get("grapharg"), "source", None)
         guard = getattr(source, "guard_source", None)
         guard = guard() if callable(guard) else guard

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opguard.flags._opchecks_book import Book
 from opguard.flags._opchecks_host import Host
-from opguard.flags._opchecks_ops import Kind, kind_of
+from opguard.flags._opchecks_ops import Kind, ids_of, kind_of, with_ids
 from opguard.flags._opchecks_places import Place, place_of_stack
-from opguard.flags._opchecks_rows import Tracker, of_batch, outermost_call
+from opguard.flags._opchecks_rows import Tracker, of_batch, outermost_call, samples_of
 from opguard.flags._opchecks_user import SITES, place_name, tell
 from opguard.flags._rows import Rows
 from opguard.flags._tracing import never_a_frame
@@ -194,8 +194,9 @@ class Watch:
         for each, mine in zip(outputs, rows, strict=True):
             if before is not None and id(each) in before:
                 self._rewritten(each, mine, before[id(each)][0])
-            elif mine is not None or (samples is not None and each.dim()
-                                      and each.shape[0] == samples):
+            elif mine is not None or (
+                samples is not None and each.dim() and each.shape[0] == samples
+            ):
                 tracker.put(each, mine)
         if kind.quiet and not (kind.ids or kind.id_lists):
             return
@@ -213,8 +214,8 @@ class Watch:
             rows is not None
             and old is not None
             and rows.axes == old.axes
-            and rows.payload.identity
-            and old.payload.identity
+            and samples_of(rows).identity
+            and samples_of(old).identity
         )
         if not same:
             self.tracker.forget_storage(x)
@@ -246,42 +247,23 @@ class Watch:
     # --- ids and divisors ------------------------------------------------------------------------
 
     def _with_right_ids(self, kind: Kind, args: Any, kwargs: Any) -> Any:
-        if kind.ids is not None:
-            table, dim, name, _ = kind.ids
-            ids, of = (kind.argument(each, args, kwargs) for each in (name, table))
-            if isinstance(dim, str):
-                dim = kind.argument(dim, args, kwargs)
-            if not of.dim():
-                return args, kwargs
-            fixed = self._right(kind, ids, of.shape[dim], negative=False)
-            return (args, kwargs) if fixed is ids else _replaced(kind, name, fixed, args, kwargs)
-        of = kind.argument("self", args, kwargs)
-        lists = list(kind.argument("indices", args, kwargs))
-        dim, changed = 0, False
-        for i, ids in enumerate(lists):
-            if ids is None:
-                dim += 1
-                continue
-            if ids.dtype in (torch.bool, torch.uint8):
-                dim += ids.dim()
-                continue
-            fixed = self._right(kind, ids, of.shape[dim], negative=True)
-            changed |= fixed is not ids
-            lists[i] = fixed
-            dim += 1
-        return _replaced(kind, "indices", lists, args, kwargs) if changed else (args, kwargs)
+        old = ids_of(kind, args, kwargs)
+        new = [self._right(kind, *each) for each in old]
+        ids = [each[0] for each in old]
+        if all(a is b for a, b in zip(ids, new, strict=True)):
+            return args, kwargs
+        return with_ids(kind, args, kwargs, ids, new)
 
-    def _right(self, kind: Kind, ids: Tensor, size: int, *, negative: bool) -> Tensor:
+    def _right(self, kind: Kind, ids: Tensor, low: int, high: int) -> Tensor:
         """``ids``, or where some are bad a copy in which they are the nearest good ones."""
-        if not _is_real(ids) or not ids.is_cpu or not size or not ids.numel():
+        if not _is_real(ids) or not ids.is_cpu or high < 0 or not ids.numel():
             return ids
-        low = -size if negative else 0
         rows = self.tracker.rows(ids)
-        bad = self.host.bad_ids(ids - low if negative else ids, size - low, rows)
+        bad = self.host.bad_ids(ids - low if low else ids, high - low + 1, rows)
         if bad is None:
             return ids
         self.book.add(ErrorCode.OUT_OF_BOUNDS, place_of_stack(kind.name), bad)
-        fixed = ids.clamp(low, size - 1)
+        fixed = ids.clamp(low, high)
         if rows is not None:
             self.tracker.put(fixed, rows)
         return fixed
@@ -306,13 +288,13 @@ class Watch:
             HERE.busy = False
 
 
-class Mode(TorchDispatchMode):
+class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every op that this thread runs, below autograd."""
 
     supports_higher_order_operators = True
 
     def __init__(self, watch: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.watch = watch
 
     @classmethod
@@ -391,14 +373,8 @@ def _is_real(x: Tensor) -> bool:
 def _data_of(x: Tensor) -> Tensor | None:
     """The plain tensor in ``x``, None where there is none that can be read."""
     if not _is_real(x):
-        x = getattr(x, "_data", None)
-        if not isinstance(x, Tensor) or not _is_real(x):
+        inner = getattr(x, "_data", None)
+        if not isinstance(inner, Tensor) or not _is_real(inner):
             return None
+        x = inner
     return x if x.numel() and x.is_cpu else None
-
-
-def _replaced(kind: Kind, name: str, value: Any, args: Any, kwargs: Any) -> Any:
-    if name in kwargs:
-        return args, {**kwargs, name: value}
-    at = kind.names.index(name)
-    return (*args[:at], value, *args[at + 1 :]), kwargs

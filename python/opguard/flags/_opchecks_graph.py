@@ -1,8 +1,8 @@
-"""The checks as ops of a graph: nothing is read, all findings are in one flags tensor at the end.
+"""The checks as ops of a graph: nothing is read, what they find is in one flags tensor.
 
-While a function is traced, the mode calls :meth:`Traced.run` for each op. Locations in the flags are
-numbers of the graph's own places, so that a graph depends on no registry and takes no ids for what
-is never found.
+While a function is traced, the mode calls :meth:`Traced.run` for each op. Locations in the flags
+are numbers of the graph's own places, so that a graph depends on no registry and takes no ids for
+what is never found.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from opguard.flags._opchecks_host import floats
-from opguard.flags._opchecks_ops import Kind, brings_inf
+from opguard.flags._opchecks_ops import Kind, brings_inf, ids_of, with_ids
 from opguard.flags._opchecks_places import Place
-from opguard.flags._opchecks_rows import Tracker, by_rows
+from opguard.flags._opchecks_rows import Tracker, by_rows, samples_of
 from opguard.flags._opchecks_user import SITES, place_name
 from opguard.flags._rows import Rows
 from opguard.flags.codes import ErrorCode
@@ -76,7 +76,7 @@ class Traced:
     def run(self, op: Any, kind: Kind, args: Any, kwargs: Any) -> Any:
         """Runs the op in the trace and adds the look at what it returned."""
         flat = (*args, *kwargs.values())
-        if self._ids and kind.ids is not None:
+        if self._ids and (kind.ids is not None or kind.id_lists):
             args, kwargs = self._with_right_ids(kind, args, kwargs)
         inputs = list(floats(flat))
         tainted = [x for x in inputs if self._may(x)]
@@ -95,7 +95,7 @@ class Traced:
             self.tracker.put(each, mine)
             if not (each.is_floating_point() or each.is_complex()):
                 continue
-            if not kind.quiet or kind.ids is not None:
+            if not kind.quiet or kind.ids is not None or kind.id_lists:
                 clean = [x for x in inputs if x is not each] if tainted else []
                 self._scan(kind, each, mine, args, kwargs, clean if tainted else None)
             if taints:
@@ -113,7 +113,7 @@ class Traced:
             place = place._replace(op="an op")
         return self.places.setdefault(place, len(self.places) + 1)
 
-    def _scan(
+    def _scan(  # noqa: PLR0917
         self,
         kind: Kind,
         out: Tensor,
@@ -156,11 +156,9 @@ class Traced:
         if x.device == self._device:
             if self.samples is None:
                 view = x.unsqueeze(0) if x.dim() else x
-                self.found = _ops.flags_check(
-                    self.found, view, number, mask, _CHRONO_FIRST_BY_CODE
-                )
+                self.found = _ops.flags_check(self.found, view, number, mask, _CHRONO_FIRST_BY_CODE)
                 return
-            if rows is not None and rows.payload.identity:
+            if rows is not None and samples_of(rows).identity:
                 self.found = _ops.flags_check(
                     self.found, by_rows(x, rows), number, mask, _CHRONO_FIRST_BY_CODE
                 )
@@ -175,11 +173,12 @@ class Traced:
     def _bits(self, x: Tensor, rows: Rows | None) -> Tensor:
         """(N,) or (1,) uint8: what each sample holds."""
         order = None if rows is None or self.samples is None else _every_row(rows)
-        if order is None:
+        bits: Tensor
+        if rows is None or order is None:
             bits = _ops.row_findings(x.unsqueeze(0) if x.dim() else x)
             return bits.to(self._device)
         bits = _ops.row_findings(by_rows(x, rows)).to(self._device)
-        if rows is not None and rows.payload.identity:
+        if samples_of(rows).identity:
             return bits
         return _per_sample(bits, order, self.samples)
 
@@ -203,9 +202,7 @@ class Traced:
             self.more = torch.zeros((self._rows, 4), dtype=torch.int64, device=self._device)
         return self.more
 
-    def _divided(
-        self, kind: Kind, out: Tensor, rows: Rows | None, args: Any, kwargs: Any
-    ) -> None:
+    def _divided(self, kind: Kind, out: Tensor, rows: Rows | None, args: Any, kwargs: Any) -> None:
         by = kind.argument(kind.divisor or "", args, kwargs)
         if not isinstance(by, Tensor) or by is out or isinstance(by, torch.nn.Parameter):
             return
@@ -218,26 +215,23 @@ class Traced:
         self.more = _ops.flags_push(self._also(), where, slot, MORE_KEY)
 
     def _with_right_ids(self, kind: Kind, args: Any, kwargs: Any) -> Any:
-        assert kind.ids is not None
-        table, dim, name, _ = kind.ids
-        ids, of = (kind.argument(each, args, kwargs) for each in (name, table))
-        if isinstance(dim, str):
-            dim = kind.argument(dim, args, kwargs)
-        size = of.shape[dim] if of.dim() else 1
-        if not isinstance(size, int) or not size:
-            return args, kwargs
+        old = ids_of(kind, args, kwargs)
+        new = [self._right(kind, *each) for each in old]
+        return (
+            with_ids(kind, args, kwargs, [each[0] for each in old], new) if old else (args, kwargs)
+        )
+
+    def _right(self, kind: Kind, ids: Tensor, low: Any, high: Any) -> Tensor:
+        if not isinstance(high, int) or high < 0:
+            return ids
         rows = self.tracker.rows(ids)
-        fixed = ids.clamp(0, size - 1)
-        wrong = (fixed != ids).to(torch.float32).masked_fill(fixed != ids, torch.nan)
-        number = self._number(kind)
-        slot = 2 | ErrorCode.OUT_OF_BOUNDS << CODE_SHIFT | number << LOCATION_SHIFT
+        fixed = ids.clamp(low, high)
+        wrong = torch.where(fixed != ids, torch.nan, 0.0)
+        slot = 2 | ErrorCode.OUT_OF_BOUNDS << CODE_SHIFT | self._number(kind) << LOCATION_SHIFT
         where = (self._bits(wrong, rows) != 0).expand(self._rows)
         self.more = _ops.flags_push(self._also(), where, slot, MORE_KEY)
         self.tracker.put(fixed, rows)
-        if name in kwargs:
-            return args, {**kwargs, name: fixed}
-        at = kind.names.index(name)
-        return (*args[:at], fixed, *args[at + 1 :]), kwargs
+        return fixed
 
 
 _MARK: Any = object()
@@ -245,9 +239,9 @@ _MARK: Any = object()
 
 def _every_row(rows: Rows) -> Any:
     """The sample of each row, if each has one: an array, or True where row i is sample i."""
-    if rows.payload.identity:
+    if samples_of(rows).identity:
         return True
-    ids = rows.payload.ids()
+    ids = samples_of(rows).ids()
     return None if ids is None or not (ids >= 0).all() else ids
 
 

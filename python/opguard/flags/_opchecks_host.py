@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from opguard.flags import _engine
 from opguard.flags._opchecks_book import INF_BITS, NAN_BIT, Book
 from opguard.flags._opchecks_ops import Kind, brings_inf
 from opguard.flags._opchecks_places import Place, place_of_stack
-from opguard.flags._opchecks_rows import Tracker, by_rows
+from opguard.flags._opchecks_rows import Tracker, by_rows, samples_of
 from opguard.flags._rows import Rows
 from opguard.flags.codes import ErrorCode
 
@@ -38,7 +37,8 @@ class Host:
             self._scratch.clear()
         with torch.inference_mode(False):
             scratch = torch.zeros((rows, 1), dtype=torch.int64)
-        made = scratch, memoryview(scratch.numpy()), bytes(8 * rows)
+        memory: Any = scratch.numpy()
+        made = scratch, memoryview(memory), bytes(8 * rows)
         self._scratch[rows] = made
         return made
 
@@ -57,21 +57,25 @@ class Host:
         And whether that is said of all samples for want of knowing better.
         """
         samples = self.book.samples
-        if rows is None or samples is None or rows.payload.mixed:
+        if rows is None or samples is None or samples_of(rows).mixed:
             view = x.unsqueeze(0) if x.dim() else x
             if self._is_clean(view, mask):
                 return None
+            import numpy
+
             value = int(_row_findings(view)[0]) & mask
             return numpy.full(samples or 1, value, numpy.uint8), True
         view = by_rows(x, rows)
         if self._is_clean(view, mask):
             return None
         found = _row_findings(view).numpy() & mask
-        if rows.payload.identity:
+        if samples_of(rows).identity:
             return found, False
-        return self._spread(found, rows.payload.ids(), samples)
+        return self._spread(found, samples_of(rows).ids(), samples)
 
     def _spread(self, found: Any, ids: Any, samples: int) -> tuple[Any, bool]:
+        import numpy
+
         proven = ids >= 0
         bits = numpy.zeros(samples, numpy.uint8)
         numpy.bitwise_or.at(bits, ids[proven], found[proven])
@@ -114,25 +118,35 @@ class Host:
             bad = bad & torch.isfinite(each)
         found = self.bits(torch.zeros_like(out).masked_fill_(bad, torch.inf), rows)
         if found is not None:
-            self.book.add(ErrorCode.INVALID_VALUE, place._replace(op=f"zero divisor of {place.op}"),
-                          found[0] != 0)
+            place = place._replace(op=f"zero divisor of {place.op}")
+            self.book.add(ErrorCode.INVALID_VALUE, place, found[0] != 0)
 
     def bad_ids(self, ids: Tensor, size: int, rows: Rows | None) -> Any:
         """(N,) bool: samples with an id outside 0..size-1; None where there is none."""
+        import numpy
+
         samples = self.book.samples
-        wide = rows is None or samples is None or rows.payload.mixed
-        view = ids.reshape(1, -1) if wide else by_rows(ids, rows)
+        proven = rows if samples is not None else None
+        if proven is None or samples_of(proven).mixed:
+            found = _engine.index(ids.reshape(1, -1), size, 0, None, _SCRATCH_KEY).numpy()
+            return numpy.ones(samples or 1, bool) if found.any() else None
+        view = by_rows(ids, proven)
         found = _engine.index(view, size, 0, None, _SCRATCH_KEY).numpy()[:, 0] != 0
         if not found.any():
             return None
-        if wide:
-            return numpy.ones(samples or 1, bool)
-        if rows.payload.identity:
+        if samples_of(proven).identity:
             return found
-        return self._spread(found.astype(numpy.uint8), rows.payload.ids(), samples)[0] != 0
+        ids_of_rows = samples_of(proven).ids()
+        return self._spread(found.astype(numpy.uint8), ids_of_rows, samples or 1)[0] != 0
 
-    def _made(
-        self, kind: Kind, out: Tensor, rows: Rows | None, args: Any, before: dict[int, Any], inf: Any
+    def _made(  # noqa: PLR0917
+        self,
+        kind: Kind,
+        out: Tensor,
+        rows: Rows | None,
+        args: Any,
+        before: dict[int, Any],
+        inf: Any,
     ) -> Any:
         """Of the samples in ``inf`` those whose Inf the op made out of finite numbers."""
         if kind.pointwise and brings_inf(args):
@@ -151,7 +165,7 @@ class Host:
             held = self.bits(each, self.tracker.rows(each))
             if held is not None:
                 inf = inf & (held[0] == 0)
-        held = before.get(id(out))
+        held = before[id(out)][1] if id(out) in before else None
         if held is not None:
             inf = inf & ((held[0] & (INF_BITS | NAN_BIT)) == 0)
         return _some(inf)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Kind", "kind_of"]
+__all__ = ["Kind", "brings_inf", "ids_of", "kind_of", "with_ids"]
 
 # What these return is in their inputs, or finite whatever the inputs are: they make no NaN and no
 # Inf, from an Inf neither.
@@ -43,38 +43,37 @@ _BOUNDS = """
 _SAME = {"dropout", "feature_dropout", "native_dropout"}  # they scale what is left: scanned
 _QUIET = frozenset((_MOVES + _BOUNDS).split()) - _SAME
 # An Inf that goes in does not come out as one.
-_ENDS_INF = frozenset("""
+_BOUNDED = """
     softmax _softmax sigmoid tanh erf atan sign clamp relu6 hardtanh hardsigmoid nan_to_num
     scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu
     _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention
     _scaled_dot_product_attention_math _safe_softmax _scaled_dot_product_cudnn_attention
-""".split())
-# name: (the table, its dimension or the argument that says it, the ids, negative ones are right)
-_IDS: dict[str, tuple[str, int | str, str, bool]] = {
-    "embedding": ("weight", 0, "indices", False),
-    "_embedding_bag": ("weight", 0, "indices", False),
-    "_embedding_bag_forward_only": ("weight", 0, "indices", False),
-    "index_select": ("self", "dim", "index", False),
-    "gather": ("self", "dim", "index", False),
-    "scatter": ("self", "dim", "index", False),
-    "scatter_": ("self", "dim", "index", False),
-    "scatter_add": ("self", "dim", "index", False),
-    "scatter_add_": ("self", "dim", "index", False),
-    "scatter_reduce": ("self", "dim", "index", False),
-    "scatter_reduce_": ("self", "dim", "index", False),
-    "index_add": ("self", "dim", "index", False),
-    "index_add_": ("self", "dim", "index", False),
-    "index_copy": ("self", "dim", "index", False),
-    "index_copy_": ("self", "dim", "index", False),
-    "index_fill": ("self", "dim", "index", False),
-    "index_fill_": ("self", "dim", "index", False),
+"""
+_ENDS_INF = frozenset(_BOUNDED.split())
+# name: (the table, its dimension or the argument that says it, the ids)
+_IDS: dict[str, tuple[str, int | str, str]] = {
+    "embedding": ("weight", 0, "indices"),
+    "_embedding_bag": ("weight", 0, "indices"),
+    "_embedding_bag_forward_only": ("weight", 0, "indices"),
+    **dict.fromkeys(
+        (
+            *("index_select", "gather", "scatter", "scatter_add", "scatter_reduce"),
+            *("index_add", "index_copy", "index_fill"),
+        ),
+        ("self", "dim", "index"),
+    ),
 }
 _LISTS_OF_IDS = frozenset({"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"})
 _DIVIDES = frozenset({
     "div", "div_", "true_divide", "divide", "floor_divide", "floor_divide_", "remainder",
     "remainder_", "fmod", "fmod_", "reciprocal", "reciprocal_", "addcdiv", "addcdiv_",
 })  # fmt: skip
-_DIVISORS = {"reciprocal": "self", "reciprocal_": "self", "addcdiv": "tensor2", "addcdiv_": "tensor2"}
+_DIVISORS = {
+    "reciprocal": "self",
+    "reciprocal_": "self",
+    "addcdiv": "tensor2",
+    "addcdiv_": "tensor2",
+}
 
 
 @dataclass(slots=True)
@@ -88,7 +87,7 @@ class Kind:
     ends_inf: bool
     splits: bool  # made of other ops, which are looked at instead
     writes: tuple[int, ...]  # arguments that the op writes into
-    ids: tuple[str, int | str, str, bool] | None
+    ids: tuple[str, int | str, str] | None
     id_lists: bool
     divisor: str | None
     names: tuple[str, ...]  # of the arguments, by position
@@ -122,7 +121,7 @@ def kind_of(op: Any) -> Kind:
             for i, each in enumerate(arguments)
             if each.alias_info is not None and each.alias_info.is_write
         ),
-        ids=_IDS.get(base) if op.namespace == "aten" else None,
+        ids=_IDS.get(bare) if op.namespace == "aten" else None,
         id_lists=op.namespace == "aten" and base in _LISTS_OF_IDS,
         divisor=_DIVISORS.get(base, "other") if base in _DIVIDES else None,
         names=tuple(each.name for each in arguments),
@@ -142,3 +141,40 @@ def _splits(op: Any) -> bool:
 def brings_inf(args: Any) -> bool:
     """Whether a number among the arguments is itself an Inf: then it is meant."""
     return any(isinstance(each, float) and math.isinf(each) for each in args)
+
+
+def ids_of(kind: Kind, args: Any, kwargs: Any) -> list[tuple[Any, Any, Any]]:
+    """The ids among the arguments, each with the lowest and the highest that are right."""
+    if kind.ids is not None:
+        table, dim, name = kind.ids
+        ids, of = (kind.argument(each, args, kwargs) for each in (name, table))
+        if isinstance(dim, str):
+            dim = kind.argument(dim, args, kwargs)
+        return [(ids, 0, of.shape[dim] - 1)] if of.dim() else []
+    of = kind.argument("self", args, kwargs)
+    found = []
+    dim = 0
+    for ids in kind.argument("indices", args, kwargs):
+        if ids is None:
+            dim += 1
+        elif ids.dtype in {torch.bool, torch.uint8}:
+            dim += ids.dim()
+        else:
+            found.append((ids, -of.shape[dim], of.shape[dim] - 1))
+            dim += 1
+    return found
+
+
+def with_ids(kind: Kind, args: Any, kwargs: Any, old: list[Any], new: list[Any]) -> Any:
+    """The arguments with other ids in the places of the old ones."""
+    name = "indices" if kind.ids is None else kind.ids[2]
+    value = kind.argument(name, args, kwargs)
+    changed = {id(before): after for before, after in zip(old, new, strict=True)}
+    if kind.ids is None:
+        value = [changed.get(id(each), each) for each in value]
+    else:
+        value = changed[id(value)]
+    if name in kwargs:
+        return args, {**kwargs, name: value}
+    at = kind.names.index(name)
+    return (*args[:at], value, *args[at + 1 :]), kwargs

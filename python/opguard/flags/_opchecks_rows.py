@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from opguard.flags._found import tensors
 from opguard.flags._rows import Rows, SamplePayload, plan
 from opguard.flags._rows.axes import same
 
-__all__ = ["Tracker", "by_rows", "of_batch", "outermost_call"]
+__all__ = ["Tracker", "by_rows", "of_batch", "outermost_call", "samples_of"]
 
 _MODULE_CALL = torch.nn.Module._wrapped_call_impl.__code__
 
@@ -23,6 +23,11 @@ _MODULE_CALL = torch.nn.Module._wrapped_call_impl.__code__
 def of_batch(x: Tensor, samples: Any) -> Rows:
     """Rows of a tensor whose dimension 0 is the batch."""
     return Rows.of_batch(tuple(x.shape), SamplePayload(samples))
+
+
+def samples_of(rows: Rows) -> SamplePayload:
+    """The sample numbers that rows carry here."""
+    return cast("SamplePayload", rows.payload)
 
 
 class Tracker:
@@ -52,9 +57,10 @@ class Tracker:
             memory = x.untyped_storage()._cdata
             for refers, rows in list(self._of.values()):
                 other = refers()
-                if rows is not None and other is not None and other is not x:
-                    if other.untyped_storage()._cdata == memory:
-                        self.put(other, None)
+                if rows is None or other is None or other is x:
+                    continue
+                if other.untyped_storage()._cdata == memory:
+                    self.put(other, None)
         except (NotImplementedError, RuntimeError):  # no memory of its own: nothing shares it
             return
 
@@ -87,9 +93,8 @@ def outermost_call(until: FrameType | None) -> tuple[str, list[Tensor]] | None:
 def by_rows(x: Tensor, rows: Rows) -> Tensor:
     """``x`` as (rows, ...), the rows in the order of its payload; a view where there can be one."""
     axes = rows.axes
-    if len(axes) == 1 and axes[0].dim == 0 and same(axes[0].inner, 1):
-        if same(x.shape[0], axes[0].size):
-            return x
+    if len(axes) == 1 and axes[0] == (0, 1, x.shape[0]):
+        return x
     shape: list[Any] = []
     place: dict[int, int] = {}
     for dim, size in enumerate(x.shape):

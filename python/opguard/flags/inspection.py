@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from opguard import _C
-from opguard.flags import _engine, reporting
+from opguard.flags import _engine, failures, reporting
 from opguard.flags._boundary import boundary
 from opguard.flags._guarded_record import flags_of
 from opguard.flags._words import as_words
@@ -205,6 +205,7 @@ class _Flags:
     plot = staticmethod(reporting.plot)
     to_dataframe = staticmethod(reporting.to_dataframe)
     prometheus = staticmethod(reporting.prometheus)
+    first_failure = staticmethod(failures.first_failure)
 
 
 flags = _Flags()

@@ -31,9 +31,11 @@ __all__ = ["check", "check_ops"]
 
 # What a traced `check` is in a graph: nothing, but to the backend of a block. Without results and
 # effects it goes from all other graphs.
-_LIBRARY = torch.library.Library("opguard", "FRAGMENT")
-_LIBRARY.define("check_note(Tensor pred, int site, Tensor[] values) -> ()")
-_LIBRARY.impl("check_note", lambda pred, site, values: None, "CompositeExplicitAutograd")
+_LIBRARY = torch.library.Library("opguard", "FRAGMENT")  # type: ignore[no-untyped-call]
+_define: Any = _LIBRARY.define
+_implement: Any = _LIBRARY.impl
+_define("check_note(Tensor pred, int site, Tensor[] values) -> ()")
+_implement("check_note", lambda pred, site, values: None, "CompositeExplicitAutograd")
 _check_note: Any = torch.ops.opguard.check_note.default
 
 CATEGORIES = ("nan", "inf", "user", "index", "div")
@@ -49,7 +51,7 @@ class _Blocks(threading.local):
 _BLOCKS = _Blocks()
 
 
-class check_ops:  # noqa: N801 - used as a statement, as torch.no_grad is
+class check_ops:
     """Checks every op in the block; afterwards ``flags`` says what it found.
 
     A sample's NaN is recorded where it first came up, its Inf where an op made it out of finite
