@@ -154,11 +154,14 @@ def read(f: Tensor) -> Errors:
     # The lowest slot of a word comes first, whatever the order of bytes in this machine's words.
     words = host.numpy().astype(f"<i{host.element_size()}", order="C", copy=False)
     slots = words.view("<u2")
-    sample, slot = np.nonzero(slots)
+    samples, width = slots.shape
+    slots = slots.reshape(-1)
+    at = np.flatnonzero(slots)
+    sample, slot = np.divmod(at, width)
     return Errors(
-        slots.shape[0],
+        samples,
         host.view(f.dtype),
         sample.astype(np.int64, copy=False),
         slot.astype(np.int64, copy=False),
-        slots[sample, slot].astype(np.uint16, copy=False),
+        slots[at].astype(np.uint16, copy=False),
     )
