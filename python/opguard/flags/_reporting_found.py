@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["Errors", "Finding", "batch_of", "flags_of", "messages_of", "read"]
+__all__ = ["Errors", "Finding", "batch_of", "flags_of", "read"]
 
 
 class Finding(NamedTuple):
@@ -136,14 +135,6 @@ def batch_of(source: Any, total: int) -> tuple[int, ...]:
         if math.prod(sizes) == total:
             return sizes
     return (total,)
-
-
-def messages_of(source: Any) -> dict[int, str]:
-    """Texts of user checks by location id, where the source keeps some."""
-    kept = getattr(source, "messages", None)
-    if not isinstance(kept, Mapping):
-        return {}
-    return {int(place): str(text) for place, text in kept.items()}
 
 
 def read(f: Tensor) -> Errors:
