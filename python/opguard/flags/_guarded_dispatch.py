@@ -44,6 +44,9 @@ _KEEPS_STATISTICS = {
     "aten::miopen_batch_norm",
     "aten::_batch_norm_impl_index",
     "aten::batch_norm",
+    "aten::embedding_renorm_",  # the table is the layer's, scaled where it has to be
+    "aten::rrelu_with_noise",  # the noise is drawn, not computed
+    "aten::rrelu_with_noise_",
 }
 _CHANGES_DEVICE = {"aten::_to_copy", "aten::copy_", "aten::copy", "aten::to", "aten::_pin_memory"}
 _READS_STRIDES = {"aten::as_strided", "aten::as_strided_", "aten::as_strided_copy"}

@@ -151,3 +151,7 @@ def _pack(call: Call) -> After:
         return Rows(shape, (Axis(0, 1, len(index)),), lead.payload.gather(index))
 
     return each(placed)
+
+
+# Rows of the table are scaled one by one; which of them depends on all ids.
+spell("embedding_renorm", "vd", self="vk")

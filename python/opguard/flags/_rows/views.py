@@ -12,6 +12,7 @@ from opguard.flags._rows.axes import product, same
 from opguard.flags._rows.numbering import ramp, unflagged
 from opguard.flags._rows.rows import Rows
 from opguard.flags._rows.rules import lost, rule
+from opguard.flags._rows.windows import windowed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -399,7 +400,7 @@ def _as_strided(call: Call) -> Rows | None:
     if found is None:
         return lost(
             call,
-            "these sizes and strides are no select, slice, permute or expand of its tensor",
+            "these sizes and strides step from sample to sample in no plain way",
         )
     return found
 
@@ -414,8 +415,9 @@ def _strided(rows: Rows, call: Call) -> Rows | None:
         return rows
     free = [d for d in range(len(old)) if rows.shape[d] > 1]
     distinct = len({old[d] for d in free} - {0}) == len(free)
-    if ahead < 0 or 0 in size or not distinct:
-        return None
+    windows = windowed(rows, size, stride, old, ahead)
+    if windows is not None or ahead < 0 or 0 in size or not distinct:
+        return windows
     first = dict.fromkeys(range(len(old)), 0)
     for d in sorted(free, key=lambda d: -old[d]):
         first[d], ahead = divmod(ahead, old[d])
