@@ -25,6 +25,7 @@ from opguard.flags._guarded_wrap import (
     reshaped,
     resize,
     rows_now,
+    same_flags,
     set_rows,
     wrap,
 )
@@ -254,7 +255,7 @@ def _remember(key: Any, out: Any, rows: list[Rows | None], found: list[Any]) -> 
     for one in rows:
         source, axes = -1, None
         if one is not None:
-            source = next((i for i, g in enumerate(found) if _same_rows(g._rows, one)), -1)
+            source = next((i for i, g in enumerate(found) if same_flags(g._rows, one)), -1)
             if source < 0:
                 return
             given = found[source]._rows
@@ -263,11 +264,6 @@ def _remember(key: Any, out: Any, rows: list[Rows | None], found: list[Any]) -> 
     if len(_handed_on) >= _REMEMBERED:
         _handed_on.clear()
     _handed_on[key] = tuple(moves)
-
-
-def _same_rows(given: Any, rows: Any) -> bool:
-    old, new = given.payload, rows.payload
-    return old is new or (old.flags is new.flags and old.key == new.key)
 
 
 def _wrapped(out: Any, rows: Iterator[Rows | None], merges: bool) -> Any:

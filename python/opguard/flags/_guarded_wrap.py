@@ -30,6 +30,7 @@ __all__ = [
     "reshaped",
     "resize",
     "rows_now",
+    "same_flags",
     "set_rows",
     "wrap",
 ]
@@ -126,11 +127,17 @@ def in_backward() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
+def same_flags(given: Any, rows: Any) -> bool:
+    """Whether both have the very same flags, in whatever places."""
+    old, new = given.payload, rows.payload
+    return old is new or (old.flags is new.flags and old.key == new.key)
+
+
 def set_rows(g: Any, rows: Rows) -> None:
     """``rows`` are those of ``g`` after a write into it."""
     cell = g._cell
     given = g._given if cell is None else cell.given
-    if given and rows.payload is not g._rows.payload:
+    if given and not same_flags(rows, g._rows):
         raise RowsLost(
             "expected a compiled region to leave the flags of what it is given as they are, got a"
             " write that changes those of an input; write into a copy (g * 1) and return it"
