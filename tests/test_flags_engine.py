@@ -35,7 +35,7 @@ KEY = ErrorConfig().key
 DTYPES = (torch.int64, torch.int32, torch.float64, torch.float32)
 LONG = (
     *("check", "check_", "index", "push", "push_", "merge", "merge_", "find", "is_ok", "is_err"),
-    *("count", "max_severity", "new", "read", "read_all"),
+    *("count", "max_severity", "new", "read", "read_all", "gather"),
 )
 
 
@@ -110,6 +110,7 @@ def test_the_short_road_gives_what_the_ops_give(dtype, slots):
             (f, where, 15, 8, None, key, 3),
         ],
         "merge": [((f, g), key), ([g, f, f], key)],
+        "gather": [(g, ids % 7 - 1, key), (g, ids[:, 0].int() % 6, key), (g, ids[:0], key)],
         "find": [(f, 0x3C, 4)],
         **{name: [(f,)] for name in ("is_ok", "is_err", "count", "max_severity", "read_all")},
         "new": [(6, None, key), (0, None, key)],
@@ -308,6 +309,10 @@ BAD = {
     "batches": (BatchMismatchError, "merge_", (F, F[:2], KEY)),
     "nothing": (FlagsError, "merge", ((), KEY)),
     "row": (FlagsError, "read", (F, 6)),
+    "row to gather": (FlagsError, "gather", (F, torch.tensor([6]), KEY)),
+    "index of rows": (FlagsError, "gather", (F, torch.zeros(6), KEY)),
+    "3-D index": (FlagsError, "gather", (F, torch.zeros(1, 1, 1).long(), KEY)),
+    "list of rows": (FlagsError, "gather", (F, [1, 2], KEY)),
     "name of a code": (CodeError, "push_", (F, None, "NAN", 1, None, KEY)),
     "half a code": (CodeError, "push", (F, None, 1.5, 1, None, KEY)),
     "codes": (CodeError, "push", (F, None, torch.tensor([1, 2]), 1, None, KEY)),
@@ -345,6 +350,8 @@ def test_what_is_no_tensor_is_refused(junk):
         ("flags_check_", (data(), 1, junk, 7, KEY)),
         ("flags_find", (junk, 60, 4)),
         ("flags_merge", ((F, junk), KEY)),
+        ("flags_gather", (F, junk, KEY)),
+        ("flags_gather", (junk, torch.tensor([0]), KEY)),
         ("flags_read", (junk, 0)),
         ("flags_out_check", (junk, data(), 1, 7)),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import html.parser
 import itertools
 import re
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +23,9 @@ from opguard.flags import (
     FlagCounters,
     FlagsError,
     FlagsLayoutError,
+    check,
     check_model,
+    check_ops,
     err,
     flags,
 )
@@ -85,6 +87,7 @@ def any_flags(draw):
 def test_a_report_says_what_is_where_in_which_samples():
     assert str(flags.report(example())) == (
         "256 of 256 samples with errors: 256xFALLBACK_VALUE, 4xNAN, 1xINF at 2 locations\n"
+        "first failure: INF at enc.ff.2 in sample 7 of 256\n"
         "  location  code            severity  samples  which\n"
         "  enc.ff.2  INF             CRITICAL        1  7\n"
         "  head      NAN             CRITICAL        4  7, 31-33\n"
@@ -116,9 +119,9 @@ def test_many_samples_and_many_locations_are_counted_not_listed():
     for place in range(60):
         f = put(f, [place], err.NAN, f"layer.{place}")
     text = str(og.report(f, rows=10))
-    assert len(text.splitlines()) == 13
+    assert len(text.splitlines()) == 14
     assert text.endswith("\n  ... and 51 more")
-    assert len(str(og.report(f, rows=100)).splitlines()) == 63
+    assert len(str(og.report(f, rows=100)).splitlines()) == 64
 
 
 def test_an_error_twice_in_a_sample_is_two_errors_in_one_sample():
@@ -179,14 +182,41 @@ def test_whatever_has_flags_is_taken():
     assert og.plot(c).get_title(loc="left") == "1 of 2 samples with errors"
 
 
-def test_messages_stand_beside_their_location():
-    f = example()
-    head = ErrorLocation.get("head")
-    r = og.report(SimpleNamespace(flags=f, messages={head: "norm is <5 & >3\nreally", 999: "no"}))
+def test_a_users_check_says_its_message_with_the_values_of_the_first_bad_sample():
+    x = torch.tensor([[1.0], [5.0], [7.0]])
+    with check_ops(x) as c:
+        check(x[:, 0] < 4, "norm is <{norm}> & more", norm=x[:, 0])
+    text = str(og.report(c))
+    assert re.search(
+        r"^  norm is <5.*> & more at test_flags_reporting\.py:\d+ .* 2  1-2$", text, re.M
+    )
+    assert "norm is &lt;5" in og.report(c.flags)._repr_html_()
+
+
+def test_a_checked_block_names_the_line_that_made_the_first():
+    x = torch.tensor([[1.0], [0.0], [2.0]])
+    with check_ops(x) as c:
+        y = x.log()
+        y - y
+    r = og.report(c)
+    assert r.first.code_name == "INF"
+    assert r.first.samples == (1,)
     lines = str(r).splitlines()
-    assert [line.strip() for line in lines].count("norm is <5 & >3\\nreally") == 2
-    assert "norm is &lt;5 &amp; &gt;3" in r._repr_html_()
-    assert "no" not in [line.strip() for line in lines]
+    assert lines[1] == str(r.first) == str(og.first_failure(c))
+    assert re.search(r"aten::log at test_flags_reporting\.py:\d+ ", lines[1])
+    assert str(og.report(c.flags)) == str(r)
+    # The words are in the table as well, which is escaped.
+    assert html.escape(lines[1]) in r._repr_html_()
+
+
+def test_the_first_of_many_errors_is_found_at_once():
+    """Of flags that nobody remembers: what stands behind no other in any sample."""
+    f = put(err.new_t(4), [0, 1], err.INF, "b")
+    f = put(f, [0, 1, 2], err.NAN, "c")
+    f = put(f, [3], err.NAN, "a")
+    assert og.report(f).first == og.first_failure(f)
+    assert (og.report(f).first.location_name, og.report(f).first.samples) == ("b", (0, 1))
+    assert og.report(err.new_t(2)).first is None
 
 
 def test_samples_of_several_dimensions_are_told_by_their_index():
@@ -203,7 +233,7 @@ def test_samples_of_several_dimensions_are_told_by_their_index():
 
 
 def test_the_module_and_its_object_offer_the_same():
-    for name in ("report", "plot", "to_dataframe", "prometheus"):
+    for name in ("report", "plot", "to_dataframe", "prometheus", "first_failure"):
         assert getattr(og, name) is getattr(flags, name)
         assert name in og.__all__
 
@@ -298,7 +328,7 @@ def test_names_cannot_break_out_of_the_table():
 def test_names_cannot_tear_the_text():
     f = put(err.new_t(2), [0], err.NAN, "a\nb\x1b[31mc")
     text = str(og.report(f))
-    assert len(text.splitlines()) == 3
+    assert len(text.splitlines()) == 4
     assert "a\\nb\\x1b[31mc" in text
 
 

@@ -282,6 +282,29 @@ def test_a_step_and_what_splits_the_batch_before_it(data: st.DataObject, step: A
     program(data, [reshape, permute, step])
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("new", [(2, 9), (9, 2), (6, 3), (3, 2, 3), (2, 3, 3), (1, 18), (3, 6)])
+def test_a_reshape_that_cuts_the_batch_keeps_its_samples_apart(new: tuple[int, ...], dim: int):
+    flags, samples, index = fresh((3, 3, 2), dim)
+    check_all((flags.reshaped(new), samples.reshaped(new)), index.reshape(new))
+
+
+def test_two_axes_that_a_reshape_cuts_are_kept_apart():
+    flags, samples, index = fresh((6, 2), 0)
+    order, sizes = (2, 1, 0), (3, 4)
+    turned = index.reshape(3, 2, 2).permute(order)
+    parts = [rows.reshaped((3, 2, 2)).permuted(order) for rows in (flags, samples)]
+    assert len(parts[0].axes) == 2
+    check_all(tuple(rows.reshaped(sizes) for rows in parts), turned.reshape(sizes))
+
+
+def test_a_reshape_that_would_make_very_many_rows_merges_them():
+    flags, _, index = fresh((3, 5, 1009), 0)
+    cut = flags.reshaped((5, 3 * 1009))
+    assert cut.payload.rows == 1
+    check(cut, index.reshape(5, 3 * 1009), exact=False)
+
+
 @few
 @hypothesis.given(data=st.data())
 def test_programs_of_moves_are_followed_exactly(data: st.DataObject):

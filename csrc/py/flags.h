@@ -19,6 +19,7 @@
 /* clang-format off */
 #define OG_FLAGS_LONG(X) \
     X(check) X(check_) X(index) X(push) X(push_) X(merge) X(merge_) \
+    X(gather) \
     X(find) X(is_ok) X(is_err) X(count) X(max_severity) X(new) \
     X(read) X(read_all)
 

@@ -14,6 +14,9 @@ call(const og_ops *ops, const og_flags_work *job, og_error *err)
         case OG_WORK_PUSH:
             return ops->flags_push(job->inputs[0], job->other, job->out,
                                    job->place, job->key, err);
+        case OG_WORK_GATHER:
+            return ops->flags_gather(job->inputs[0], job->other, job->out,
+                                     job->key, err);
         default:
             return ops->flags_merge(job->inputs, job->count, job->out,
                                     job->key, err);
@@ -292,6 +295,43 @@ flags_merge_in(PyObject *module, PyObject *const *args, Py_ssize_t count)
     return og_flags_end(road, result, state->flags.merge_, args, count);
 }
 
+/* --- gather: (f, index, key) --- */
+
+static int
+gather(og_state *state, PyObject *const *args, PyObject **result)
+{
+    og_flags_work job = {.kind = OG_WORK_GATHER};
+    og_look flags, index;
+    og_flags_out out = {NULL, NULL};
+    OG_FLAGS_STEP(og_flags_int(args[2], &job.key));
+    OG_FLAGS_STEP(og_flags_clear_road(state));
+    OG_FLAGS_STEP(og_flags_look(state, args[0], &job.inputs[0], &flags));
+    OG_FLAGS_STEP(og_flags_look(state, args[1], &job.other, &index));
+    if (flags.ndim != 2 || og_flags_slots(flags.dtype) == 0 ||
+        index.ndim < 1) {
+        return OG_ROAD_LONG;
+    }
+    OG_FLAGS_STEP(og_flags_make(state, index.sizes[0], flags.sizes[1],
+                                flags.dtype, &flags, args[0], &out));
+    job.out = out.impl;
+    job.elements = index.numel * flags.sizes[1];
+    return og_flags_done(run(state, &job), out, result);
+}
+
+PyDoc_STRVAR(flags_gather_doc,
+             "flags_gather($module, f, index, key, /)\n--\n\n"
+             "opguard.flags._engine.gather by the shortest road.");
+
+static PyObject *
+flags_gather(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    og_state *state = og_state_get(module);
+    PyObject *result = NULL;
+    int road = count == 3 ? gather(state, args, &result) : OG_ROAD_LONG;
+    result = og_flags_told(state, road, result);
+    return og_flags_end(road, result, state->flags.gather, args, count);
+}
+
 PyMethodDef og_flags_record_methods[] = {
     {"flags_check", (PyCFunction)(void (*)(void))flags_check, METH_FASTCALL,
      flags_check_doc},
@@ -307,5 +347,7 @@ PyMethodDef og_flags_record_methods[] = {
      flags_merge_doc},
     {"flags_merge_", (PyCFunction)(void (*)(void))flags_merge_in,
      METH_FASTCALL, flags_merge_in_doc},
+    {"flags_gather", (PyCFunction)(void (*)(void))flags_gather, METH_FASTCALL,
+     flags_gather_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -12,7 +12,8 @@ typedef enum og_flags_kind {
     OG_WORK_CHECK,
     OG_WORK_INDEX,
     OG_WORK_PUSH,
-    OG_WORK_MERGE
+    OG_WORK_MERGE,
+    OG_WORK_GATHER
 } og_flags_kind;
 
 /* Every tensor is a borrowed impl. */
@@ -20,7 +21,7 @@ typedef struct og_flags_work {
     og_flags_kind kind;
     void *inputs[OG_FLAGS_MERGED]; /* flags first, others only to merge */
     size_t count;
-    void *other; /* x, ids or where */
+    void *other; /* x, ids, where or index */
     void *out;
     int64_t number; /* checks or size */
     int64_t place;  /* a location; a slot for a push */

@@ -117,6 +117,18 @@ og_table_flags_merge(void *const *flags, size_t count, void *out, int64_t key,
 }
 
 og_status
+og_table_flags_gather(void *flags, void *index, void *out, int64_t key,
+                      og_error *err)
+{
+    AtenTensorHandle to = handle_of(&out);
+    og_status status = need_out(out, err);
+    return status != OG_OK
+               ? status
+               : og_flags_gather_run(handle_of(&flags), handle_of(&index), &to,
+                                     key, err);
+}
+
+og_status
 og_table_flags_query(void *flags, og_flags_what what, int64_t mask,
                      int64_t value, void *out, og_error *err)
 {

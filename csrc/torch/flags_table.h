@@ -24,6 +24,9 @@ og_status
 og_table_flags_merge(void *const *flags, size_t count, void *out, int64_t key,
                      og_error *err);
 og_status
+og_table_flags_gather(void *flags, void *index, void *out, int64_t key,
+                      og_error *err);
+og_status
 og_table_flags_query(void *flags, og_flags_what what, int64_t mask,
                      int64_t value, void *out, og_error *err);
 og_status

@@ -150,6 +150,7 @@ og_ops_table(void)
         .flags_read = og_table_flags_read,
         .tensor_look = og_tensor_look,
         .flags_chain = og_table_flags_chain,
+        .flags_gather = og_table_flags_gather,
     };
     return &table;
 }

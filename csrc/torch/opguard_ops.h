@@ -114,6 +114,10 @@ typedef struct og_ops {
     og_status (*flags_chain)(void *const *tensors, size_t tensor_count,
                              const og_flags_step *steps, size_t count,
                              void *out, og_error *err);
+    /* index: (M,) or (M, K) of int64 or int32; out: (M, W) like flags, apart
+     * from them. Row m is rows index[m] merged in their order; -1 is none. */
+    og_status (*flags_gather)(void *flags, void *index, void *out, int64_t key,
+                              og_error *err);
 } og_ops;
 
 /* A static table, never NULL; any thread. */

@@ -20,8 +20,8 @@ from torch.compiler import is_dynamo_compiling
 from opguard import _C
 from opguard.flags import _traced
 from opguard.flags._compiled import merge as compiled_merge
-from opguard.flags._traced import Location, clear, gather, index_clamp, location_of, slot_of
-from opguard.flags.errors import CodeError
+from opguard.flags._traced import Location, clear, index_clamp, location_of, slot_of
+from opguard.flags.errors import CodeError, FlagsError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,6 +141,21 @@ def merge_(f: Tensor, g: Tensor, key: int) -> Tensor:
     if is_dynamo_compiling():
         return _traced.merge_(f, g, key)
     return _C.flags_merge_(f, g, key)
+
+
+def gather(f: Tensor, index: Tensor, key: int) -> Tensor:
+    """Rows of ``f`` by number: row m is rows ``index[m]`` merged in their order, -1 being none.
+
+    ``index``: (M,) or (M, K), int64 or int32, on the device of ``f``. All slots are used.
+    """
+    if is_dynamo_compiling():
+        return _traced.gather(f, index, key)
+    try:
+        return _C.flags_gather(f, index, key)
+    except RuntimeError as error:  # all that an op can raise
+        if str(error).startswith("expected index to name "):
+            raise FlagsError(str(error)) from None
+        raise
 
 
 def find(f: Tensor, mask: int, value: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["Errors", "Finding", "batch_of", "flags_of", "messages_of", "read"]
+__all__ = ["Errors", "Finding", "batch_of", "flags_of", "read"]
 
 
 class Finding(NamedTuple):
@@ -138,14 +137,6 @@ def batch_of(source: Any, total: int) -> tuple[int, ...]:
     return (total,)
 
 
-def messages_of(source: Any) -> dict[int, str]:
-    """Texts of user checks by location id, where the source keeps some."""
-    kept = getattr(source, "messages", None)
-    if not isinstance(kept, Mapping):
-        return {}
-    return {int(place): str(text) for place, text in kept.items()}
-
-
 def read(f: Tensor) -> Errors:
     """Reads flags (N, words) of any of the four dtypes; waits for their device once."""
     import numpy as np
@@ -154,11 +145,14 @@ def read(f: Tensor) -> Errors:
     # The lowest slot of a word comes first, whatever the order of bytes in this machine's words.
     words = host.numpy().astype(f"<i{host.element_size()}", order="C", copy=False)
     slots = words.view("<u2")
-    sample, slot = np.nonzero(slots)
+    samples, width = slots.shape
+    slots = slots.reshape(-1)
+    at = np.flatnonzero(slots)
+    sample, slot = np.divmod(at, width)
     return Errors(
-        slots.shape[0],
+        samples,
         host.view(f.dtype),
         sample.astype(np.int64, copy=False),
         slot.astype(np.int64, copy=False),
-        slots[sample, slot].astype(np.uint16, copy=False),
+        slots[at].astype(np.uint16, copy=False),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -74,7 +74,6 @@ def as_text(
     head: Sequence[str],
     findings: Sequence[Finding],
     batch: tuple[int, ...],
-    messages: Mapping[int, str],
     rows: int,
 ) -> str:
     """Head lines, then an aligned table of at most ``rows`` findings."""
@@ -84,12 +83,9 @@ def as_text(
     table: list[tuple[str, ...]] = [_HEADS]
     table += [tuple(map(one_line, _cells(each, batch))) for each in findings[:rows]]
     widths = [max(len(cells[i]) for cells in table) for i in range(4)]
-    for number, cells in enumerate(table):
+    for cells in table:
         left = "  ".join(cells[i].ljust(widths[i]) for i in range(3))
         lines.append(f"  {left}  {cells[3].rjust(widths[3])}  {cells[4]}")
-        said = messages.get(findings[number - 1].location) if number else None
-        if said is not None:
-            lines.append(f"      {one_line(said)}")
     if len(findings) > rows:
         lines.append(f"  ... and {len(findings) - rows} more")
     return "\n".join(lines)
@@ -99,7 +95,6 @@ def as_html(
     head: Sequence[str],
     findings: Sequence[Finding],
     batch: tuple[int, ...],
-    messages: Mapping[int, str],
     rows: int,
 ) -> str:
     """The same as an HTML table. Every name is escaped; no script, no style sheet."""
@@ -112,9 +107,6 @@ def as_html(
     lines.append("</tr></thead><tbody>")
     for finding in findings[:rows]:
         name, code, severity, count, which = map(escape, _cells(finding, batch))
-        said = messages.get(finding.location)
-        if said is not None:
-            name += f"<br><i>{escape(said)}</i>"
         chip = (
             f"background:{COLOURS[finding.severity]};color:{_INK.get(finding.severity, '#fff')};"
             "padding:0 .5em;border-radius:.6em"

@@ -286,7 +286,18 @@ def merge_(f: Tensor, g: Tensor, key: int) -> Tensor:
 
 def gather(f: Tensor, index: Tensor, key: int) -> Tensor:
     """Rows of ``f`` by number: row m is rows ``index[m]`` merged in their order, -1 being none."""
-    return noted(cast("Tensor", _ops.flags_gather.default(_flags(f), index, key)))
+    return noted(cast("Tensor", _ops.flags_gather.default(_flags(f), _index(index), key)))
+
+
+def _index(index: Tensor) -> Tensor:
+    if not isinstance(index, torch.Tensor):
+        raise FlagsError(f"expected an index of rows in a tensor, got {type(index).__name__}")
+    if index.dim() not in {1, 2} or index.dtype not in {torch.int64, torch.int32}:
+        raise FlagsError(
+            "expected an index of rows of shape (M,) or (M, K) in int64 or int32, got shape "
+            f"{tuple(index.shape)} of {index.dtype}"
+        )
+    return index
 
 
 def find(f: Tensor, mask: int, value: int) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opguard.flags._boundary import boundary
-from opguard.flags._reporting_found import flags_of, read
+from opguard.flags._reporting_found import Errors, flags_of, read
 from opguard.flags.codes import ErrorCode, Severity
 from opguard.flags.constants import CODE_MASK, CODE_SHIFT, LOCATION_SHIFT, SEVERITY_MASK
 from opguard.flags.locations import ErrorLocation
@@ -67,20 +67,23 @@ def first_failure(f: Any) -> Failure | None:
             check_ops gives.
     """
     flags = flags_of(f)
-    errors = read(flags)
+    return first_of(flags, read(flags))
+
+
+def first_of(flags: Tensor, errors: Errors) -> Failure | None:
+    """:func:`first_failure` of flags that were read already."""
+    import numpy as np
+
     if not errors.value.size:
         return None
-    samples: dict[int, list[int]] = {}
-    rows: dict[int, list[int]] = {}
-    for sample, value in zip(errors.sample.tolist(), errors.value.tolist(), strict=True):
-        samples.setdefault(value, []).append(sample)
-        rows.setdefault(sample, []).append(value)
-    first = _by_memory(flags, samples)
+    values, counts = np.unique(errors.value, return_counts=True)
+    known = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    first = _by_memory(flags, known)
     if first is None:
-        first = _by_rows(rows.values(), samples)
+        first = _by_rows(errors, known)
     code, severity = first >> CODE_SHIFT & CODE_MASK, first & SEVERITY_MASK
     location = first >> LOCATION_SHIFT
-    who = tuple(dict.fromkeys(samples[first]))
+    who = tuple(np.unique(errors.sample[errors.value == first]).tolist())
     return Failure(
         who,
         who[0],
@@ -94,15 +97,17 @@ def first_failure(f: Any) -> Failure | None:
     )
 
 
-def _by_rows(rows: Iterable[list[int]], samples: dict[int, list[int]]) -> int:
-    """An error that stands behind no other; in a circle, the one that stands first most often."""
-    behind: set[int] = set()
-    begins: dict[int, int] = {}
-    for row in {tuple(row) for row in rows}:
-        begins[row[0]] = begins.get(row[0], 0) + 1
-        behind.update(each for each in row[1:] if each != row[0])
-    free = [each for each in begins if each not in behind] or list(begins)
-    return min(free, key=lambda each: (-len(samples[each]), each >> LOCATION_SHIFT, each))
+def _by_rows(errors: Errors, counts: dict[int, int]) -> int:
+    """An error that stands behind no other; in a circle, the one that there is most often."""
+    import numpy as np
+
+    begins = np.diff(errors.sample, prepend=-1) != 0
+    heads = errors.value[begins]
+    head_of_row = heads[np.cumsum(begins) - 1]
+    behind = errors.value[errors.value != head_of_row]
+    free = np.setdiff1d(heads, behind)
+    candidates: list[int] = (free if free.size else np.unique(heads)).tolist()
+    return min(candidates, key=lambda each: (-counts[each], each >> LOCATION_SHIFT, each))
 
 
 # By the identity of flags that check_ops made: their errors as (location, code), the first first.
@@ -115,9 +120,9 @@ def remember_order(f: Tensor, order: Sequence[tuple[int, int]]) -> None:
     orders[at] = (weakref.ref(f, lambda _: orders.pop(at, None)), tuple(order))
 
 
-def _by_memory(f: Tensor, samples: dict[int, list[int]]) -> int | None:
+def _by_memory(f: Tensor, known: Iterable[int]) -> int | None:
     entry = _orders.get(id(f))
     if entry is None or entry[0]() is not f:
         return None
-    known = {(each >> LOCATION_SHIFT, each >> CODE_SHIFT & CODE_MASK): each for each in samples}
-    return next((known[each] for each in entry[1] if each in known), None)
+    at = {(each >> LOCATION_SHIFT, each >> CODE_SHIFT & CODE_MASK): each for each in known}
+    return next((at[each] for each in entry[1] if each in at), None)

@@ -19,11 +19,11 @@ from opguard.flags._reporting_found import (
     Finding,
     batch_of,
     flags_of,
-    messages_of,
     read,
 )
 from opguard.flags._reporting_text import as_html, as_text
 from opguard.flags.codes import ErrorCode, Severity
+from opguard.flags.failures import first_of
 from opguard.flags.locations import ErrorLocation
 
 if TYPE_CHECKING:
@@ -45,18 +45,19 @@ class Report:
         bad: how many of them have an error.
         errors: how many errors there are.
         findings: a :class:`Finding` for each code and severity at each location, by location id.
-        messages: texts of the user's own checks, by location id.
+        first: the :class:`Failure` that came first, None without errors.
     """
 
     @boundary
     def __init__(self, source: Any, rows: int = _ROWS) -> None:
-        self._read = read(flags_of(source))
+        flags = flags_of(source)
+        self._read = read(flags)
         self._rows = max(0, rows)
         self.samples = self._read.total
         self.bad = self._read.bad
         self.errors = int(self._read.value.size)
         self.findings = self._read.findings()
-        self.messages = messages_of(source)
+        self.first = first_of(flags, self._read)
         self._batch = batch_of(source, self.samples)
 
     @cached_property
@@ -70,18 +71,19 @@ class Report:
         places = len({each.location for each in self.findings})
         return [
             f"{self.bad} of {_plural(self.samples, 'sample')} with errors: {codes}"
-            f" at {_plural(places, 'location')}"
+            f" at {_plural(places, 'location')}",
+            str(self.first),
         ]
 
     @boundary
     def __str__(self) -> str:
-        return as_text(self._head, self.findings, self._batch, self.messages, self._rows)
+        return as_text(self._head, self.findings, self._batch, self._rows)
 
     __repr__ = __str__
 
     @boundary
     def _repr_html_(self) -> str:
-        return as_html(self._head, self.findings, self._batch, self.messages, self._rows)
+        return as_html(self._head, self.findings, self._batch, self._rows)
 
     @boundary
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -143,13 +145,13 @@ def report(f: Any, *, rows: int = _ROWS) -> Report:
         print(flags.report(c.flags))
 
         2 of 256 samples with errors: 1xINF, 1xNAN at 2 locations
+        first failure: INF at enc.ff.2 in sample 7 of 256
           location  code  severity  samples  which
           enc.ff.2  INF   CRITICAL        1  7
           head      NAN   CRITICAL        1  31
 
     Args:
-        f: flags (N, words), or an object with ``.flags``; what a context of checks has in
-            ``.messages`` is shown beside the location it belongs to.
+        f: flags (N, words), or an object with ``.flags``.
         rows: how many lines the table has at most.
 
     Raises:

@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 
 from opguard.flags._rows.axes import Axis, below, divides, product, same, strides
 
-__all__ = ["Run", "axes_of", "marks_of", "refined", "runs_of", "without_needless_marks"]
+__all__ = [
+    "Run",
+    "axes_of",
+    "few_enough",
+    "marks_of",
+    "refined",
+    "runs_of",
+    "without_needless_marks",
+]
 
 _MUCH = 1024  # rows that a reshape may make of one without counting them
 _TIMES = 8  # how many rows it may make of each
@@ -92,16 +100,31 @@ def refined(run: Run, others: Sequence[Run], shape: Sequence[Any]) -> Run | None
     sizes = [*shape, run.low, run.high]
     if not all(type(size) is int for size in sizes):
         return None
-    edges = [edge for edge in strides(shape) if edge < run.high]
-    low = gcd(run.low, *edges) if len(edges) > 1 else run.low
-    low = gcd(*(edge for edge in [run.low, *edges] if edge >= low))
+    edges = strides(shape)
     for high in sorted({run.high, prod(shape)}):
-        longer = Run(low, high)
+        longer = Run(_lowest(run.low, high, edges), high)
         if longer.size > max(_MUCH, _TIMES * run.size) or axes_of(longer, shape) is None:
             continue
-        if all(o.mark or o.high <= low or high <= o.low for o in others if o is not run):
+        apart = (o.mark or o.high <= longer.low or high <= o.low for o in others if o is not run)
+        if all(apart):
             return longer
     return None
+
+
+def few_enough(shape: Sequence[Any]) -> bool:
+    """Whether each element of ``shape`` may be a row."""
+    count = product(shape)
+    return type(count) is int and count <= _MUCH
+
+
+def _lowest(low: int, high: int, edges: Sequence[int]) -> int:
+    """The largest part of ``low`` that goes into every edge below ``high`` and above itself."""
+    while True:
+        under = max(edge for edge in edges if edge <= low)
+        smaller = gcd(low, under, *(edge for edge in edges if low < edge < high))
+        if smaller == low:
+            return low
+        low = smaller
 
 
 def without_needless_marks(axes: list[Axis]) -> tuple[Axis, ...]:

@@ -26,6 +26,7 @@ from opguard.flags._rows.axes import (
 )
 from opguard.flags._rows.digits import (
     axes_of,
+    few_enough,
     marks_of,
     refined,
     runs_of,
@@ -243,6 +244,9 @@ class Rows:
             found = axes_of(run, shape)
             if found is None:
                 longer = refined(run, runs, shape)
+                if longer is None and few_enough(shape):
+                    flat = self._by_runs((product(shape),))  # no size cuts there
+                    return flat.made_whole(0)._by_runs(shape)
                 if longer is None:
                     payload = payload.fold(sizes, (at,))
                     del sizes[at]
