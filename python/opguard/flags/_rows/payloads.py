@@ -47,7 +47,6 @@ class Payload(Protocol):
 
 
 _SLOT_BITS: Final = 0xFFFF  # of a key: how many slots, slots.h
-_gather: Any = torch.ops.opguard.flags_gather.default
 
 
 def _slots(flags: Tensor) -> int:
@@ -136,16 +135,20 @@ class FlagPayload:
 
     def cat(self, k: int, parts: Sequence[tuple[FlagPayload | None, Sizes]]) -> FlagPayload:
         """The parts one after the other along ``k``; None: rows without flags."""
-        most = _most_slots([part.flags for part, _ in parts if part is not None])
         like = self.flags
-        words = -(-most // CARRIERS[like.dtype][2])
+        words, dtype, device = like.shape[1], like.dtype, like.device
+        given = [part.flags for part, _ in parts if part is not None]
+        if not all(
+            f.dtype == dtype and f.device == device and same(f.shape[1], words) for f in given
+        ):
+            words = -(-_most_slots(given) // CARRIERS[dtype][2])
         tensors = []
         for part, sizes in parts:
             if part is None:
                 tensors.append(like.new_zeros(*sizes, words))
             else:
-                fitting = FlagPayload(_in_words(_near(part.flags, like), like, words), part.key)
-                tensors.append(fitting._in(sizes))
+                fitting = _in_words(_near(part.flags, like), like, words)
+                tensors.append(fitting if len(sizes) == 1 else fitting.reshape(*sizes, words))
         return self._of(torch.cat(tensors, k))
 
     def merge(self, *others: FlagPayload) -> FlagPayload:
@@ -168,7 +171,8 @@ class FlagPayload:
     def gather(self, index: Tensor) -> FlagPayload:
         """Row m: the fold of the rows ``index[m]`` names, -1 names none. ``index`` (M, K) int64."""
         return FlagPayload(
-            _gather(self.flags, _near(index, self.flags), self._wide_key(self.flags)), self.key
+            _engine.gather(self.flags, _near(index, self.flags), self._wide_key(self.flags)),
+            self.key,
         )
 
     def one(self) -> FlagPayload:
@@ -196,6 +200,8 @@ def _widened(flags: Tensor, slots: int) -> Tensor:
 
 def _in_words(flags: Tensor, like: Tensor, words: int) -> Tensor:
     """``flags`` in the dtype of ``like``, ``words`` wide."""
+    if flags.dtype == like.dtype and same(flags.shape[1], words):
+        return flags
     wide = _widened(flags, words * CARRIERS[like.dtype][2])
     if wide.dtype == like.dtype:
         return wide

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from opguard.flags._rows.axes import Axis, same, same_shape
+from opguard.flags._rows.axes import Axis, is_whole, same, same_shape
 from opguard.flags._rows.moves import Rows
 
 __all__ = ["Rows", "cat_rows", "merge_rows", "stack_rows"]
@@ -120,6 +120,10 @@ def cat_rows(parts: Sequence[tuple[Rows | None, Sequence[Any]]], dim: int) -> Ro
         return merge_rows(
             [None if rows is None else rows._with_size(dim, total) for rows, _ in known], result
         )
+    if all(rows is None or _only_in(rows, dim) for rows, _ in known):
+        parted = [(rows.payload if rows else None, (shape[dim],)) for rows, shape in known]
+        first = next(payload for payload, _ in parted if payload is not None)
+        return Rows(result, (Axis(dim, 1, total),), first.cat(0, parted))
     pieces = [None if rows is None else _with_axis(rows, dim) for rows, _ in known]
     axes, k = _beside([piece for piece in pieces if piece is not None], dim)
     whole: list[tuple[Any, list[Any]]] = []
@@ -129,6 +133,12 @@ def cat_rows(parts: Sequence[tuple[Rows | None, Sequence[Any]]], dim: int) -> Ro
         whole.append((fitted, model.sizes))
     payload = next(p for p, _ in whole if p is not None).cat(k, whole)
     return Rows(result, (*axes[:k], Axis(dim, 1, total), *axes[k:]), payload)
+
+
+def _only_in(rows: Rows, dim: int) -> bool:
+    """Whether each index of ``dim`` is a row, and nothing else is: a batch in that dimension."""
+    axes = rows.axes
+    return len(axes) == 1 and axes[0].dim == dim and is_whole(axes[0], rows.shape[dim])
 
 
 def _beside(pieces: Sequence[Rows], dim: int) -> tuple[tuple[Axis, ...], int]:
