@@ -122,6 +122,11 @@ class Checked:
         self.parameters = frozenset(
             i for i, each in enumerate(examples) if isinstance(each, torch.nn.Parameter)
         )
+        self.varying = [
+            i
+            for i, each in enumerate(examples)
+            if isinstance(each, Tensor) and i not in self.parameters
+        ]
         self.own = _own_inputs(graph)
         self.model = _model_of(graph)
         self.rows_of_outputs: list[Any] = []
@@ -152,7 +157,9 @@ class Checked:
 
     def _traced(self, *args: Any) -> tuple[Any, ...]:
         runner = _Names(self.graph)
-        signature = self.signature or (None,) * len(args)
+        signature: list[Any] = [None] * len(args)
+        for i, known in zip(self.varying, self.signature or (), strict=self.signature is not None):
+            signature[i] = known
         samples, device = None, next((x.device for x in args if isinstance(x, Tensor)), _CPU)
         for x, known in zip(args, signature, strict=True):
             if known is not None:
@@ -190,13 +197,14 @@ class Checked:
     # --- running ---------------------------------------------------------------------------------
 
     def _signature(self, watch: Watch, args: Any) -> tuple[Any, ...]:
-        """Of each input its batch dimension and whether it was given as a batch, or None."""
-        watch.knows([x for x in args if isinstance(x, Tensor)])
+        """Of each input but parameters its batch dimension and whether it was given as a batch."""
+        tensors = [args[i] for i in self.varying]
+        watch.knows(tensors)
         if self.own:
             mine = [args[i] for i in self.own if isinstance(args[i], Tensor)]
             watch.take_batch(f"input of {self.model}", mine)
         found: list[Any] = []
-        for x in args:
+        for x in tensors:
             dim = _batch_dim(watch.tracker, x)
             found.append(None if dim is None else (dim, watch.batch.knows(x)))
         return tuple(found)
@@ -211,13 +219,12 @@ class Checked:
             if any(each != self.signature for each in signatures):
                 return self._run_by_op(modes, args)
             out = self.function(*args)
+            outputs, rest = out[: self.returns], out[self.returns :]
+            for watch in watches:
+                self._take(watch, outputs, rest)
+            return outputs
         finally:
             push_modes(modes)
-        outputs, rest = out[: self.returns], out[self.returns :]
-        caller = place_of_stack("")
-        for watch in watches:
-            self._take(watch, outputs, rest, caller)
-        return outputs
 
     def _run_by_op(self, modes: list[Any], args: Any) -> Any:
         """Where the batch lies elsewhere than when it was compiled: op by op, as eager code."""
@@ -231,30 +238,32 @@ class Checked:
             HERE.place_of = before
             pop_modes()
 
-    def _take(self, watch: Watch, outputs: Any, rest: Any, caller: Place) -> None:
+    def _take(self, watch: Watch, outputs: Any, rest: Any) -> None:
         samples = watch.book.samples
         for x, dim in zip(outputs, self.rows_of_outputs, strict=True):
             if dim is not None and samples is not None and x.shape[dim] == samples:
                 axis = Axis(dim, 1, samples)
                 watch.tracker.put(x, Rows(tuple(x.shape), (axis,), SamplePayload(samples)))
-        told = [x for x in rest if x is not None]
-        if all(x.is_cpu for x in told):
-            self._read(watch, rest, caller)
+        if all(x is None or x.is_cpu for x in rest):
+            self._read(watch, rest, None)
         else:
+            caller = place_of_stack("")
             watch.book.pending.append(lambda: self._read(watch, rest, caller))
 
-    def _read(self, watch: Watch, rest: Any, caller: Place) -> None:
+    def _read(self, watch: Watch, rest: Any, caller: Place | None) -> None:
         found, more, *told = rest
         for flags in (found, more):
             if flags is None:
                 continue
-            slots = flags.detach().cpu().numpy()
+            slots = (flags if flags.is_cpu else flags.cpu()).numpy()
             if slots.any():
-                self._translate(watch, slots.view("uint16"), caller)
+                self._translate(watch, slots.view("uint16"), caller or place_of_stack(""))
         at = 0
         for site, place, count in self.notes:
             if "user" in watch.categories:
-                at_line = place if place.line else place._replace(line=caller.line)
+                at_line = place
+                if not place.line:
+                    at_line = place._replace(line=(caller or place_of_stack("")).line)
                 site.tell(watch.book, at_line, told[at], told[at + 1 : at + 1 + count])
             at += 1 + count
 

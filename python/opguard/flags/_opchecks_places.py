@@ -67,7 +67,14 @@ def _is_users(filename: str) -> bool:
     )
 
 
+# What Dynamo calls the rest of a function after a broken graph.
+_REST = re.compile(r"^(?:.*\.)?torch_dynamo_resume_in_(?P<name>.+)_at_\d+$")
+
+
 def _where(filename: str, line: int, qualname: str) -> str:
+    rest = _REST.match(qualname)
+    if rest is not None:
+        qualname = _qualname(filename, line, rest["name"])
     name = qualname.rpartition("<locals>.")[2]
     at = f"{os.path.basename(filename)}:{line}"
     return at if name == "<module>" else f"{at} in {name}"
