@@ -96,7 +96,7 @@ class Traced:
             if not (each.is_floating_point() or each.is_complex()):
                 continue
             if not kind.quiet or kind.ids is not None or kind.id_lists:
-                clean = [x for x in inputs if x is not each] if tainted else []
+                clean = [x for x in tainted if x is not each]
                 self._scan(kind, each, mine, args, kwargs, clean if tainted else None)
             if taints:
                 self.may_hold_inf(each)
