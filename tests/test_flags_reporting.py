@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import opguard.flags as og
+from checkout import TESTS
 from opguard.flags import (
     ErrorConfig,
     ErrorLocation,
@@ -217,6 +218,35 @@ def test_the_first_of_many_errors_is_found_at_once():
     assert og.report(f).first == og.first_failure(f)
     assert (og.report(f).first.location_name, og.report(f).first.samples) == ("b", (0, 1))
     assert og.report(err.new_t(2)).first is None
+
+
+def readme(begin):
+    """The Python block of the README that begins with these words."""
+    blocks = re.findall(r"```python\n(.*?)```", (TESTS.parent / "README.md").read_text(), re.S)
+    (lines,) = [block for block in blocks if block.startswith(begin)]
+    return lines
+
+
+class Halves(torch.nn.Module):
+    def forward(self, x):
+        return x.log()
+
+
+def test_the_readmes_lines_on_check_ops_run(capsys):
+    names = {"model": Halves(), "x": torch.tensor([[1.0, 2.0], [1.0, -1.0]])}
+    exec(readme("from opguard.flags import check_ops"), names)
+    told = capsys.readouterr().out
+    assert "first failure: NAN at aten::log at test_flags_reporting.py:" in told
+    assert "in Halves.forward in sample 1 of 2" in told
+
+
+def test_the_readmes_lines_on_guarded_tensors_run(capsys):
+    x = torch.tensor([[1.0, 2.0], [1.0, float("nan")], [3.0, 1.0]])
+    names = {"model": torch.nn.Linear(2, 4), "x": x}
+    exec(readme("from opguard.flags import flag_nan_and_inf, guard"), names)
+    # NaN sorts first, and its flags with it.
+    assert "tensor([ True, False, False])" in capsys.readouterr().out
+    assert names["best"].take_ok().shape == (2,)
 
 
 def test_samples_of_several_dimensions_are_told_by_their_index():
