@@ -9,6 +9,8 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -447,3 +449,69 @@ def test_shared_memory(g):
     assert g.share_memory_() is g
     assert g.is_shared()
     assert bad(g) == [1]
+
+
+# --- writes against elements --------------------------------------------------------------------
+
+VIEWS = {
+    "row": lambda t: t[1],
+    "rows": lambda t: t[1:],
+    "steps": lambda t: t[::2],
+    "columns": lambda t: t[:, 1:3],
+    "turned": lambda t: t.t(),
+    "split": lambda t: t.view(2, 2, 4),
+    "halves": lambda t: t.view(4, 2, 2)[:, 1],
+    "flat": lambda t: t.view(-1),
+    "diagonal": lambda t: t.diagonal(),
+    "chunk": lambda t: t.chunk(2)[1],
+    "detached": lambda t: t.detach(),
+    "strided": lambda t: t.as_strided((2, 3), (5, 2), 1),
+    "grown": lambda t: t.unsqueeze(0).transpose(0, 2),
+}
+SPLITS = ("split", "halves", "flat")
+WRITES = ("add_", "copy_", "zero_", "mul_")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(VIEWS)), st.booleans()), min_size=1, max_size=4),
+    st.lists(
+        st.tuples(st.integers(0, 4), st.sampled_from(WRITES), st.integers(0, 2**6)),
+        min_size=1,
+        max_size=5,
+    ),
+)
+def test_rows_of_all_views_hold_what_was_written_into_their_elements(views, writes):
+    """A row with a bad element is flagged; one that never had any is not."""
+    base, now, ever = guard(torch.ones(4, 4)), torch.zeros(4, 4), torch.zeros(4, 4)
+    tensors = [(base, now, ever)]
+    for name, from_last in views:
+        last = tensors[-1]
+        fits = last[1].shape == (4, 4) and (last[1].is_contiguous() or name not in SPLITS)
+        parents = last if from_last and fits else tensors[0]
+        tensors.append(tuple(VIEWS[name](t) for t in parents))
+    for which, op, seed in writes:
+        g, now, ever = tensors[which % len(tensors)]
+        rows = torch.arange(g.shape[0])
+        hit = (seed >> rows % 6) % 2 == 1
+        mark = hit.float().reshape(-1, *[1] * (g.dim() - 1)).expand(g.shape)
+        source = GuardedTensor(
+            torch.ones(g.shape), F.flag_nan(torch.where(hit, NAN, 0.0)[:, None], "written")
+        )
+        with torch.no_grad():
+            if op == "zero_":
+                g.zero_()
+                now.zero_()
+                continue
+            getattr(g, op)(source)
+            now.copy_(mark) if op == "copy_" else now.copy_(torch.maximum(now, mark))
+            ever.copy_(torch.maximum(ever, mark))
+    for g, now, ever in tensors:
+        for elements, least in ((now, True), (ever, False)):
+            dims = [d for d in range(g.dim()) if d not in g.batch_dims]
+            found = elements.permute(*g.batch_dims, *dims).reshape(g.flags.shape[0], -1)
+            seen = F.err.is_err(g.flags)
+            if least:
+                assert bool((seen | ~found.any(1)).all())
+            elif g is base:
+                assert bool((~seen | found.any(1)).all())

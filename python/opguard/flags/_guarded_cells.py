@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from opguard.flags._guarded_strided import follow
-from opguard.flags._rows.payloads import FlagPayload, SamplePayload
+from opguard.flags._rows.payloads import NO_SAMPLE, FlagPayload, SamplePayload
 from opguard.flags._rows.rows import Rows, merge_rows
 
 if TYPE_CHECKING:
@@ -66,7 +66,10 @@ class Cell:
         # Rows as the first tensor knows them, and what else is in the new ones is in all of them.
         lead = Rows(origin.shape, origin.axes, clean)
         written: Any = rows if rows.axes == origin.axes else merge_rows([lead, rows], origin.shape)
-        ids = origin.payload.ids()
+        if written.axes != origin.axes:  # finer than the rows of the first tensor
+            written = written.aligned()
+            origin = _in_axes(written, origin)
+        ids = origin.payload.ids() if written.axes == origin.axes else None
         if ids is None or (ids < 0).any():
             everywhere = written.payload.one()
             spread = everywhere.spread((), 0, count)
@@ -111,6 +114,18 @@ class Linked(Cell):
         theirs = self._of.seen_by(self._step)
         self._of.write(self._step, _union(theirs, self._own))
         self._known = self._of.version
+
+
+def _in_axes(like: Any, origin: Rows) -> Any:
+    """``origin`` in the axes of ``like``, as far as they tell its rows apart."""
+    import numpy
+
+    count = like.payload.rows
+    if not isinstance(count, int):
+        return origin
+    nowhere = SamplePayload(count, numpy.full(count, NO_SAMPLE))
+    found: Any = merge_rows([Rows(like.shape, like.axes, nowhere), origin], like.shape)
+    return found.aligned()
 
 
 def _union(mine: Rows, theirs: Rows) -> Rows:
