@@ -17,7 +17,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from opguard._flag_ops import SLOTS_A_WORD
-from opguard.flags import _traced
+from opguard.flags import _engine, _traced
 from opguard.flags import config as _config
 from opguard.flags._guarded_ops import ATTACH
 from opguard.flags._words import as_words
@@ -113,9 +113,7 @@ def _checked(g: GuardedTensor, tensors: Sequence[Tensor | None], numbers: Sequen
     x = _data_rows(g) if other is None else other
     if not (x.is_floating_point() or x.is_complex()):
         return flags
-    return cast(
-        "Tensor", _ops.flags_check.default(_traced._batch(flags, x, "x"), x, place, checks, key)
-    )
+    return _engine.check(x, place, flags, checks, key)
 
 
 def _pushed(g: GuardedTensor, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> Tensor:

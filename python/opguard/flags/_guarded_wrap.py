@@ -32,6 +32,7 @@ __all__ = [
     "rows_now",
     "same_flags",
     "set_rows",
+    "with_other_flags",
     "wrap",
 ]
 
@@ -216,7 +217,8 @@ def _unwrap(g: Any) -> Any:
     return _aten.alias.default(g._data)
 
 
-def _with_flags(g: Any, flags: Any) -> Any:
+def with_other_flags(g: Any, flags: Any) -> Any:
+    """The data of ``g`` with other flags, for tensors outside of autograd's graph."""
     rows = rows_now(g).aligned()
     old: Any = rows.payload
     if flags.shape[0] != old.rows:
@@ -261,5 +263,5 @@ SPECIAL: dict[Any, Any] = {
     _aten.alias.default: _alias,
     ops.ATTACH: _attach,
     ops.UNWRAP: _unwrap,
-    ops.WITH_FLAGS: _with_flags,
+    ops.WITH_FLAGS: with_other_flags,
 }

@@ -17,7 +17,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from opguard.flags import _engine, _guarded_wrap
 from opguard.flags import _guarded_ops as ops
 from opguard.flags._guarded_dispatch import dispatch
-from opguard.flags._guarded_wrap import build, public_rows
+from opguard.flags._guarded_wrap import build, public_rows, with_other_flags
 from opguard.flags.config import ErrorConfig, get_config
 from opguard.flags.errors import BatchMismatchError, FlagsError
 
@@ -95,6 +95,8 @@ class GuardedTensor(Tensor):
 
     def with_flags(self, flags: Tensor) -> GuardedTensor:
         """The same data with other flags, of as many rows as :attr:`flags` has."""
+        if not self.requires_grad and not torch.compiler.is_compiling():
+            return with_other_flags(self, flags)  # type: ignore[no-any-return]
         return ops.WITH_FLAGS(self, flags)  # type: ignore[no-any-return]
 
     def is_err(self) -> Tensor:

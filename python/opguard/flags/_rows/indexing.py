@@ -136,6 +136,13 @@ class Picks:
         return Rows(self.out, axes, rows.payload)
 
 
+def _places(index: Tensor, size: Any) -> Tensor:
+    """What an index or a mask of one dim of ``size`` picks, counted from the front."""
+    if index.dtype in (torch.bool, torch.uint8):
+        return index.nonzero()[:, 0]
+    return torch.where(index < 0, index + size, index)
+
+
 def _flat(at: Sequence[Tensor], shape: Sequence[Any]) -> Tensor:
     """One index into the dims of ``shape`` merged, of one into each."""
     found = torch.zeros((), dtype=torch.int64, device=at[0].device)
@@ -153,8 +160,14 @@ def _beside(rows: Rows, index: Tensor) -> Tensor:
 @rule("aten::index", "aten::_unsafe_index")
 def _index(call: Call) -> Any:
     indices = [None if at is None else plain(at) for at in call["indices"]]
-    if all(at is None for at in indices):
+    given = [dim for dim, at in enumerate(indices) if at is not None]
+    if not given:
         return call.rows("self")
+    if len(given) == 1 and call.rows_list("indices")[given[0]] is None:
+        rows, (dim,) = call.rows("self"), given
+        only: Any = indices[dim]
+        if rows is not None and only.dim() == 1:
+            return rows.taken(dim, _beside(rows, _places(only, rows.shape[dim])))
     picks = Picks(call.shape("self"), indices, call.rows_list("indices"))
     return union(picks.out, picks.of(call.rows("self")), picks.own_rows())
 
