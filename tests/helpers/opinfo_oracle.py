@@ -87,7 +87,7 @@ def _own(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     own = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype)
-    return own.copy_(leaf)
+    return own.copy_(leaf.detach()).requires_grad_(leaf.requires_grad)
 
 
 def _batch_dim(leaf: Any, prefer: int = 0) -> int | None:
@@ -150,7 +150,7 @@ def samples(op: Any, function: Callable[..., Any], most: int) -> Iterator[Sample
 def _poisons(leaf: Tensor, dim: int, row: int, lapack: bool) -> Iterator[Tensor]:
     near, far, nan = (0.5, 0.25), (-2.0, -0.5), (0.0, float("nan"))
     for factor, term in [near] if lapack else [far, nan]:
-        changed = leaf.clone()
+        changed = leaf.detach().clone()
         changed.select(dim, row).mul_(factor).add_(term)
         yield changed
 
@@ -237,7 +237,7 @@ def bits_of(tensor: Tensor) -> bytes:
     """Its elements in their order, bit for bit: -0.0 and the NaNs' payloads count."""
     if not tensor.numel():
         return b""
-    dense = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    dense = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
     return dense.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
