@@ -14,6 +14,7 @@ from opguard.flags.codes import ErrorCode, ErrorDomain, Severity
 from opguard.flags.config import (
     CONFIG,
     AccumulationConfig,
+    AccumulationPolicy,
     Dedupe,
     ErrorConfig,
     Order,
@@ -62,22 +63,25 @@ from opguard.flags.helpers import (
     flag_nan_,
     flag_nan_and_inf,
     flag_nan_and_inf_,
+    flag_nan_inf,
     flag_oob_indices,
     has_err,
     push,
     push_,
 )
 from opguard.flags.indexing import guarded_embedding, guarded_gather, guarded_index_select
-from opguard.flags.inspection import ErrorFlags, UnpackedError, flags
+from opguard.flags.inspection import ErrorFlags, UnpackedError, flags, inspect
 from opguard.flags.locations import ErrorLocation, resolve_location
 from opguard.flags.opchecks import check, check_ops
 from opguard.flags.reporting import FlagCounters, Report, plot, prometheus, report, to_dataframe
 from opguard.flags.results import Err, Ok, Result, as_exception, as_result, unwrap
 from opguard.flags.tensorcheck import tensorcheck
-from opguard.flags.tracked import assign_locations, tracked
+from opguard.flags.tracked import assign_locations, track, tracked
 from opguard.flags.tree import LocationTree, WeightedLocationTree
 from opguard.flags.typing import (
+    Broadcast,
     DeviceMismatchError,
+    Dim,
     DimensionMismatchError,
     DTypeMismatchError,
     InvalidParameterError,
@@ -85,6 +89,9 @@ from opguard.flags.typing import (
     TypeMismatchError,
     ValidationError,
     error_t,
+)
+from opguard.flags.typing import (
+    Tensor as Tensor,  # not among the names below: torch has one as well
 )
 
 __all__ = [
@@ -108,11 +115,14 @@ __all__ = [
     "SLOT_BITS",
     "SLOT_MASK",
     "AccumulationConfig",
+    "AccumulationPolicy",
     "BatchMismatchError",
+    "Broadcast",
     "CodeError",
     "DTypeMismatchError",
     "Dedupe",
     "DeviceMismatchError",
+    "Dim",
     "DimensionMismatchError",
     "Err",
     "ErrorCode",
@@ -165,6 +175,7 @@ __all__ = [
     "flag_nan_",
     "flag_nan_and_inf",
     "flag_nan_and_inf_",
+    "flag_nan_inf",
     "flag_oob_indices",
     "flags",
     "get_config",
@@ -173,6 +184,7 @@ __all__ = [
     "guarded_gather",
     "guarded_index_select",
     "has_err",
+    "inspect",
     "location_from_stack",
     "plot",
     "prometheus",
@@ -183,6 +195,7 @@ __all__ = [
     "set_config",
     "tensorcheck",
     "to_dataframe",
+    "track",
     "tracked",
     "typing",
     "unwrap",

@@ -52,6 +52,8 @@ class Order(IntEnum):
 
     FIRST = 0
     LAST = 1
+    FIFO = 0  # other names of the two
+    LIFO = 1
 
 
 class Dedupe(IntEnum):
@@ -61,6 +63,7 @@ class Dedupe(IntEnum):
     CODE = 1
     LOCATION = 2
     UNIQUE = 3
+    PAIR = 3  # another name of it
 
 
 _Axis = TypeVar("_Axis", bound=IntEnum)
@@ -91,6 +94,15 @@ class AccumulationConfig:
     def __post_init__(self) -> None:
         for name, kind in (("priority", Priority), ("order", Order), ("dedupe", Dedupe)):
             object.__setattr__(self, name, _axis(kind, getattr(self, name)))
+
+
+def AccumulationPolicy(
+    order: Order = Order.FIRST, dedupe: Dedupe = Dedupe.UNIQUE, evict_by_severity: bool = False
+) -> AccumulationConfig:
+    """An :class:`AccumulationConfig`; ``evict_by_severity``: the most severe errors stay."""
+    if evict_by_severity:
+        return AccumulationConfig(Priority.SEVERITY, Order.LAST, dedupe)
+    return AccumulationConfig(Priority.CHRONO, order, dedupe)
 
 
 def _whole(name: str, value: Any) -> int:

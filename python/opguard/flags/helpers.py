@@ -49,6 +49,7 @@ __all__ = [
     "flag_nan_",
     "flag_nan_and_inf",
     "flag_nan_and_inf_",
+    "flag_nan_inf",
     "flag_oob_indices",
     "guarded_embedding",
     "guarded_gather",
@@ -161,6 +162,9 @@ def flag_nan_and_inf_(
     if is_dynamo_compiling():
         return _traced.check_(tensor, module, flags, checks, key)
     return _C.flags_check_(tensor, module, flags, checks, key)
+
+
+flag_nan_inf = flag_nan_and_inf
 
 
 def flag_oob_indices(

@@ -14,14 +14,15 @@ import torch
 from opguard import _C
 from opguard.flags import _engine, failures, reporting
 from opguard.flags._boundary import boundary
+from opguard.flags._err import err
 from opguard.flags._guarded_record import flags_of
 from opguard.flags._words import as_words
 from opguard.flags.codes import ErrorCode, Severity
-from opguard.flags.config import ErrorConfig
+from opguard.flags.config import CARRIERS, ErrorConfig, get_config
 from opguard.flags.errors import FlagsError
 from opguard.flags.locations import ErrorLocation
 
-__all__ = ["ErrorFlags", "UnpackedError", "flags"]
+__all__ = ["ErrorFlags", "UnpackedError", "flags", "inspect"]
 
 
 class UnpackedError(NamedTuple):
@@ -191,10 +192,64 @@ class ErrorFlags:
         return bits.view(first.dtype)
 
 
-class _Flags:
-    """What :data:`flags` is: the readers most used, in one place."""
+def pack_slot_scalar(code: int, location: _engine.Location, severity: int | None = None) -> int:
+    """The 16 bits of one error; ``severity`` None: the code's own."""
+    return _engine.slot_of(location, code, severity, get_config().default_severity)
+
+
+def extract_slots(f: torch.Tensor, config: ErrorConfig | None = None) -> torch.Tensor:
+    """The errors of flags (N, words) one by one: (N, slots) int64, 0 where nothing is recorded."""
+    words = as_words(flags_of(f)).contiguous()
+    return words.view(torch.int16).to(torch.int64) & 0xFFFF
+
+
+def pack_slots(slots: torch.Tensor, config: ErrorConfig | None = None) -> torch.Tensor:
+    """Flags of slots (N, slots), in the dtype of ``config`` and as wide as they need."""
+    dtype = (get_config() if config is None else config).flag_dtype
+    a_word = CARRIERS[dtype][2]
+    missing = -slots.shape[1] % a_word
+    slots = torch.nn.functional.pad(slots, (0, missing))
+    return slots.to(torch.int16).contiguous().view(dtype)
+
+
+class _Inspect:
+    """What :data:`inspect` is: flags in a word, without their places."""
 
     __slots__ = ()
+
+    @staticmethod
+    @boundary
+    def summary(f: torch.Tensor, config: ErrorConfig | None = None) -> dict[str, int]:
+        """``{code name: how often}`` over the batch, by code."""
+        found: dict[int, int] = {}
+        for _, code, count in _counts(f):
+            found[code] = found.get(code, 0) + count
+        return {ErrorCode.name(code): found[code] for code in sorted(found)}
+
+    @staticmethod
+    @boundary
+    def report(f: torch.Tensor, config: ErrorConfig | None = None) -> str:
+        """What :func:`opguard.flags.report` says, as a string."""
+        return str(reporting.report(f))
+
+
+class _Flags:
+    """What :data:`flags` is: readers, queries and makers of flags in one place."""
+
+    __slots__ = ()
+
+    new = staticmethod(err.new_t)
+    push = staticmethod(err.push)
+    merge = staticmethod(err.merge)
+    is_ok = staticmethod(err.is_ok)
+    is_err = staticmethod(err.is_err)
+    any_err = staticmethod(err.any_err)
+    find = staticmethod(err.find)
+    count = staticmethod(err.count_errors)
+    has_critical = staticmethod(err.has_critical)
+    pack_slot_scalar = staticmethod(pack_slot_scalar)
+    extract_slots = staticmethod(extract_slots)
+    pack_slots = staticmethod(pack_slots)
 
     unpack = staticmethod(ErrorFlags.unpack)
     unpack_all = staticmethod(ErrorFlags.unpack_all)
@@ -209,3 +264,4 @@ class _Flags:
 
 
 flags = _Flags()
+inspect = _Inspect()

@@ -15,7 +15,7 @@ flags is never read off its shape alone, because features may have it:
 What was made in a graph that is called inside is not known, and 2 and 3 go past it: so it is where
 torch.compile breaks the graph in the decorated function. Without flags nothing is detected, and the
 logger ``opguard.flags`` says so, once for each function whose last value looks like flags: annotate
-it then.
+it then. A returned GuardedTensor has its own, in which what is found in it is recorded.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from opguard.flags._values import Checker
 from opguard.flags.codes import ErrorCode
 from opguard.flags.config import get_config
 from opguard.flags.errors import CodeError
+from opguard.flags.guarded import GuardedTensor
 from opguard.flags.results import Err, Ok
 from opguard.flags.typing.errors import InvalidReturnTypeError
 
@@ -195,20 +196,38 @@ class _Call:
         return result
 
     def detect(self, result: Any, seen: list[Any], args: tuple[Any, ...]) -> Any:
+        guarded = []
+        for tensor in _tensors(result):
+            if isinstance(tensor, GuardedTensor):
+                guarded.append(tensor)
+        if guarded:
+            result = self.record_guarded(result, guarded, args)
         places = self.hints.flag_places
         flags = None if places is False else _annotated(result, places)
         if flags is None:
-            flags = _provenant(result, seen)
+            flags = _provenant(result, seen, not guarded)
         if not flags:
-            self.tell(result)
+            if not guarded:
+                self.tell(result)
             return result
         place = self.place(args)
         key = get_config().key
         last = recorded = flags[-1]
         for tensor in _tensors(result):
-            if not _is_one_of(tensor, flags):
+            if not _is_one_of(tensor, flags) and not isinstance(tensor, GuardedTensor):
                 recorded = _record(recorded, tensor, place, self.checks, key)
         return result if recorded is last else _replaced(result, last, recorded)
+
+    def record_guarded(
+        self, result: Any, guarded: list[GuardedTensor], args: tuple[Any, ...]
+    ) -> Any:
+        """The result with what is found in its GuardedTensors in their flags."""
+        place = self.place(args)
+        key = get_config().key
+        for tensor in guarded:
+            checked = _engine.check(tensor, place, None, self.checks, key)
+            result = _replaced(result, tensor, checked)
+        return result
 
     def place(self, args: tuple[Any, ...]) -> Any:
         """Where errors are recorded: the module, by its class when it is of no tracked model."""
@@ -294,8 +313,11 @@ def _annotated(value: Any, places: Any) -> list[Tensor] | None:
     return found
 
 
-def _provenant(value: Any, seen: list[Any]) -> list[Tensor]:
-    """The tensors in ``value`` that are known to be flags, or derived from such."""
+def _provenant(value: Any, seen: list[Any], by_looks: bool) -> list[Tensor]:
+    """The tensors in ``value`` that are known to be flags, or derived from such.
+
+    ``by_looks``: where none is, the last that looks as flags that were made.
+    """
     if not seen:
         return []
     tensors = _tensors(value)
@@ -303,7 +325,7 @@ def _provenant(value: Any, seen: list[Any]) -> list[Tensor]:
     for tensor in tensors:
         if _is_one_of(tensor, seen):
             known.append(tensor)
-    if known:
+    if known or not by_looks:
         return known
     model = seen[-1]
     alike = []

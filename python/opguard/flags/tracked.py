@@ -19,6 +19,12 @@ _Model = TypeVar("_Model", bound=nn.Module)
 _MARK = "_opguard_tracked"
 
 
+def track(model: _Model) -> _Model:
+    """:func:`assign_locations` of a model that is built; the model."""
+    assign_locations(model)
+    return model
+
+
 class _Building(threading.local):
     """The models whose construction is under way in this thread; only the outermost is assigned."""
 
