@@ -568,6 +568,46 @@ def test_locations_run_short(monkeypatch):
     assert ErrorLocation.name(places.id_of(line)) == "aten::log at model.py:3 in f"
 
 
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Every tensor is treated as one on an accelerator: nothing is read before flags are."""
+    from opguard.flags import _opchecks_eager as eager
+
+    monkeypatch.setattr(eager, "_data_of", lambda x: None)
+    monkeypatch.setattr(eager, "_is_elsewhere", lambda x: type(x) in {torch.Tensor, nn.Parameter})
+
+
+def test_on_an_accelerator_all_is_read_at_the_end(elsewhere):
+    model, x = Model(), torch.randn(5, 4)
+    x[3, 1] = 1e7
+    x[4, 0] = NAN
+    with check_ops() as c:
+        y = model(x)
+        assert c._watch.book.found == []
+        mask = torch.full((5, 1), -INF)
+        y[:3] + mask[:3]
+        torch.softmax(y.masked_fill(x[:, :1] < 1e6, -INF), 1)
+    assert found(c)[3][0] == f"INF@{at('log', Head.forward, 'log')}"
+    assert found(c)[4] == ["NAN@input of Model"]
+    assert [each.partition(" at ")[0] for each in found(c)[0]] == ["NAN@aten::_softmax"]
+    with check_ops() as c:
+        torch.tensor([[0.0]]).log()
+    assert found(c)[0][0].startswith("INF@aten::log at test_flags_opchecks.py:")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu():
+    model, x = Model().cuda(), torch.randn(5, 4, device="cuda")
+    x[3, 1] = 1e7
+    with check_ops() as c:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert found(c) == {3: [f"INF@{at('log', Head.forward, 'log')}"]}
+
+
 def test_a_transformer_as_it_is():
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(

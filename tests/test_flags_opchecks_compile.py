@@ -146,13 +146,15 @@ def test_backward():
     assert found(c) == {}
 
 
-def test_a_nan_that_only_the_backward_pass_makes():
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_a_nan_that_only_the_backward_pass_makes(backend):
     def f(x):
         return torch.sqrt(x).sum()
 
     x = torch.tensor([[1.0], [0.0], [4.0]], requires_grad=True)
-    fast = torch.compile(f, backend="aot_eager", fullgraph=True)
-    with check_ops(x, backend="aot_eager") as c:
+    fast = torch.compile(f, backend=backend, fullgraph=True)
+    with check_ops(x, backend=backend) as c:
         fast(x).backward()
     assert found(c)
     assert all("backward" in each.lower() for errors in found(c).values() for each in errors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +83,26 @@ class Book:
         if code in (ErrorCode.NAN, ErrorCode.INF):
             bit = NAN_BIT if code == ErrorCode.NAN else INF_BITS
             self.seen[... if where is None else where] |= bit
+
+    def take(self, slots: Any, places: Sequence[Place], wide: set[int], line: str) -> None:
+        """Findings out of flags whose locations are numbers of ``places``, in their order.
+
+        ``slots`` (N or 1, slots) uint16; ``wide``: places that do not tell the samples apart;
+        ``line``: that of places without one.
+        """
+        for slot in sorted({int(each) for each in slots[slots != 0]}, key=lambda s: (s >> 6, s)):
+            number, code = slot >> 6, slot >> 2 & 15
+            where = (slots == slot).any(1)
+            place = places[number - 1]
+            if not place.line and "::" in place.op:
+                place = place._replace(line=line)
+            if code in {ErrorCode.NAN, ErrorCode.INF}:
+                bits = where.astype("uint8") * (NAN_BIT if code == ErrorCode.NAN else 2)
+                nan, inf = self.unseen(bits, wide=number in wide)
+                where = nan if code == ErrorCode.NAN else inf
+                if where is None:
+                    continue
+            self.add(code, place, where)
 
     def settle(self) -> None:
         """Reads what was left to be read."""

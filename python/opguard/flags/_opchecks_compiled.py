@@ -22,7 +22,6 @@ from opguard.flags._opchecks_places import HERE, Place, place_of_node, place_of_
 from opguard.flags._opchecks_rows import samples_of
 from opguard.flags._rows import Axis, Rows, SamplePayload
 from opguard.flags._rows.axes import same
-from opguard.flags.codes import ErrorCode
 
 __all__ = ["enter"]
 
@@ -222,6 +221,7 @@ class Checked:
             outputs, rest = out[: self.returns], out[self.returns :]
             for watch in watches:
                 self._take(watch, outputs, rest)
+            self._hook(outputs)
             return outputs
         finally:
             push_modes(modes)
@@ -237,6 +237,18 @@ class Checked:
         finally:
             HERE.place_of = before
             pop_modes()
+
+    def _hook(self, outputs: Any) -> None:
+        """Has the gradients looked at that the compiled backward pass will give."""
+        for x in outputs:
+            node = x.grad_fn if isinstance(x, Tensor) else None
+            if node is not None and "CompiledFunction" in type(node).__name__:
+                node.register_hook(self._after_backward)
+                return
+
+    def _after_backward(self, given: Any, taken: Any) -> None:
+        for watch in _watches():
+            watch.look_at_gradients(self.model, taken, given)
 
     def _take(self, watch: Watch, outputs: Any, rest: Any) -> None:
         samples = watch.book.samples
@@ -257,7 +269,8 @@ class Checked:
                 continue
             slots = (flags if flags.is_cpu else flags.cpu()).numpy()
             if slots.any():
-                self._translate(watch, slots.view("uint16"), caller or place_of_stack(""))
+                line = (caller or place_of_stack("")).line
+                watch.book.take(slots.view("uint16"), self.places, self.wide, line)
         at = 0
         for site, place, count in self.notes:
             if "user" in watch.categories:
@@ -266,23 +279,6 @@ class Checked:
                     at_line = place._replace(line=(caller or place_of_stack("")).line)
                 site.tell(watch.book, at_line, told[at], told[at + 1 : at + 1 + count])
             at += 1 + count
-
-    def _translate(self, watch: Watch, slots: Any, caller: Place) -> None:
-        """From the graph's places to the book's findings, in the order of the graph."""
-        book = watch.book
-        for slot in sorted({int(each) for each in slots[slots != 0]}, key=lambda s: (s >> 6, s)):
-            number, code = slot >> 6, slot >> 2 & 15
-            where = (slots == slot).any(1)
-            place = self.places[number - 1]
-            if not place.line:
-                place = place._replace(line=caller.line)
-            if code in (ErrorCode.NAN, ErrorCode.INF):
-                bits = where.astype("uint8") * (1 if code == ErrorCode.NAN else 2)
-                nan, inf = book.unseen(bits, wide=number in self.wide)
-                where = nan if code == ErrorCode.NAN else inf
-                if where is None:
-                    continue
-            book.add(code, place, where)
 
 
 def _output(graph: torch.fx.GraphModule) -> Any:

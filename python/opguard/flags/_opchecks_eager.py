@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opguard.flags._opchecks_book import Book
+from opguard.flags._opchecks_graph import Traced
 from opguard.flags._opchecks_host import Host
 from opguard.flags._opchecks_ops import Kind, ids_of, kind_of, with_ids
 from opguard.flags._opchecks_places import Place, place_of_stack
-from opguard.flags._opchecks_rows import Tracker, of_batch, outermost_call, samples_of
+from opguard.flags._opchecks_rows import Tracker, of_batch, outermost_call, samples_of, settled
 from opguard.flags._opchecks_user import SITES, place_name, tell
 from opguard.flags._rows import Rows
 from opguard.flags._tracing import never_a_frame
@@ -56,6 +57,7 @@ class Watch:
         self.until: FrameType | None = None  # the frame of the block
         self.checks_ids = "index" in categories
         self.failed = False
+        self._elsewhere: dict[Any, Traced] = {}
 
     # --- the batch -------------------------------------------------------------------------------
 
@@ -75,7 +77,11 @@ class Watch:
                 self._look_at_input(name, each, rows)
 
     def _look_at_input(self, name: str, x: Tensor, rows: Rows) -> None:
-        found = self.host.bits(x, rows, self.mask) if x.is_cpu and self.mask else None
+        if _is_elsewhere(x):
+            self._on(x.device).look_at_input(name, x, rows)
+            return
+        data = _data_of(x) if self.mask else None
+        found = None if data is None else self.host.bits(data, rows, self.mask)
         if found is None:
             return
         nan, inf = self.book.unseen(found[0], wide=False)
@@ -171,40 +177,35 @@ class Watch:
             for each in _tensors((value,)):
                 rows = self.tracker.rows(each)
                 held = None
-                if not kind.quiet and _is_floats(each) and _is_real(each) and at == 0:
-                    held = self.host.bits(each, rows)
+                data = _data_of(each) if at == 0 and not kind.quiet else None
+                if data is not None and _is_floats(data):
+                    held = self.host.bits(data, rows)
                 found[id(each)] = (rows, held)
         return found
 
     def _after(self, kind: Kind, call: Any, out: Any, finish: Any, before: Any) -> None:
         outputs = [out] if isinstance(out, Tensor) else _tensors((out,))
+        if not outputs and before:  # written into, and nothing returned: foreach ops
+            outputs, finish = [x for x in _tensors(call[0]) if id(x) in before], None
         if not outputs:
-            if before:  # written into, and nothing returned: foreach ops
-                outputs = [x for x in _tensors(call[0]) if id(x) in before]
-                finish = None
-            if not outputs:
-                return
-        rows: list[Rows | None] = [None] * len(outputs)
-        if finish is not None:
-            try:
-                rows = finish(out)
-            except Exception:  # RowsLost: nothing is proven
-                rows = [None] * len(outputs)
+            return
+        rows = settled(finish, out, len(outputs))
         samples, tracker = self.book.samples, self.tracker
         for each, mine in zip(outputs, rows, strict=True):
-            if before is not None and id(each) in before:
+            if before and id(each) in before:
                 self._rewritten(each, mine, before[id(each)][0])
-            elif mine is not None or (
-                samples is not None and each.dim() and each.shape[0] == samples
-            ):
+            elif mine is not None or (each.dim() and each.shape[0] == samples):
                 tracker.put(each, mine)
         if kind.quiet and not (kind.ids or kind.id_lists):
             return
         for each, mine in zip(outputs, rows, strict=True):
-            if _is_floats(each):
-                data = _data_of(each)
-                if data is not None:
-                    self.host.scan(kind, data, mine, call, before)
+            if not _is_floats(each):
+                continue
+            data = _data_of(each)
+            if data is not None:
+                self.host.scan(kind, data, mine, call, before)
+            elif _is_elsewhere(each):
+                self._on(each.device).after_eager(kind, call, [each], [mine])
 
     def _rewritten(self, x: Tensor, rows: Rows | None, old: Rows | None) -> None:
         self.tracker.put(x, rows)
@@ -214,11 +215,56 @@ class Watch:
             rows is not None
             and old is not None
             and rows.axes == old.axes
-            and samples_of(rows).identity
-            and samples_of(old).identity
+            and (
+                rows.payload is old.payload
+                or (samples_of(rows).identity and samples_of(old).identity)
+            )
         )
         if not same:
             self.tracker.forget_storage(x)
+
+    def _on(self, device: torch.device) -> Traced:
+        """What is found on an accelerator stays there until the flags are asked for."""
+        at = device, self.book.samples
+        traced = self._elsewhere.get(at)
+        if traced is None:
+            traced = Traced(self.mask, self.categories, at[1], place_of_stack, device)
+            traced.tracker = self.tracker
+            self._elsewhere[at] = traced
+            self.book.pending.append(lambda: self._read(at))
+        return traced
+
+    def _read(self, at: Any) -> None:
+        traced = self._elsewhere.pop(at)
+        for flags in (traced.found, traced.more):
+            if flags is not None:
+                slots = flags.cpu().numpy().view("uint16")
+                self.book.take(slots, list(traced.places), traced.wide, "")
+
+    def look_at_gradients(self, name: str, before: Any, after: Any) -> None:
+        """What a compiled backward pass made of gradients ``before`` it; it is one op here."""
+        HERE.busy = True
+        try:
+            if any(self._holds(x) for x in before):
+                return
+            for x in after:
+                found = self._holds(x)
+                if found is None:
+                    continue
+                nan, inf = self.book.unseen(found[0], wide=True)
+                place = place_of_stack(f"backward of {name}")._replace(op=f"backward of {name}")
+                if nan is not None:
+                    self.book.add(ErrorCode.NAN, place, nan)
+                if inf is not None:
+                    self.book.add(ErrorCode.INF, place, inf)
+        finally:
+            HERE.busy = False
+
+    def _holds(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or not _is_floats(x) or not self.mask:
+            return None
+        data = _data_of(x)
+        return None if data is None else self.host.bits(data, None, self.mask)
 
     # --- users' checks ---------------------------------------------------------------------------
 
@@ -368,6 +414,11 @@ def _is_floats(x: Tensor) -> bool:
 def _is_real(x: Tensor) -> bool:
     kind = type(x)
     return (kind is Tensor or kind is torch.nn.Parameter) and x.layout is _strided
+
+
+def _is_elsewhere(x: Tensor) -> bool:
+    """Whether it lies in the memory of an accelerator."""
+    return x.device.type not in {"cpu", "meta"} and _is_real(x) and x.numel() > 0
 
 
 def _data_of(x: Tensor) -> Tensor | None:

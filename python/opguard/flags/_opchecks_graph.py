@@ -16,7 +16,7 @@ from torch import Tensor
 from opguard.flags._opchecks_host import floats
 from opguard.flags._opchecks_ops import Kind, brings_inf, ids_of, with_ids
 from opguard.flags._opchecks_places import Place
-from opguard.flags._opchecks_rows import Tracker, by_rows, samples_of
+from opguard.flags._opchecks_rows import Tracker, by_rows, samples_of, settled
 from opguard.flags._opchecks_user import SITES, place_name
 from opguard.flags._rows import Rows
 from opguard.flags.codes import ErrorCode
@@ -51,6 +51,7 @@ class Traced:
         self.wide: set[int] = set()
         self.notes: list[Any] = []
         self._inf_tracker = Tracker()  # tensors that may rightly hold an Inf
+        self._made = Tracker()  # what ops made, in eager code
         self._ids = "index" in categories
         self._divisions = "div" in categories
         self._place_of = place_of
@@ -63,7 +64,8 @@ class Traced:
         """An Inf in ``x`` is meant."""
         self._inf_tracker.put(x, _MARK)
 
-    def _may(self, x: Tensor) -> bool:
+    def may(self, x: Tensor) -> bool:
+        """Whether an Inf in ``x`` may be meant."""
         return self._inf_tracker.rows(x) is not None
 
     def note(self, pred: Tensor, number: int, tensors: Any) -> None:
@@ -79,28 +81,54 @@ class Traced:
         if self._ids and (kind.ids is not None or kind.id_lists):
             args, kwargs = self._with_right_ids(kind, args, kwargs)
         inputs = list(floats(flat))
-        tainted = [x for x in inputs if self._may(x)]
+        tainted = [x for x in inputs if self.may(x)]
         finish = self.tracker.plan(op, args, kwargs)
         out = op(*args, **kwargs)
         outputs = [out] if isinstance(out, Tensor) else _flat(out)
-        rows: list[Rows | None] = [None] * len(outputs)
-        if finish is not None:
-            try:
-                rows = finish(out)
-            except Exception:  # RowsLost: nothing is proven
-                rows = [None] * len(outputs)
-        taints = brings_inf(flat) or "lift_fresh" in kind.name
-        taints = taints or (bool(tainted) and not kind.ends_inf)
+        rows = settled(finish, out, len(outputs))
         for each, mine in zip(outputs, rows, strict=True):
             self.tracker.put(each, mine)
+        self.after(kind, (args, kwargs), tainted, outputs, rows)
+        return out
+
+    def after(
+        self,
+        kind: Kind,
+        call: tuple[Any, Any],
+        tainted: list[Tensor],
+        outputs: list[Tensor],
+        rows: list[Rows | None],
+    ) -> None:
+        """Adds the look at what an op returned; an Inf in ``tainted`` inputs was meant."""
+        taints = brings_inf((*call[0], *call[1].values())) or "lift_fresh" in kind.name
+        taints = taints or (bool(tainted) and not kind.ends_inf)
+        for each, mine in zip(outputs, rows, strict=True):
             if not (each.is_floating_point() or each.is_complex()):
                 continue
             if not kind.quiet or kind.ids is not None or kind.id_lists:
                 clean = [x for x in tainted if x is not each]
-                self._scan(kind, each, mine, args, kwargs, clean if tainted else None)
+                self._scan(kind, each, mine, *call, clean if tainted else None)
             if taints:
                 self.may_hold_inf(each)
-        return out
+
+    def after_eager(
+        self, kind: Kind, call: tuple[Any, Any], outputs: list[Tensor], rows: list[Rows | None]
+    ) -> None:
+        """:meth:`after` for an op that ran on an accelerator just now."""
+        inputs = [x for x in floats((*call[0], *call[1].values())) if x.device == self._device]
+        for x in inputs:
+            if not (isinstance(x, torch.nn.Parameter) or self._made.knows(x)):
+                self.may_hold_inf(x)
+        tainted = [x for x in inputs if self.may(x)]
+        self.after(kind, call, tainted, outputs, rows)
+        for x in outputs:
+            self._made.put(x, None)
+
+    def look_at_input(self, name: str, x: Tensor, rows: Rows) -> None:
+        """Looks at a tensor of the batch."""
+        self._made.put(x, None)
+        number = self.places.setdefault(Place(name, "", ""), len(self.places) + 1)
+        self._look(x, rows, number, self.mask)
 
     def _number(self, kind: Kind, what: str = "") -> int:
         place = self._place_of(what + kind.name)
