@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -103,7 +105,8 @@ def test_numbers_come_out_of_it_and_arrays_do_not(g):
     assert bool(g[0, 0] > 0)
     assert g.tolist() == [[1.0] * 4] * 3
     assert "1 of 3 rows with errors" in repr(g)
-    for refused in (g.numpy, g.__array__, lambda: torch.from_dlpack(g)):
+    arrays = (g.numpy, g.__array__, lambda: torch.from_dlpack(g))
+    for refused in (*arrays, lambda: g.apply_(abs), lambda: g.map_(g, max)):
         with pytest.raises(TypeError, match=r"\.unwrap\(\)"):
             refused()
 
@@ -299,6 +302,13 @@ def test_a_tensor_without_flags_takes_none(g):
     assert (g.tolist(), bad(g)) == ([[1.0] * 4] * 3, [1])
 
 
+def test_the_data_is_not_exchanged(g):
+    with pytest.raises(TypeError, match=r"GuardedTensor\(data, flags\)"):
+        g.data = torch.zeros(3, 4)
+    assert bad(g.data) == [1]
+    assert g.data.data_ptr() == g.unwrap().data_ptr()
+
+
 def test_in_place_ops_that_change_the_shape(g):
     g.t_()
     assert (g.shape, g.batch_dims, bad(g + 1)) == ((4, 3), (1,), [1])
@@ -322,6 +332,17 @@ def test_batch_norm_keeps_plain_statistics(g):
     assert type(norm.running_mean) is torch.Tensor
     assert norm.running_mean.tolist() == pytest.approx([0.1] * 4)
     assert bad(norm.eval()(g)) == [1]
+
+
+def test_conjugates_are_computed_at_once(g):
+    z = GuardedTensor(torch.full((3, 4), 1 + 2j), g.flags)
+    assert bad(z.conj()) == [1]
+    assert z.conj().imag.tolist() == [[-2.0] * 4] * 3
+    with pytest.raises(NotImplementedError, match="to share its memory"):
+        z.conj().mul_(2)
+    assert z.tolist() == [[1 + 2j] * 4] * 3
+    with pytest.raises(TypeError, match=r"resolve_conj\(\)"):
+        guard(torch.full((3, 4), 1 + 2j).conj())
 
 
 # --- modes --------------------------------------------------------------------------------------
@@ -411,6 +432,35 @@ def test_deepcopy_is_of_leaves_only(g):
         copy.deepcopy(made_by_autograd)
     both = copy.deepcopy([g, g])
     assert both[0] is both[1]
+
+
+def test_cells_keep_no_graph_and_make_no_cycles(g):
+    leaf = g.requires_grad_()
+    made_by_autograd = leaf * 2
+    gone = weakref.ref(made_by_autograd)
+    kept = made_by_autograd.detach(), made_by_autograd[0].detach()
+    gc.disable()
+    try:
+        del made_by_autograd
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert bad(kept[0]) == [1]
+
+
+def test_the_same_op_on_the_same_shapes_with_other_flags():
+    a, b = made(3, [0], 4), made(3, [2], 4)
+    for _ in range(2):
+        assert bad(a + a) == bad(a * 2) == [0]
+        assert bad(a + b) == bad(b + a) == [0, 2]
+        assert bad(torch.where(a > 0, b, b)) == [0, 2]
+        assert bad(torch.cat([a, b], 1)) == [0, 2]
+        assert (bad(a.softmax(0)), bad(a.softmax(1))) == ([0, 1, 2], [0])
+        assert (bad(a.sum(0)), bad(a.sum(1))) == ([0], [0])
+        merging = GuardedTensor(torch.ones(3, 4), b.flags, lost="merge")
+        assert not (a + b)._merges
+        assert (a + merging)._merges
+        assert (merging * 2)._merges
 
 
 def test_moves_take_the_flags_along(g):

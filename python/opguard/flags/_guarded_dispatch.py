@@ -51,6 +51,7 @@ _KEEPS_STATISTICS = {
 }
 _CHANGES_DEVICE = {"aten::_to_copy", "aten::copy_", "aten::copy", "aten::to", "aten::_pin_memory"}
 _READS_STRIDES = {"aten::as_strided", "aten::as_strided_", "aten::as_strided_copy"}
+_PUTS_OFF = {"aten::_conj", "aten::_neg_view"}
 _PLAIN = (
     int,
     float,
@@ -76,6 +77,7 @@ class _Op(NamedTuple):
     composite: bool
     keeps_statistics: bool
     changes_device: bool
+    puts_off: bool  # only marks its result: a wrapper would not pass the mark on
     by_shapes: bool  # its rule looks at nothing but shapes, numbers and index tensors
 
 
@@ -104,12 +106,13 @@ def _describe(func: Any) -> _Op:
         # Lists that are written into have no mark of their own, and are returned by no op.
         writes=tuple(writes.values()) or (((0, "self"),) if schema.is_mutable else ()),
         written=tuple(written),
-        view=views and not writes,
+        view=views and not writes and schema.name not in _PUTS_OFF,
         reshapes_itself=torch.Tag.inplace_view in func.tags,
         composite=func._can_decompose(),
         keeps_statistics=schema.name in _KEEPS_STATISTICS,
         changes_device=schema.name in _CHANGES_DEVICE,
-        by_shapes=schema.name not in _READS_STRIDES | _CHANGES_DEVICE and not writes,
+        puts_off=schema.name in _PUTS_OFF,
+        by_shapes=schema.name not in _READS_STRIDES | _CHANGES_DEVICE | _PUTS_OFF and not writes,
     )
     _described[func] = op
     return op
@@ -235,6 +238,8 @@ def _by_rule(op: _Op, call: tuple[Any, Any, Any], read: _Read, key: Any) -> Any:
             raise
         finish = _merged(read.found)
     out = func(*read.plain, **read.named)
+    if op.puts_off:
+        out = out.resolve_conj().resolve_neg()
     rows = finish(out)
     if op.changes_device:
         rows = [None if one is None else beside(out, one) for one in rows]
@@ -243,6 +248,8 @@ def _by_rule(op: _Op, call: tuple[Any, Any, Any], read: _Read, key: Any) -> Any:
     if key is not None and not merges:
         _remember(key, out, rows, read.found)
     result = _wrapped(out, iter(rows), merges)
+    if op.puts_off:
+        result._apart = True
     return as_view(call, read.plain, read.named, result) if op.view else result
 
 
@@ -307,6 +314,11 @@ def _may_write(op: _Op, call: tuple[Any, Any, Any]) -> None:
                 f"expected {at[1]} of {func} to be a GuardedTensor, since what is written into it"
                 f" has flags, got {type(target).__name__}; write into opguard.flags.guard({at[1]}),"
                 " or leave the flags out by .unwrap()"
+            )
+        if getattr(target, "_apart", False):
+            raise RowsLost(
+                f"expected {at[1]} of {func} to share its memory, got a conjugate or negative,"
+                " which a GuardedTensor makes by a copy; write into the tensor it was made of"
             )
         if target is not None and at not in op.written:
             raise RowsLost(

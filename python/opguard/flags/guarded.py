@@ -54,6 +54,7 @@ class GuardedTensor(Tensor):
     _merges = False
     _gradient = False
     _given = False
+    _apart = False
     _public: Any = None
     _cell: Any = None
     _step: Any = None
@@ -211,6 +212,29 @@ class GuardedTensor(Tensor):
             " pass .unwrap() and keep .flags"
         )
 
+    def apply_(self, callable: Any) -> NoReturn:
+        """Refused: Python functions see the elements of plain tensors alone."""
+        raise TypeError(
+            "expected a plain tensor for apply_() and map_(), got a GuardedTensor; call them on"
+            " .unwrap(), whose memory is the same"
+        )
+
+    def map_(self, tensor: Any, callable: Any) -> NoReturn:
+        """Refused as :meth:`apply_`."""
+        self.apply_(callable)
+
+    @property
+    def data(self) -> Any:
+        """The same without autograd, as :meth:`detach`."""
+        return self.detach()
+
+    @data.setter
+    def data(self, new: Any) -> NoReturn:
+        raise TypeError(
+            "expected a plain tensor to assign .data of, got a GuardedTensor, whose flags are of"
+            " the data it has; make another by GuardedTensor(data, flags)"
+        )
+
     def data_ptr(self) -> int:
         """Where the data begins in memory."""
         return self._data.data_ptr()
@@ -235,6 +259,12 @@ _guarded_wrap.wrapper = GuardedTensor
 
 def _fits(data: Tensor, flags: Tensor) -> None:
     _engine.is_ok(flags)  # says what is wrong with flags that are none
+    if data.layout is not torch.strided or data.is_conj() or data.is_neg():
+        raise TypeError(
+            f"expected data that lies in memory as it is, got {data.layout}, conjugate"
+            f" {data.is_conj()}, negative {data.is_neg()}; call to_dense(), resolve_conj() or"
+            " resolve_neg() first"
+        )
     samples = data.shape[0] if data.dim() else 1
     if flags.shape[0] != samples:
         raise BatchMismatchError(
