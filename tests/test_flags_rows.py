@@ -541,6 +541,35 @@ def test_a_rule_that_is_wrong_about_its_result_is_an_error_and_no_wrong_row(monk
             planned(aten.t_copy.default, (x,), {id(x): rows})
 
 
+def test_arguments_that_make_no_sense_are_refused_by_the_op_itself():
+    x = tg.guard(torch.ones(3, 2))
+    for wrong in (
+        lambda x: x.repeat(2),
+        lambda x: x.gather(0, torch.full((1, 2), 7)),
+        lambda x: aten.slice.Tensor(x, 0, 0, 3, 0),
+        lambda x: x.select(0, 5),
+        lambda x: x[:0][0],
+        lambda x: x.sum(7),
+    ):
+        with pytest.raises((RuntimeError, IndexError)) as plain:
+            wrong(torch.ones(3, 2))
+        with pytest.raises(plain.type) as guarded:
+            wrong(x)
+        assert not isinstance(guarded.value, tg.FlagsError)
+        assert str(guarded.value) == str(plain.value)
+
+
+def test_a_rule_that_fails_where_its_op_does_not_loses_the_rows(monkeypatch):
+    rules.load()
+    monkeypatch.setattr(rules, "_known", {})
+    monkeypatch.setattr(rules, "_rules", {"aten::t_copy": lambda call: 1 // 0})
+    rows, _, _ = fresh((3, 2), 0)
+    x = torch.ones(3, 2)
+    with pytest.raises(tg.RowsLost, match="ZeroDivisionError") as caught:
+        planned(aten.t_copy.default, (x,), {id(x): rows})
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
 def test_flags_of_other_configurations_merge_without_loss():
     """Fewer slots now, words of another width: all that was recorded is in the sum."""
     few_slots, many = tg.ErrorConfig(num_slots=4), tg.ErrorConfig(num_slots=16)

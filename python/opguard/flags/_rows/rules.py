@@ -230,7 +230,9 @@ def plan(
         rows_of: the Rows of a tensor, None for a tensor without.
 
     Returns:
-        A function of the outputs that gives Rows or None for each tensor among them, in order.
+        A function of the outputs that gives Rows or None for each tensor among them, in order. If
+        the arguments make no sense to the rule, it is the op that says so; if that runs all the
+        same, this function raises RowsLost.
 
     Raises:
         RowsLost: there is no rule, or the rule refuses.
@@ -239,8 +241,25 @@ def plan(
     call = Call(this, args, kwargs, rows_of)
     if this.rule is None:
         lost(call, "there is no rule for it")
-    found = this.rule(call)
+    try:
+        found = this.rule(call)
+    except RowsLost:
+        raise
+    except Exception as error:  # arguments that make no sense: the op says so in its own words
+        return _failed(call, error)
     return lambda outputs: _settled(found, outputs, call)
+
+
+def _failed(call: Call, error: Exception) -> Callable[[Any], list[Rows | None]]:
+    """For a rule that could do nothing with its call: if the op can, its rows are lost."""
+
+    def finish(outputs: Any) -> list[Rows | None]:
+        try:
+            lost(call, f"its rule failed with {type(error).__name__}")
+        except RowsLost as refusal:
+            raise refusal from error
+
+    return finish
 
 
 def _settled(found: Any, outputs: Any, call: Call) -> list[Rows | None]:
