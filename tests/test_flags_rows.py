@@ -559,6 +559,37 @@ def test_arguments_that_make_no_sense_are_refused_by_the_op_itself():
         assert str(guarded.value) == str(plain.value)
 
 
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda g: g[g > 0],
+        lambda g: g.masked_select(g > 0),
+        torch.unique,
+        lambda g: g.squeeze(0).repeat_interleave((g.squeeze(0) > 0).long()),
+        lambda g: g.t()[(g > 0).squeeze(0)],
+        lambda g: g.nonzero(),
+    ],
+)
+def test_what_numbers_decide_is_not_taken_from_an_earlier_call(op: Any):
+    for numbers in ([1.0, 2.0, 3.0, 0.0], [5.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]):
+        result = op(tg.guard(torch.tensor([numbers])))
+        expected = math.prod(result.shape[dim] for dim in result.batch_dims)
+        assert result.flags.shape[0] == expected
+
+
+def test_an_earlier_call_with_one_flags_tensor_says_nothing_of_two():
+    """The second and third input had the same flags once, and have others the next time."""
+    x = torch.ones(3)
+    bad = tg.flag_nan(tg.guard(torch.tensor([1.0, math.nan, 1.0])), 1)
+    fine = tg.guard(x)
+    for flagged in (False, True):
+        other = bad if flagged else fine
+        result = torch.addcmul(tg.guard(x), fine, other)
+        assert result.is_err().tolist() == [False, flagged, False]
+        result = torch.addcmul(x, fine, other)
+        assert result.is_err().tolist() == [False, flagged, False]
+
+
 def test_a_rule_that_fails_where_its_op_does_not_loses_the_rows(monkeypatch):
     rules.load()
     monkeypatch.setattr(rules, "_known", {})
@@ -568,6 +599,8 @@ def test_a_rule_that_fails_where_its_op_does_not_loses_the_rows(monkeypatch):
     with pytest.raises(tg.RowsLost, match="ZeroDivisionError") as caught:
         planned(aten.t_copy.default, (x,), {id(x): rows})
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    merging = tg.guard(x, lost="merge")
+    assert torch.ops.aten.t_copy(merging).batch_dims == ()
 
 
 def test_flags_of_other_configurations_merge_without_loss():

@@ -63,6 +63,7 @@ _PLAIN = (
     torch.device,
     torch.memory_format,
 )
+_BY_NUMBERS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 _REMEMBERED = 4096
 
 
@@ -112,7 +113,9 @@ def _describe(func: Any) -> _Op:
         keeps_statistics=schema.name in _KEEPS_STATISTICS,
         changes_device=schema.name in _CHANGES_DEVICE,
         puts_off=schema.name in _PUTS_OFF,
-        by_shapes=schema.name not in _READS_STRIDES | _CHANGES_DEVICE | _PUTS_OFF and not writes,
+        by_shapes=schema.name not in _READS_STRIDES | _CHANGES_DEVICE | _PUTS_OFF
+        and not writes
+        and _BY_NUMBERS.isdisjoint(func.tags),
     )
     _described[func] = op
     return op
@@ -172,16 +175,23 @@ class _Read:
         found, key, data = self.found, self.key, g._data
         rows = g._rows if g._cell is None else rows_now(g)
         if key is not None:
-            if type(data) is Tensor:
+            if type(data) is Tensor and data.is_floating_point():
                 key.append(rows.shape)
                 key.append(rows.axes)
-                if found:
+                if found:  # the first that has the same flags
                     payload: Any = rows.payload
-                    key.append(payload.flags is found[0]._rows.payload.flags)
-            else:  # traced: sizes may be symbols
+                    key.append(_place(payload.flags, found))
+            else:  # traced: sizes may be symbols; integers: perhaps an index
                 self.key = None
         found.append(g)
         return data  # type: ignore[no-any-return]
+
+
+def _place(flags: Tensor, found: list[Any]) -> int:
+    for place, g in enumerate(found):
+        if g._rows.payload.flags is flags:
+            return place
+    return len(found)
 
 
 def _rows_of(tensor: Any) -> Rows | None:
@@ -240,7 +250,12 @@ def _by_rule(op: _Op, call: tuple[Any, Any, Any], read: _Read, key: Any) -> Any:
     out = func(*read.plain, **read.named)
     if op.puts_off:
         out = out.resolve_conj().resolve_neg()
-    rows = finish(out)
+    try:
+        rows = finish(out)
+    except RowsLost:  # by a rule that had to see the outputs
+        if not merges:
+            raise
+        rows = _merged(read.found)(out)
     if op.changes_device:
         rows = [None if one is None else beside(out, one) for one in rows]
     if op.writes:
