@@ -18,7 +18,7 @@ def rows() -> Iterator[Row]:
     g = guard(x)
     compiled = torch.compile(net)
     with torch.no_grad():
-        yield Row("GuardedTensor: MLP, eager", lambda: net(g), lambda: net(x), limit=1.05, turns=5)
+        yield Row("GuardedTensor: MLP, eager", lambda: net(g), lambda: net(x), limit=1.10, turns=5)
         yield Row(
             "GuardedTensor: MLP, compiled",
             lambda: compiled(g),
@@ -33,15 +33,15 @@ def _ops() -> Iterator[Row]:
     x = torch.randn(8, 8)
     g = guard(x)
     linear, norm = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)
-    for name, op in (
-        ("relu", torch.relu),
-        ("linear", linear),
-        ("view", lambda t: t.view(4, 2, 8)),
-        ("layer norm", norm),
+    for name, op, extra in (
+        ("relu", torch.relu, 15.0),
+        ("linear", linear, 20.0),
+        ("view", lambda t: t.view(4, 2, 8), 20.0),
+        ("layer norm, which gives three tensors", norm, 35.0),
     ):
         yield Row(
             f"GuardedTensor: {name}",
             lambda op=op: op(g),
             lambda op=op: op(x),
-            extra_us=25.0,
+            extra_us=extra,
         )

@@ -42,7 +42,7 @@ class GuardedTensor(Tensor):
     Args:
         data: the samples, in dimension 0; a tensor without dimensions is one sample.
         flags: as :func:`opguard.flags.push` or ``err.new`` make them, one row a sample.
-        config: how flags merge, or its key; None: the current configuration.
+        config: how flags merge, in compiled code its ``key``; None: the current one.
         lost: what an op does that no rule can follow: ``"error"`` raises NotImplementedError
             before anything is computed, ``"merge"`` gives its result one row, of all samples.
 
