@@ -378,3 +378,32 @@ def test_layers_compiled_in_one_graph():
         output = run(GuardedTensor(x, flags_for(N, 1), CONFIG))
         assert torch.equal(output.unwrap(), network(x).log_softmax(-1))
     assert locations(output.flags) == [{1}, {2}, {3}, {4}]
+
+
+def test_gather_takes_an_empty_index_as_torch_does():
+    x = GuardedTensor(image(3), flags_for(N, 1), CONFIG)
+    assert torch.gather(x, 0, torch.tensor([], dtype=torch.uint8)).shape == (0,)
+    assert torch.gather(x, 0, torch.empty(0, 3, dtype=torch.int64)).flags.shape[0] in (0, 1)
+
+
+def test_conjugates_are_what_they_are_of_plain_tensors():
+    """Several transforms are followed by a conjugate, which torch makes without touching memory."""
+    x = image(5, 6)
+    assert torch.equal(torch.fft.hfftn(guard(x)).unwrap(), torch.fft.hfftn(x))
+    z = torch.randn(N, 3, dtype=torch.complex64)
+    assert torch.equal(torch.view_as_real(guard(z).conj().resolve_conj()).unwrap()[..., 1], -z.imag)
+
+
+@pytest.mark.parametrize("samples", [3, 5, 7])
+def test_layers_compiled_with_symbolic_sizes(samples: int):
+    network = nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.LayerNorm(4),
+    ).eval()
+    run = torch.compile(network, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        output = run(GuardedTensor(torch.randn(samples, 2, 5, 5), flags_for(samples, 1), CONFIG))
+    assert locations(output.flags) == [{at + 1} for at in range(samples)]

@@ -222,7 +222,9 @@ def _gather(call: Call) -> Rows | None:
         # A 0-d index or tensor stands for one of a single element.
         flat = rows if rows.shape else rows.unsqueezed(0)
         at = index if index.dim() else index.unsqueeze(0)
-        rows = flat.reordered_by(_beside(rows, at), call["dim"])
+        if at.dim() != len(flat.shape):  # empty: torch lets it have any shape and dtype
+            return union(index.shape, rows.whole(tuple(index.shape)), own)
+        rows = flat.reordered_by(_beside(rows, at.long()), call["dim"])
         rows = rows if index.dim() else rows.reduced((0,))
     return union(index.shape, rows, own)
 
