@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from opguard.flags._boundary import boundary
 from opguard.flags._reporting_found import Errors, flags_of, read
 from opguard.flags.codes import ErrorCode, Severity
-from opguard.flags.constants import CODE_MASK, CODE_SHIFT, LOCATION_SHIFT, SEVERITY_MASK
+from opguard.flags.constants import CODE_MASK, CODE_SHIFT, LOCATION_SHIFT, SEVERITY_MASK, SLOT_BITS
 from opguard.flags.locations import ErrorLocation
 
 if TYPE_CHECKING:
@@ -76,8 +76,9 @@ def first_of(flags: Tensor, errors: Errors) -> Failure | None:
 
     if not errors.value.size:
         return None
-    values, counts = np.unique(errors.value, return_counts=True)
-    known = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    counts = np.bincount(errors.value)  # of 16-bit numbers: no sort is needed
+    values = np.flatnonzero(counts)
+    known = dict(zip(values.tolist(), counts[values].tolist(), strict=True))
     first = _by_memory(flags, known)
     if first is None:
         first = _by_rows(errors, known)
@@ -104,9 +105,11 @@ def _by_rows(errors: Errors, counts: dict[int, int]) -> int:
     begins = np.diff(errors.sample, prepend=-1) != 0
     heads = errors.value[begins]
     head_of_row = heads[np.cumsum(begins) - 1]
-    behind = errors.value[errors.value != head_of_row]
-    free = np.setdiff1d(heads, behind)
-    candidates: list[int] = (free if free.size else np.unique(heads)).tolist()
+    leads, follows = np.zeros((2, 1 << SLOT_BITS), bool)
+    leads[heads] = True
+    follows[errors.value[errors.value != head_of_row]] = True
+    free = np.flatnonzero(leads & ~follows)
+    candidates: list[int] = (free if free.size else np.flatnonzero(leads)).tolist()
     return min(candidates, key=lambda each: (-counts[each], each >> LOCATION_SHIFT, each))
 
 
