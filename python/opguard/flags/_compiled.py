@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from opguard.flags._traced import Location
     from opguard.flags.config import ErrorConfig
 
+# GuardedTensor, bound by _guarded_record. Here, and not looked up in _traced, for a guard less.
+_Guarded: Any = ()
+
 _ops: Any = torch.ops.opguard
 _check = _ops.flags_check.default
 _check_new = _ops.flags_check_new.default
@@ -75,7 +78,7 @@ def check(
     x: Tensor, location: Location, f: Tensor | None, checks: int, config: ErrorConfig | None
 ) -> Tensor:
     """:func:`opguard.flags._engine.check`."""
-    if isinstance(x, _traced._Guarded) or isinstance(f, _traced._Guarded):
+    if isinstance(x, _Guarded) or isinstance(f, _Guarded):
         using = _config._current if config is None else config
         return _traced.check(x, location, f, checks, using.key)
     key = (_config._current if config is None else config).key
@@ -94,7 +97,7 @@ def push(  # noqa: PLR0917  (as _engine.push)
 ) -> Tensor:
     """:func:`opguard.flags._engine.push`."""
     using = _config._current if config is None else config
-    if isinstance(f, _traced._Guarded) or isinstance(where, _traced._Guarded):
+    if isinstance(f, _Guarded) or isinstance(where, _Guarded):
         otherwise = int(using.default_severity)
         return _traced.push(f, where, code, location, severity, using.key, otherwise)
     code, severity = _number(code), _number(severity)

@@ -17,9 +17,11 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from opguard._flag_ops import SLOTS_A_WORD
-from opguard.flags import _engine, _traced
+from opguard.flags import _compiled, _engine, _traced
 from opguard.flags import config as _config
 from opguard.flags._guarded_ops import ATTACH
+from opguard.flags._guarded_wrap import build, public_rows, rows_now, set_rows
+from opguard.flags._rows.payloads import FlagPayload
 from opguard.flags._words import as_words
 from opguard.flags.errors import BatchMismatchError, FlagsError
 from opguard.flags.guarded import GuardedTensor
@@ -66,13 +68,15 @@ def by_rows(x: Tensor, dims: Sequence[int]) -> Tensor:
     """``x`` (n, ...) with the rows along ``dims`` first; the tensor itself where they are."""
     if not dims:
         return x.unsqueeze(0)
+    if dims == (0,):
+        return x
     if tuple(dims) != tuple(range(len(dims))):
         x = x.movedim(tuple(dims), tuple(range(len(dims))))
     return x if len(dims) == 1 else x.flatten(0, len(dims) - 1)
 
 
 def _data_rows(g: GuardedTensor) -> Tensor:
-    return by_rows(g._data.detach(), g.batch_dims)
+    return by_rows(g._data, public_rows(g)[0])
 
 
 # --- what each work makes of a tensor's flags: (g, tensors, numbers) -> flags (n, W) --------------
@@ -87,12 +91,9 @@ def _flags_and_key(g: GuardedTensor, key: int, other: Tensor | None = None) -> t
     Without a configuration of the call's own, it is the tensor's. No error is left out because the
     configuration now has fewer slots than the flags were made with.
     """
-    from opguard.flags._guarded_wrap import rows_now
-    from opguard.flags._rows.payloads import FlagPayload
-
-    payload = rows_now(g).aligned().payload
+    payload = public_rows(g)[1]
     if key == _config._current.key:
-        key = payload.key  # type: ignore[attr-defined]
+        key = payload.key
     if other is not None and other is not g:
         others = flags_of(other)
         _traced._flags(others)
@@ -102,7 +103,7 @@ def _flags_and_key(g: GuardedTensor, key: int, other: Tensor | None = None) -> t
                 f" {others.shape[0]}"
             )
         payload = payload.merge(FlagPayload(others, key))
-    flags: Tensor = payload.flags  # type: ignore[attr-defined]
+    flags: Tensor = payload.flags
     return flags, key & ~_SLOTS | flags.shape[1] * SLOTS_A_WORD[flags.dtype]
 
 
@@ -224,8 +225,6 @@ def _rows_first(g: GuardedTensor) -> GuardedTensor:
     dims = g.batch_dims
     if dims:
         return by_rows(g, dims)  # type: ignore[return-value]
-    from opguard.flags._guarded_wrap import build
-
     data = g.unwrap().unsqueeze(0)
     carrier = build(data.detach(), g.flags, ((0,), rows_key(g), g._merges))
     return ATTACH(data, carrier)  # type: ignore[no-any-return]
@@ -233,8 +232,6 @@ def _rows_first(g: GuardedTensor) -> GuardedTensor:
 
 def rows_key(g: GuardedTensor) -> int:
     """The key of the configuration by which the flags of ``g`` merge."""
-    from opguard.flags._guarded_wrap import rows_now
-
     return rows_now(g).payload.key  # type: ignore[attr-defined,no-any-return]
 
 
@@ -321,10 +318,8 @@ def _put(
             " cannot change them in a tensor that it was given; use the function without the"
             " underscore, which gives one back"
         )
-    from opguard.flags import _guarded_wrap
-
     made = g.with_flags(_WORKS[what](g, tensors, numbers))
-    _guarded_wrap.set_rows(g, _guarded_wrap.rows_now(made))
+    set_rows(g, rows_now(made))
     return g
 
 
@@ -446,5 +441,5 @@ def index_clamp(
     return told, ids.clamp(0, size - 1)
 
 
-_traced._Guarded = GuardedTensor
+_traced._Guarded = _compiled._Guarded = GuardedTensor
 vars(_traced)["_lifted"] = sys.modules[__name__]
