@@ -6,6 +6,7 @@ and each output row that differs then must carry that row's flag.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,12 +29,16 @@ POISONED = 3  # rows of each tensor that are poisoned
 
 def all_ops() -> list[Any]:
     """Every entry of torch's OpInfo database that runs on CPU floats."""
+    before = dict(os.environ)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal.common_methods_invocations import op_db
 
-    # Importing torch's test tools freezes backend flags for the whole process.
-    torch.backends.__dict__["__allow_nonbracketed_mutation_flag"] = True
+    # Importing torch's test tools changes the process for every test after: undone.
+    os.environ.clear()
+    os.environ.update(before)
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+    assert not torch.backends.flags_frozen()
     return [
         op
         for op in op_db
