@@ -245,6 +245,26 @@ def test_meant_infs_mixes_and_ids():
         }
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager", None])
+def test_gradients_of_bad_ids_go_to_the_right_rows(backend):
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, 3)
+
+        def forward(self, ids):
+            return self.table(ids).sum()  # embedding
+
+    model, ids = Lookup(), torch.tensor([[1, 9], [2, -3], [0, 0]])
+    fast = model if backend is None else torch.compile(model, backend=backend)
+    with check_ops(backend=backend or "inductor") as c:
+        fast(ids).backward()
+    assert model.table.weight.grad.sum(1).tolist() == [9.0, 3.0, 3.0, 0.0, 3.0]
+    where = at("embedding", Lookup.forward, "embedding")
+    assert found(c) == {i: [f"OUT_OF_BOUNDS@{where}"] for i in (0, 1)}
+
+
 def test_mixes_of_bad_samples_accuse_nobody_else():
     def f(x):
         y = x.log()

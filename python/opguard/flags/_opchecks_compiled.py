@@ -81,6 +81,12 @@ class _Names(torch.fx.Interpreter):
     """Runs Dynamo's graph and knows which node is at work."""
 
     node: torch.fx.Node
+    traced: Traced | None = None
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.nn.functional.embedding and self.traced is not None and len(args) > 1:
+            args = (self.traced.right_ids(args[0], args[1]), *args[1:])
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: torch.fx.Node) -> Any:
         self.node = n
@@ -181,6 +187,7 @@ class Checked:
             if isinstance(x, Tensor) and not is_batch:
                 traced.may_hold_inf(x)
         mode = Mode(traced)
+        runner.traced = traced
         push_modes([mode])
         try:
             outputs = runner.run(*args)

@@ -158,6 +158,7 @@ class Watch:
         finish, before = None, {}
         try:
             inputs = _tensors(args) if not kwargs else _tensors((*args, *kwargs.values()))
+            inputs = [x for x in inputs if not x.is_nested]
             known = self.knows(inputs)
             if self.checks_ids and (kind.ids is not None or kind.id_lists):
                 args, kwargs = self._with_right_ids(kind, args, kwargs)
@@ -187,6 +188,7 @@ class Watch:
         outputs = [out] if isinstance(out, Tensor) else _tensors((out,))
         if not outputs and before:  # written into, and nothing returned: foreach ops
             outputs, finish = [x for x in _tensors(call[0]) if id(x) in before], None
+        outputs = [x for x in outputs if not x.is_nested]
         if not outputs:
             return
         rows = settled(finish, out, len(outputs))
@@ -308,7 +310,8 @@ class Watch:
         bad = self.host.bad_ids(ids - low if low else ids, high - low + 1, rows)
         if bad is None:
             return ids
-        self.book.add(ErrorCode.OUT_OF_BOUNDS, place_of_stack(kind.name), bad)
+        if not kind.name.endswith("_backward"):  # that was said of the forward op
+            self.book.add(ErrorCode.OUT_OF_BOUNDS, place_of_stack(kind.name), bad)
         fixed = ids.clamp(low, high)
         if rows is not None:
             self.tracker.put(fixed, rows)

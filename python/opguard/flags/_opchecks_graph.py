@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opguard.flags._opchecks_host import floats
-from opguard.flags._opchecks_ops import Kind, brings_inf, ids_of, with_ids
+from opguard.flags._opchecks_ops import Kind, brings_inf, ids_of, kind_of, with_ids
 from opguard.flags._opchecks_places import Place
 from opguard.flags._opchecks_rows import Tracker, by_rows, samples_of, settled
 from opguard.flags._opchecks_user import SITES, place_name
@@ -51,6 +51,7 @@ class Traced:
         self.wide: set[int] = set()
         self.notes: list[Any] = []
         self._inf_tracker = Tracker()  # tensors that may rightly hold an Inf
+        self._right_ids = Tracker()
         self._made = Tracker()  # what ops made, in eager code
         self._ids = "index" in categories
         self._divisions = "div" in categories
@@ -243,11 +244,23 @@ class Traced:
         self.more = _ops.flags_push(self._also(), where, slot, MORE_KEY)
 
     def _with_right_ids(self, kind: Kind, args: Any, kwargs: Any) -> Any:
-        old = ids_of(kind, args, kwargs)
+        old = [each for each in ids_of(kind, args, kwargs) if not self._right_ids.knows(each[0])]
+        # Autograd has kept the ids as they were: its pass would write past the table by them.
+        kept = torch.is_grad_enabled() and any(x.requires_grad for x in floats(args))
         new = [self._right(kind, *each) for each in old]
+        if kept:
+            return args, kwargs
         return (
             with_ids(kind, args, kwargs, [each[0] for each in old], new) if old else (args, kwargs)
         )
+
+    def right_ids(self, ids: Tensor, table: Tensor) -> Tensor:
+        """Ids of an embedding made right before autograd sees them; told as those of its op."""
+        if not self._ids or not isinstance(table.shape[0], int):
+            return ids
+        fixed = self._right(kind_of(torch.ops.aten.embedding.default), ids, 0, table.shape[0] - 1)
+        self._right_ids.put(fixed, None)
+        return fixed
 
     def _right(self, kind: Kind, ids: Tensor, low: Any, high: Any) -> Tensor:
         if not isinstance(high, int) or high < 0:

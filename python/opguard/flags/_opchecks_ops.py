@@ -50,9 +50,11 @@ _BOUNDED = """
     _scaled_dot_product_attention_math _safe_softmax _scaled_dot_product_cudnn_attention
 """
 _ENDS_INF = frozenset(_BOUNDED.split())
-# name: (the table, its dimension or the argument that says it, the ids)
+# name: (the table or its number of rows, its dimension or the argument that says it, the ids)
 _IDS: dict[str, tuple[str, int | str, str]] = {
     "embedding": ("weight", 0, "indices"),
+    # Autograd kept the ids as they were given.
+    "embedding_dense_backward": ("num_weights", 0, "indices"),
     "_embedding_bag": ("weight", 0, "indices"),
     "_embedding_bag_forward_only": ("weight", 0, "indices"),
     **dict.fromkeys(
@@ -150,6 +152,8 @@ def ids_of(kind: Kind, args: Any, kwargs: Any) -> list[tuple[Any, Any, Any]]:
         ids, of = (kind.argument(each, args, kwargs) for each in (name, table))
         if isinstance(dim, str):
             dim = kind.argument(dim, args, kwargs)
+        if not isinstance(of, torch.Tensor):
+            return [(ids, 0, of - 1)]
         return [(ids, 0, of.shape[dim] - 1)] if of.dim() else []
     of = kind.argument("self", args, kwargs)
     found = []
