@@ -312,8 +312,13 @@ def test_the_data_is_not_exchanged(g):
 def test_in_place_ops_that_change_the_shape(g):
     g.t_()
     assert (g.shape, g.batch_dims, bad(g + 1)) == ((4, 3), (1,), [1])
+    row, turned = g[:, 2], g.t()
     g.unsqueeze_(0)
     assert (g.shape, g.batch_dims, bad(g)) == ((1, 4, 3), (2,), [1])
+    g[0, :, 2] = made(1, [0], 4)[0]
+    assert (bad(g), bad(row), bad(turned)) == ([1, 2], [0], [1, 2])
+    turned[1].zero_()
+    assert (bad(g), bad(g * 2), bad(turned)) == ([2], [2], [2])
 
 
 def test_writes_and_gradients():

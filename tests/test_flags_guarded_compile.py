@@ -226,6 +226,8 @@ def test_writes_that_leave_the_flags_of_an_input_as_they_are():
     g = made(3, [1], 4)
     whole(lambda g: g.mul_(3))(g)
     assert (bad(g), g.tolist()) == ([1], [[3.0] * 4] * 3)
+    whole(lambda g: g[1].mul_(3) * 2)(g)
+    assert (bad(g), g[1].tolist()) == ([1], [9.0] * 4)
 
 
 def test_views_of_inputs_stay_views():

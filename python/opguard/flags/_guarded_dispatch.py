@@ -27,6 +27,7 @@ from opguard.flags._guarded_wrap import (
     rows_now,
     same_flags,
     set_rows,
+    turned,
     wrap,
 )
 from opguard.flags._rows.rows import Rows
@@ -247,6 +248,7 @@ def _by_rule(op: _Op, call: tuple[Any, Any, Any], read: _Read, key: Any) -> Any:
         if not merges:
             raise
         finish = _merged(read.found)
+    step = turned(call, read.plain, read.named) if op.reshapes_itself else None
     out = func(*read.plain, **read.named)
     if op.puts_off:
         out = out.resolve_conj().resolve_neg()
@@ -258,6 +260,8 @@ def _by_rule(op: _Op, call: tuple[Any, Any, Any], read: _Read, key: Any) -> Any:
         rows = _merged(read.found)(out)
     if op.changes_device:
         rows = [None if one is None else beside(out, one) for one in rows]
+    if op.reshapes_itself:
+        return reshaped(call, rows[0], step)
     if op.writes:
         return _written(op, call, out, rows)
     if key is not None and not merges:
@@ -344,8 +348,6 @@ def _may_write(op: _Op, call: tuple[Any, Any, Any]) -> None:
 
 def _written(op: _Op, call: tuple[Any, Any, Any], out: Any, rows: list[Rows | None]) -> Any:
     _, args, kwargs = call
-    if op.reshapes_itself:
-        reshaped(call)
     outs = (out,) if len(op.written) == 1 else out
     results = []
     left = iter(rows)

@@ -32,6 +32,7 @@ __all__ = [
     "rows_now",
     "same_flags",
     "set_rows",
+    "turned",
     "with_other_flags",
     "wrap",
 ]
@@ -137,8 +138,11 @@ def same_flags(given: Any, rows: Any) -> bool:
 def set_rows(g: Any, rows: Rows) -> None:
     """``rows`` are those of ``g`` after a write into it."""
     cell = g._cell
+    same = same_flags(rows, g._rows)
+    if same and rows.axes == g._rows.axes and rows.shape == g._rows.shape:
+        return
     given = g._given if cell is None else cell.given
-    if given and not same_flags(rows, g._rows):
+    if given and not same:
         raise RowsLost(
             "expected a compiled region to leave the flags of what it is given as they are, got a"
             " write that changes those of an input; write into a copy (g * 1) and return it"
@@ -188,10 +192,27 @@ def as_view(call: tuple[Any, Any, Any], plain: list[Any], named: Any, result: An
     return result
 
 
-def reshaped(call: tuple[Any, Any, Any]) -> None:
-    """The wrapper's sizes after an op that changed those of its data in place."""
+def turned(call: tuple[Any, Any, Any], plain: list[Any], named: Any) -> Step | None:
+    """What an op that changes sizes in place does, as a step of a view; before it runs."""
+    func, (g, *_), _ = call
+    if g._cell is None:
+        return None
+    packet = getattr(_aten, func._overloadpacket.__name__.removesuffix("_"))
+    before = g._data  # which the steps of its views hold as it is
+    g._data = plain[0] = _aten.alias.default(before)
+    view = getattr(packet, func._overloadname)
+    return Step(g._step, view, (before, *plain[1:]), named, before, 0)
+
+
+def reshaped(call: tuple[Any, Any, Any], rows: Any, step: Step | None) -> Any:
+    """The tensor after an op that changed the sizes of its data in place, and nothing else."""
     func, args, kwargs = call
-    _same_memory(func, args, kwargs, args[0])
+    g = args[0]
+    _same_memory(func, args, kwargs, g)
+    _tell(g, rows)
+    if step is not None:
+        g._step = step
+    return g
 
 
 def resize(g: Any) -> None:
