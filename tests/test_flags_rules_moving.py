@@ -1,4 +1,4 @@
-"""Rows through every op that moves, picks, repeats, joins, orders or writes elements."""
+"""Rows through every op that moves, picks, repeats, orders or joins elements."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rows_oracle import Inputs, check_moved, layouts, outputs
+from opguard.flags._rows.payloads import MIXED, NO_SAMPLE
+from rows_oracle import (
+    Inputs,
+    as_samples,
+    check_moved,
+    expected,
+    layouts,
+    outputs,
+    row_numbers,
+)
 
 # A case: the op on a tensor (6, 4), then whether rows can stay apart in it whatever their layout.
 SAME = {
@@ -101,6 +110,7 @@ SAME = {
     "as_strided selects": lambda x: x.as_strided((6,), (4,), 2),
     "as_strided slices": lambda x: x.as_strided((2, 3), (4, 1), 5),
     "as_strided expands": lambda x: x.as_strided((5, 6, 1, 4), (0, 4, 7, 1)),
+    "as_strided steps": lambda x: x.as_strided((3, 2), (8, 2), 1),
     "as_strided_copy": lambda x: torch.as_strided_copy(x, (6,), (4,), 1),
     "pad": lambda x: F.pad(x, (1, 2, 3, 0)),
     "pad off": lambda x: F.pad(x, (-1, 2, 1, -2)),
@@ -184,17 +194,124 @@ MIXING = {
 }
 
 
-def run(case, layout, seed=0):
-    inputs = Inputs(seed)
-    x = inputs.make((6, 4), layout)
+def test_as_strided_windows_within_rows_are_followed():
+    inputs = Inputs()
+    x = inputs.make((6, 4), "first")
     with inputs.tracker:
-        return inputs, list(outputs(case(x)))
+        check_moved(inputs, x.as_strided((6, 3, 2), (4, 1, 1)))
 
 
-@pytest.mark.parametrize("layout", layouts(2))
 @pytest.mark.parametrize("name", [*SAME, *MIXING])
-def test_rows_go_where_the_values_go(name, layout):
-    inputs, found = run({**SAME, **MIXING}[name], layout)
-    assert found
+def test_rows_go_where_the_values_go(name):
+    for layout in layouts(2):
+        inputs = Inputs()
+        x = inputs.make((6, 4), layout)
+        with inputs.tracker:
+            found = list(outputs({**SAME, **MIXING}[name](x)))
+        assert found
+        for out in found:
+            check_moved(inputs, out, fine=name in SAME)
+
+
+@pytest.mark.parametrize("name", [*SAME, *MIXING])
+def test_rows_go_where_the_values_go_in_inference_mode(name):
+    """There ops that are made of others arrive whole."""
+    with torch.inference_mode():
+        inputs = Inputs()
+        x = inputs.make((6, 4), "first")
+        with inputs.tracker:
+            found = list(outputs({**SAME, **MIXING}[name](x)))
+        for out in found:
+            check_moved(inputs, out, fine=name in SAME)
+
+
+@pytest.mark.parametrize("name", [*SAME, *MIXING])
+def test_samples_go_where_the_values_go(name):
+    """With sample numbers instead of flags: what is proven of a row is true."""
+    inputs = Inputs()
+    x = inputs.make((6, 4), "first")
+    rows = inputs.tracker.of(x)
+    inputs.tracker.follow(x, as_samples(rows))
+    with inputs.tracker:
+        found = list(outputs({**SAME, **MIXING}[name](x)))
     for out in found:
-        check_moved(inputs, out, fine=name in SAME)
+        rows = inputs.tracker.of(out)
+        number = row_numbers(rows)
+        for row, (have, want) in enumerate(
+            zip(rows.payload.ids(), expected(inputs, out, number, rows.payload.rows), strict=True)
+        ):
+            if len(want) > 1:
+                assert have == MIXED, row
+            elif want:
+                assert have == want.pop() - 1 or (name in MIXING and have == MIXED), row
+            else:
+                assert have in (NO_SAMPLE, MIXED) or not out.numel(), row
+
+
+# --- several tensors ------------------------------------------------------------------------------
+
+JOINS = {
+    "cat": lambda x, y: torch.cat([x, y]),
+    "cat dim 1": lambda x, y: torch.cat([x, y], -1),
+    "cat of three": lambda x, y: torch.cat([y, torch.zeros(2, 4), x]),
+    "cat with nothing": lambda x, y: torch.cat([torch.zeros(0), x, y]),
+    "cat with itself": lambda x, y: torch.cat([x, y, x]),
+    "concat": lambda x, y: torch.concat([x, y]),
+    "stack": lambda x, y: torch.stack([x, y]),
+    "stack last": lambda x, y: torch.stack([y, x], -1),
+    "stack dim 1": lambda x, y: torch.stack([y, x, y], 1),
+    "hstack": lambda x, y: torch.hstack([x, y]),
+    "vstack": lambda x, y: torch.vstack([x, y]),
+    "dstack": lambda x, y: torch.dstack([x, y]),
+    "row_stack": lambda x, y: torch.row_stack([x, y]),
+    "column_stack": lambda x, y: torch.column_stack([x, y]),
+    "block_diag": lambda x, y: torch.block_diag(x, torch.zeros(2), y),
+    "meshgrid": lambda x, y: torch.meshgrid(x.view(24), y[0], indexing="ij"),
+    "cartesian_prod": lambda x, y: torch.cartesian_prod(x[:, 0], y[0]),
+    "broadcast_tensors": lambda x, y: torch.broadcast_tensors(x[None], y),
+}
+# The layouts in which no row of one meets a row of the other.
+DOWN, ALONG = ("first", "two", "high digit"), ("last", "two")
+APART = dict.fromkeys(JOINS, DOWN) | {
+    "cat dim 1": ALONG, "hstack": ALONG, "column_stack": ALONG, "dstack": (), "block_diag": (),
+    "stack": (*DOWN, "last"), "stack last": (*DOWN, "last"), "stack dim 1": (*DOWN, "last"),
+    "meshgrid": (*DOWN, "last"), "cartesian_prod": (*DOWN, "last"),
+    "broadcast_tensors": (*DOWN, "last"),
+}  # fmt: skip
+PAIRS = [
+    ("first", "first"),
+    ("last", "last"),
+    ("two", "two"),
+    ("first", None),
+    (None, "first"),
+    (None, "last"),
+    ("high digit", "high digit"),
+    ("first", "last"),
+    ("two", "first"),
+    ("none", "first"),
+    ("first", "two, swapped"),
+    ("low digit", "first"),
+]
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_rows_of_several_tensors_go_where_their_values_go(name):
+    for one, other in PAIRS:
+        inputs = Inputs()
+        x, y = inputs.make((6, 4), one), inputs.make((6, 4), other)
+        with inputs.tracker:
+            found = list(outputs(JOINS[name](x, y)))
+        alike = one == other or one is None or other is None
+        for out in found:
+            apart = None in (one, other) or (one == other and one in APART[name])
+            check_moved(inputs, out, fine=apart, exact=alike)
+
+
+def test_a_batch_joined_with_itself_has_twice_the_rows():
+    inputs = Inputs()
+    x = inputs.make((6, 4), "first")
+    with inputs.tracker:
+        twice, pile, side = torch.cat([x, x]), torch.stack([x, x]), torch.cat([x, x], 1)
+    assert inputs.tracker.of(twice).payload.rows == 12
+    assert inputs.tracker.of(pile).payload.rows == 12
+    assert inputs.tracker.of(side).payload.rows == 6

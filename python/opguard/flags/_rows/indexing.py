@@ -245,7 +245,7 @@ def _nonzero(call: Call) -> Any:
     return found
 
 
-@rule("aten::repeat_interleave.Tensor")
+@rule("aten::repeat_interleave.Tensor", "aten::repeat_interleave.Tensor_out")
 def _repeat_interleave(call: Call) -> Any:
     # Counts in, the index that repeats so often out: an element of it comes of the count it names.
     rows = call.rows("repeats")

@@ -70,27 +70,27 @@ def _looked_up(own: Rows | None, table: Rows | None, shape: tuple[Any, ...]) -> 
     return merge_rows(found, shape) if found else None
 
 
-@rule("aten::bucketize.Tensor")
+@rule("aten::bucketize")
 def _bucketize(call: Call) -> Rows | None:
     return _looked_up(call.rows("self"), call.rows("boundaries"), call.shape("self"))
 
 
-@rule("aten::isin.Tensor_Tensor")
+@rule("aten::isin")
 def _isin(call: Call) -> Rows | None:
-    return _looked_up(call.rows("elements"), call.rows("test_elements"), call.shape("elements"))
+    one, other = ("elements", "test_elements")
+    if one not in call:  # of one number
+        one, other = ("element", "test_elements")
+    elif other not in call:
+        other = "test_element"
+    return _looked_up(call.rows(one), call.rows(other), call.shape(one))
 
 
-@rule("aten::isin.Tensor_Scalar")
-def _isin_scalar(call: Call) -> Rows | None:
-    return call.rows("elements")
-
-
-@rule("aten::searchsorted.Tensor")
+@rule("aten::searchsorted")
 def _searchsorted(call: Call) -> Rows | None:
     own, table, shape = call.rows("self"), call.rows("sorted_sequence"), call.shape("self")
     lead = len(call.shape("sorted_sequence")) - 1
     if table is None or lead == 0:
         return _looked_up(own, table, shape)
     # Each row of the table is searched for the values in the same row.
-    table = table.mixed((-1,)).resized(-1, shape[-1])
+    table = table.resized(-1, shape[-1])
     return merge_rows([table] if own is None else [own, table], shape)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from opguard.flags._rows.axes import product, same
 from opguard.flags._rows.numbering import ramp, unflagged
 from opguard.flags._rows.rows import Rows
-from opguard.flags._rows.rules import lost, rule
-from opguard.flags._rows.windows import windowed
+from opguard.flags._rows.rules import rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,14 +64,17 @@ def _same(call: Call) -> Rows | None:
 )
 def _view(call: Call) -> Any:
     rows = call.rows("self")
+    if rows is None:
+        return None
+    if "dtype" in call:
+        return _view_dtype(call, rows)
     # The output's shape is the argument's with -1 worked out.
-    return None if rows is None else lambda out: rows.reshaped(tuple(out.shape))
+    return lambda out: rows.reshaped(tuple(out.shape))
 
 
-@rule("aten::view.dtype", "aten::view_copy.dtype")
-def _view_dtype(call: Call) -> Rows | None:
-    rows, old, new = call.rows("self"), call["self"].dtype.itemsize, call["dtype"].itemsize
-    if rows is None or old == new:
+def _view_dtype(call: Call, rows: Rows) -> Rows:
+    old, new = call["self"].dtype.itemsize, call["dtype"].itemsize
+    if old == new:
         return rows
     *lead, last = rows.shape
     if old > new:
@@ -389,70 +391,6 @@ def _channel_shuffle(call: Call) -> Rows | None:
     n, c, *rest = rows.shape
     found = rows.reshaped((n, groups, c // groups, *rest))
     return _swapped(found, 1, 2).reshaped(rows.shape)
-
-
-@rule("aten::as_strided", "aten::as_strided_copy")
-def _as_strided(call: Call) -> Rows | None:
-    rows = call.rows("self")
-    if rows is None:
-        return None
-    found = _strided(rows, call)
-    if found is None:
-        return lost(
-            call,
-            "these sizes and strides step from sample to sample in no plain way",
-        )
-    return found
-
-
-def _strided(rows: Rows, call: Call) -> Rows | None:
-    """as_strided as select, slice, permute and expand; None where it is none of them."""
-    old = tuple(call["self"].stride())
-    size, stride = tuple(call["size"]), tuple(call["stride"])
-    offset = call["storage_offset"]
-    ahead = 0 if offset is None else offset - call["self"].storage_offset()
-    if size == tuple(rows.shape) and stride == old and ahead == 0:
-        return rows
-    free = [d for d in range(len(old)) if rows.shape[d] > 1]
-    distinct = len({old[d] for d in free} - {0}) == len(free)
-    windows = windowed(rows, size, stride, old, ahead)
-    if windows is not None or ahead < 0 or 0 in size or not distinct:
-        return windows
-    first = dict.fromkeys(range(len(old)), 0)
-    for d in sorted(free, key=lambda d: -old[d]):
-        first[d], ahead = divmod(ahead, old[d])
-    home = {old[d]: d for d in free}
-    used = {k: home.get(stride[k]) for k in range(len(size)) if size[k] > 1 and stride[k] != 0}
-    dims = list(used.values())
-    found = {k: d for k, d in used.items() if d is not None}
-    inside = all(first[d] < rows.shape[d] for d in free) and all(
-        first[d] + size[k] <= rows.shape[d] for k, d in found.items()
-    )
-    if ahead or len(found) < len(dims) or len(set(dims)) < len(dims) or not inside:
-        return None
-    return _laid_out(rows, size, found, first)
-
-
-def _laid_out(rows: Rows, size: Any, used: dict[int, int], first: dict[int, int]) -> Rows:
-    """``rows`` from ``first`` on, its dim ``used[k]`` at ``k``, other dims copies."""
-    for k, d in used.items():
-        rows = rows.sliced(d, first[d], first[d] + size[k], 1)
-    kept = sorted(used.values())
-    for d in range(len(rows.shape) - 1, -1, -1):
-        if d not in kept:
-            rows = rows.selected(d, first[d])
-    rows = rows.permuted(tuple(kept.index(used[k]) for k in sorted(used)))
-    for k in range(len(size)):
-        if k not in used:
-            rows = rows.unsqueezed(k)
-    return rows.expanded(tuple(size))
-
-
-@rule(
-    "aten::resize", "aten::resize_as", "aten::set", "aten::resize_as_sparse", "aten::_resize_output"
-)
-def _resized(call: Call) -> Rows | None:
-    return lost(call, "what the tensor holds after it comes from no known row")
 
 
 @rule(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from opguard.flags._rows.axes import Axis
+from opguard.flags._rows.axes import Axis, product
 from opguard.flags._rows.rows import Rows
 
 __all__ = ["windowed"]
@@ -36,7 +36,9 @@ def windowed(
         (n - 1) * s for k, (n, s) in enumerate(zip(size, stride, strict=True)) if k not in along
     )
     inside = first + (size[along[0]] if along else 1) <= rows.shape[batch]
-    if step <= reach or left >= step or len(along) > 1 or not inside:
+    # Between what is in the tensor its storage may hold elements of other rows.
+    held = product(n for d, n in enumerate(rows.shape) if d != batch)
+    if step <= reach or left > reach or reach + 1 != held or len(along) > 1 or not inside:
         return None
     if not along:
         one = rows.selected(batch, first)

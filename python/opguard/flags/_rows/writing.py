@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from opguard.flags._rows.axes import product, same
+from opguard.flags._rows.axes import product, same, strides
 from opguard.flags._rows.indexing import Picks, placed, union
 from opguard.flags._rows.numbering import (
     broadest,
@@ -23,7 +23,7 @@ from opguard.flags._rows.numbering import (
     whole_dims,
 )
 from opguard.flags._rows.rows import Rows, cat_rows
-from opguard.flags._rows.rules import rule
+from opguard.flags._rows.rules import lost, rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -124,7 +124,7 @@ def _overwritten(own: Rows | None, other: Rows | None, shape: Sequence[Any]) -> 
     return spread if spread.axes == own.axes else union(shape, unflagged(own), spread)
 
 
-@rule("aten::fill", "aten::full_like.Tensor")
+@rule("aten::fill")
 def _fill(call: Call) -> Rows | None:
     return _overwritten(call.rows("self"), call.rows("value"), call.shape("self"))
 
@@ -150,11 +150,6 @@ def _new_values(call: Call) -> Rows | None:
 def _masked_fill(call: Call) -> Any:
     found = [call.rows("self"), call.rows("mask"), call.rows("value")]
     return lambda out: union(out.shape, *found)
-
-
-@rule("aten::fill_diagonal")
-def _fill_diagonal(call: Call) -> Rows | None:
-    return call.rows("self")
 
 
 @rule("aten::masked_scatter")
@@ -278,7 +273,7 @@ def _dims(other: Rows | None, *more: int) -> list[int]:
     return sorted({*more, *(() if other is None else other.dims)})
 
 
-@rule("aten::index_copy", "aten::index_fill.int_Tensor", "aten::index_fill.int_Scalar")
+@rule("aten::index_copy", "aten::index_fill")
 def _index_copy(call: Call) -> Rows | None:
     name = "value" if "value" in call else "source"
     own, other, shape, dim, index = _along(call, name)
@@ -338,8 +333,10 @@ def _grown(rows: Rows | None, shape: Sequence[Any], dim: int) -> Rows | None:
     return rows
 
 
-@rule("aten::scatter.src", "aten::scatter.value")
+@rule("aten::scatter")
 def _scatter(call: Call) -> Rows | None:
+    if "reduce" in call:
+        return _scatter_add(call)
     own, other, shape, dim, index = _scattered(call)
     if dim is None:
         return _overwritten(own, None if other is None else other.whole(shape), shape)
@@ -356,12 +353,7 @@ def _scatter(call: Call) -> Rows | None:
     return _replayed(_Write(own, other, shape, _dims(other, dim), index.device, every), write)
 
 
-@rule(
-    "aten::scatter.reduce",
-    "aten::scatter.value_reduce",
-    "aten::scatter_add",
-    "aten::scatter_reduce",
-)
+@rule("aten::scatter_add", "aten::scatter_reduce")
 def _scatter_add(call: Call) -> Rows | None:
     own, other, shape, dim, index = _scattered(call)
     if dim is None:
@@ -456,3 +448,21 @@ def _diagonal_scatter(call: Call) -> Rows | None:
     where = sorted({*dims, one})
     this = _Write(own, other, shape, where, _device(own, other), range(len(shape)))
     return _replayed(this, write)
+
+
+@rule("aten::as_strided_scatter")
+def _as_strided_scatter(call: Call) -> Rows | None:
+    own, other, shape = call.rows("self"), call.rows("src"), call.shape("self")
+    size, steps, first = tuple(call["size"]), tuple(call["stride"]), call["storage_offset"] or 0
+    if own is None and other is None:
+        return None
+    if tuple(call["self"].stride()) != tuple(strides(shape)) or call["self"].storage_offset():
+        lost(call, "its tensor is not contiguous from the start of its storage")
+
+    def write(before: Tensor, after: Any) -> Tensor:
+        result = before.clone(memory_format=torch.contiguous_format)
+        result.as_strided(size, steps, first).copy_(torch.as_tensor(after))
+        return result
+
+    every = range(len(shape))
+    return _replayed(_Write(own, other, shape, every, _device(own, other), every), write)
