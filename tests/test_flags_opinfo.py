@@ -37,7 +37,7 @@ def names(text: str) -> set[str]:
 REFUSING = names(
     """
     _chunk_cat _unsafe_masked_index _unsafe_masked_index_put_accumulate
-    as_strided_copy as_strided_scatter
+    as_strided_copy
     nn.functional.linear_cross_entropy.chunked nn.functional.linear_cross_entropy.chunked_none
     nonzero_static resize_ resize_as_ to_sparse
     """

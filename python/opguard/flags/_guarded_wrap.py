@@ -200,7 +200,8 @@ def turned(call: tuple[Any, Any, Any], plain: list[Any], named: Any) -> Step | N
     packet = getattr(_aten, func._overloadpacket.__name__.removesuffix("_"))
     before = g._data  # which the steps of its views hold as it is
     g._data = plain[0] = _aten.alias.default(before)
-    view = getattr(packet, func._overloadname)
+    named_so = func._overloadname in packet.overloads()
+    view = getattr(packet, func._overloadname if named_so else "int")  # of transpose_ alone
     return Step(g._step, view, (before, *plain[1:]), named, before, 0)
 
 
