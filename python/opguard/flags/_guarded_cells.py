@@ -89,6 +89,8 @@ class Linked(Cell):
     __slots__ = ("_known", "_of", "_own", "_step", "_writes")
 
     def __init__(self, rows: Rows, of: Cell, step: Step | None) -> None:
+        if isinstance(of, Linked):  # beside it, not behind it: they make no chain
+            of, step = of._of, _onto(of._step, step)
         self.given = of.given
         self.members = of.members
         self._own = rows
@@ -140,10 +142,31 @@ def _size(shape: Any) -> Any:
     return result
 
 
-def _taken(step: Step, rows: Rows) -> Rows:
-    if step.before is not None:
-        rows = _taken(step.before, rows)
+def _path(step: Step | None) -> list[Step]:
+    """The steps from the first tensor on."""
+    steps = []
+    while step is not None:
+        steps.append(step)
+        step = step.before
+    return steps[::-1]
 
+
+def _onto(first: Step | None, step: Step | None) -> Step | None:
+    """The steps of ``first``, then those of ``step``."""
+    if first is None:
+        return step
+    for one in _path(step):
+        first = one._replace(before=first)
+    return first
+
+
+def _taken(step: Step, rows: Rows) -> Rows:
+    for one in _path(step):
+        rows = _stepped(one, rows)
+    return rows
+
+
+def _stepped(step: Step, rows: Rows) -> Rows:
     def rows_of(tensor: Any) -> Rows | None:
         return rows if tensor is step.data else None
 

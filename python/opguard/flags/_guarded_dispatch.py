@@ -51,7 +51,12 @@ _KEEPS_STATISTICS = {
     "aten::rrelu_with_noise_",
 }
 _CHANGES_DEVICE = {"aten::_to_copy", "aten::copy_", "aten::copy", "aten::to", "aten::_pin_memory"}
-_READS_STRIDES = {"aten::as_strided", "aten::as_strided_", "aten::as_strided_copy"}
+_READS_STRIDES = {
+    "aten::as_strided",
+    "aten::as_strided_",
+    "aten::as_strided_copy",
+    "aten::as_strided_scatter",
+}
 _PUTS_OFF = {"aten::_conj", "aten::_neg_view"}
 _PLAIN = (
     int,
@@ -116,6 +121,7 @@ def _describe(func: Any) -> _Op:
         puts_off=schema.name in _PUTS_OFF,
         by_shapes=schema.name not in _READS_STRIDES | _CHANGES_DEVICE | _PUTS_OFF
         and not writes
+        and func._overloadname != "dtype"  # view by the size of an element
         and _BY_NUMBERS.isdisjoint(func.tags),
     )
     _described[func] = op

@@ -41,6 +41,7 @@ wrapper: Any = None  # GuardedTensor, named by its module
 
 _make = torch.Tensor._make_wrapper_subclass
 _task = torch._C._current_graph_task_id
+_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _same_memory: Any = _python_dispatch.return_and_correct_aliasing
 _aten = torch.ops.aten
 
@@ -122,11 +123,13 @@ def build(data: Tensor, flags: Tensor, context: Any) -> Any:
 
 def in_backward() -> bool:
     """Whether this is a backward pass; what checkpointing computes again in one is none."""
-    if _task() == -1:
-        return False
-    if not torch.is_grad_enabled():
-        return True
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    return _task() != -1 and not (torch.is_grad_enabled() and _recomputes())
+
+
+def _recomputes() -> bool:
+    """Whether checkpointing computes again: told by whose hook then keeps tensors for backward."""
+    hooks = None if _top_hooks is None else _top_hooks(True)
+    return hooks is not None and "recomputation" in getattr(hooks[0], "__qualname__", "")
 
 
 def same_flags(given: Any, rows: Any) -> bool:

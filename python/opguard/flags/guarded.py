@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from opguard.flags import _engine, _guarded_wrap
@@ -19,7 +20,7 @@ from opguard.flags import _guarded_ops as ops
 from opguard.flags._guarded_dispatch import dispatch
 from opguard.flags._guarded_wrap import build, public_rows, with_other_flags
 from opguard.flags.config import ErrorConfig, get_config
-from opguard.flags.errors import BatchMismatchError, FlagsError
+from opguard.flags.errors import BatchMismatchError, FlagsError, RowsLost
 
 __all__ = ["GuardedTensor", "guard"]
 
@@ -75,6 +76,7 @@ class GuardedTensor(Tensor):
             raise TypeError(f"expected data to be a plain tensor, got {type(data).__name__}")
         if isinstance(flags, GuardedTensor):
             flags = flags.flags
+        _outside_of_transforms(data)
         _fits(data, flags)
         return _attached(data, flags, config, _merges(lost))
 
@@ -176,6 +178,10 @@ class GuardedTensor(Tensor):
             f" {bad} of {flags.shape[0]} rows with errors{extra})"
         )
 
+    def __copy__(self) -> Any:
+        # Of the same memory, as that of a plain tensor: what is written into one is in the other.
+        return self.detach().requires_grad_(self.requires_grad)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) in memo:
             return memo[id(self)]
@@ -188,6 +194,7 @@ class GuardedTensor(Tensor):
         flags = copy.deepcopy(self.flags, memo)
         result = build(copy.deepcopy(self._data, memo), flags, context)
         result.requires_grad_(self.requires_grad)
+        result.grad = copy.deepcopy(self.grad, memo)
         memo[id(self)] = result
         return result
 
@@ -255,6 +262,23 @@ class GuardedTensor(Tensor):
 
 
 _guarded_wrap.wrapper = GuardedTensor
+
+
+_in_transform: Any = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
+
+
+def _outside_of_transforms(data: Tensor) -> None:
+    """Refuses what holds more than its elements: the wrapper would leave out the rest unseen."""
+    if _in_transform is not None and _in_transform(data):
+        raise RowsLost(
+            "expected a tensor outside of torch.func's transforms to guard, got one inside of"
+            " vmap, grad, jvp or functionalize; guard it before the transform, or not at all"
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(data).tangent is not None:
+        raise RowsLost(
+            "expected a tensor without a tangent to guard, got a dual tensor of forward mode"
+            " differentiation, which a GuardedTensor cannot carry on; guard its primal"
+        )
 
 
 def _fits(data: Tensor, flags: Tensor) -> None:

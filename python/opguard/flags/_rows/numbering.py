@@ -91,7 +91,7 @@ def by_row(values: Tensor, rows: Rows) -> Tensor:
             pieces.append(count)
     lead = [where[k] for k in range(len(rows.axes))]
     rest = [at for at in range(len(pieces)) if at not in lead]
-    table = values.reshape(pieces).permute(*lead, *rest)
+    table = values.reshape(pieces).permute((*lead, *rest))
     return table.reshape(product(pieces[at] for at in lead), product(pieces[at] for at in rest))
 
 

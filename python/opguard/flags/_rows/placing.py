@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from opguard.flags._rows.axes import same
+from opguard.flags._rows.axes import same, same_shape
 from opguard.flags._rows.rows import Rows, merge_rows
 from opguard.flags._rows.rules import Call, rule
 from opguard.flags._rows.rules import _tensors as tensors_of
@@ -115,8 +115,8 @@ def merged(found: Iterable[Rows | None], shape: Shape) -> Rows | None:
 
 def reduced(rows: Rows | None, dims: Sequence[int] | None, shape: Shape) -> Rows | None:
     """A reduction over ``dims`` (None: all) into an output of ``shape``, kept dimensions or not."""
-    if rows is None:
-        return None
+    if rows is None or same_shape(rows.shape, shape):  # nothing is reduced, or dims of one element
+        return rows
     rank = len(rows.shape)
     gone = [dim % max(rank, 1) for dim in dims] if dims else range(rank)
     kept = [dim for dim in range(rank) if dim not in gone]

@@ -48,7 +48,9 @@ def _along(call: Call) -> After:
     dim = call["dim"]
 
     def placed(name: str, rows: Rows, shape: Shape) -> Rows | None:
-        found = broadcast(rows, shape)
+        # A mask (N, L) of padding stands for (N, 1, 1, L), one (L, L) for (1, 1, L, L).
+        fits = name != "mask" or len(rows.shape) == len(shape)
+        found = broadcast(rows, shape) if fits else rows.whole(shape)
         if found is None or not shape:
             return found
         return found.mixed(range(len(shape)) if dim is None else [dim % len(shape)])

@@ -240,24 +240,27 @@ def _select_scatter(call: Call) -> Rows | None:
 
 def _along(call: Call, source: str) -> tuple[Any, ...]:
     """For the ``index_*`` ops: own rows, those written with the index's, shape, dim, index."""
-    own, other, shape, index = (
-        call.rows("self"),
-        call.rows(source),
-        call.shape("self"),
-        plain(call["index"]),
-    )
-    if not shape:
-        return own, other, shape, 0, index
+    own, other, ids = (_listed(call.rows(name)) for name in ("self", source, "index"))
+    shape, index = call.shape("self") or (1,), plain(call["index"]).reshape(-1)
     dim = call["dim"] % len(shape)
-    index = index.reshape(-1)
     part = (*shape[:dim], index.shape[0], *shape[dim + 1 :])
     if other is not None:
-        other = other.expanded(part) if other.shape else other.whole(part)
-    ids = call.rows("index")
+        other = other.expanded(part) if call.shape(source) else other.whole(part)
     if ids is not None:
-        ids = ids if ids.shape else ids.unsqueezed(0)
         other = union(part, other, placed(ids, [dim], part))
     return own, other, shape, dim, index
+
+
+def _listed(rows: Rows | None) -> Rows | None:
+    """Those of a number as of a list of one, which it stands for beside an index."""
+    if rows is None or rows.shape:
+        return rows
+    return whole_dims((1,), (0,), rows.payload)
+
+
+def _as_given(call: Call, found: Rows | None) -> Rows | None:
+    """Those of a list of one as of the number it stood for."""
+    return found if found is None or call.shape("self") else found.reduced((0,))
 
 
 def _apart(own: Rows | None, other: Rows | None, dim: int) -> bool:
@@ -277,10 +280,9 @@ def _dims(other: Rows | None, *more: int) -> list[int]:
 def _index_copy(call: Call) -> Rows | None:
     name = "value" if "value" in call else "source"
     own, other, shape, dim, index = _along(call, name)
-    if not shape:
-        return _overwritten(own, other, shape)
     if _apart(own, other, dim):
-        return union(shape, own, None if other is None else other.resized(dim, shape[dim]))
+        found = union(shape, own, None if other is None else other.resized(dim, shape[dim]))
+        return _as_given(call, found)
 
     def write(before: Tensor, after: Any) -> Tensor:
         if not isinstance(after, torch.Tensor):
@@ -289,21 +291,22 @@ def _index_copy(call: Call) -> Rows | None:
         part = [index.shape[0] if d == dim else n for d, n in enumerate(before.shape)]
         return before.index_copy(dim, index, after.expand(part))
 
-    return _replayed(_Write(own, other, shape, _dims(other, dim), index.device, [dim]), write)
+    this = _Write(own, other, shape, _dims(other, dim), index.device, [dim])
+    return _as_given(call, _replayed(this, write))
 
 
 @rule("aten::index_add", "aten::index_reduce")
 def _index_add(call: Call) -> Rows | None:
     own, other, shape, dim, index = _along(call, "source")
-    if not shape:
-        return union(shape, own, other)
     if other is None or _apart(own, other, dim):
-        return union(shape, own, None if other is None else other.resized(dim, shape[dim]))
+        found = union(shape, own, None if other is None else other.resized(dim, shape[dim]))
+        return _as_given(call, found)
 
     def pairs(targets: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
         return targets.index_select(dim, index), sources
 
-    return _added(_Write(own, other, shape, _dims(other, dim), index.device, [dim]), pairs)
+    this = _Write(own, other, shape, _dims(other, dim), index.device, [dim])
+    return _as_given(call, _added(this, pairs))
 
 
 # --- by an index for each element -----------------------------------------------------------------
@@ -311,15 +314,17 @@ def _index_add(call: Call) -> Rows | None:
 
 def _scattered(call: Call) -> tuple[Any, ...]:
     """For the ``scatter*`` ops: own rows, those written in the index's shape, dim, index."""
-    own, shape, index = call.rows("self"), call.shape("self"), plain(call["index"])
-    other = call.rows("src") if "src" in call else None
-    if not shape or not index.dim():
-        return own, union((), other, call.rows("index")), shape, None, index
+    own, ids = _listed(call.rows("self")), _listed(call.rows("index"))
+    other = _listed(call.rows("src")) if "src" in call else None
+    shape, index = call.shape("self") or (1,), plain(call["index"])
+    index = index if index.dim() else index.reshape(1)
     dim = call["dim"] % len(shape)
+    if same(product(index.shape), 0):  # of any shape then, and nothing is written
+        return own, None, shape, dim, index.reshape((0,) * len(shape))
     if other is not None:
         for d, size in enumerate(index.shape):
             other = other.sliced(d, 0, size, 1)
-    return own, union(index.shape, other, call.rows("index")), shape, dim, index
+    return own, union(index.shape, other, ids), shape, dim, index
 
 
 def _grown(rows: Rows | None, shape: Sequence[Any], dim: int) -> Rows | None:
@@ -338,10 +343,8 @@ def _scatter(call: Call) -> Rows | None:
     if "reduce" in call:
         return _scatter_add(call)
     own, other, shape, dim, index = _scattered(call)
-    if dim is None:
-        return _overwritten(own, None if other is None else other.whole(shape), shape)
     if _apart(own, other, dim):
-        return union(shape, own, _grown(other, shape, dim))
+        return _as_given(call, union(shape, own, _grown(other, shape, dim)))
 
     def write(before: Tensor, after: Any) -> Tensor:
         before = before.contiguous()
@@ -349,23 +352,21 @@ def _scatter(call: Call) -> Rows | None:
             return before.scatter(dim, index, after.expand(index.shape))
         return before.scatter(dim, index, after)
 
-    every = range(len(shape))
-    return _replayed(_Write(own, other, shape, _dims(other, dim), index.device, every), write)
+    this = _Write(own, other, shape, _dims(other, dim), index.device, range(len(shape)))
+    return _as_given(call, _replayed(this, write))
 
 
 @rule("aten::scatter_add", "aten::scatter_reduce")
 def _scatter_add(call: Call) -> Rows | None:
     own, other, shape, dim, index = _scattered(call)
-    if dim is None:
-        return union(shape, own, None if other is None else other.whole(shape))
     if other is None or _apart(own, other, dim):
-        return union(shape, own, _grown(other, shape, dim))
+        return _as_given(call, union(shape, own, _grown(other, shape, dim)))
 
     def pairs(targets: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
         return targets.gather(dim, index), sources
 
-    every = range(len(shape))
-    return _added(_Write(own, other, shape, _dims(other, dim), index.device, every), pairs)
+    this = _Write(own, other, shape, _dims(other, dim), index.device, range(len(shape)))
+    return _as_given(call, _added(this, pairs))
 
 
 @rule(

@@ -1,0 +1,195 @@
+"""GuardedTensor where torch allows more than one expects: numbers as lists, long histories."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from opguard import flags as F
+from opguard.flags import GuardedTensor, guard
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+
+
+def made(bad, *shape, dtype=torch.float32):
+    """Ones of ``shape``, the samples ``bad`` of which have an error."""
+    where = torch.zeros(shape[0], dtype=torch.bool)
+    where[bad] = True
+    g = guard(torch.ones(shape, dtype=dtype))
+    return g.with_flags(F.push(g.flags, F.ErrorCode.NAN, "here", where=where))
+
+
+def bad(g):
+    """The rows that have errors."""
+    return g.is_err().nonzero().flatten().tolist()
+
+
+NOTHING = torch.empty(0, dtype=torch.int64)
+
+
+# --- writes by an index without dimensions, and by one without elements -------------------------
+
+
+@pytest.mark.parametrize("src", [torch.tensor(5.0), 5.0])
+def test_scatter_of_a_number_into_a_batch_touches_one_sample(src):
+    assert bad(made([0, 2], 3).scatter(0, torch.tensor(2), src)) == [0]
+
+
+def test_scatter_add_of_a_number_goes_to_its_sample():
+    value = made([0], 1)[0]
+    assert bad(made([], 3).scatter_add(0, torch.tensor(1), value)) == [1]
+    assert bad(made([2], 3).scatter_reduce(0, torch.tensor(1), value, "sum")) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x, y: x.index_copy(0, NOTHING, y),
+        lambda x, y: x.index_add(0, NOTHING, y) if x.dim() else x,
+        lambda x, y: x.index_fill(0, NOTHING, 1.0),
+        lambda x, y: x.scatter(0, NOTHING, y),
+        lambda x, y: x.scatter_add(0, NOTHING, y),
+        lambda x, y: x.put(NOTHING, y),
+    ],
+)
+@pytest.mark.parametrize("dims", [0, 1])
+def test_nothing_written_leaves_the_flags(write, dims):
+    x = made([0], 1) if dims else made([0], 1)[0]
+    assert bad(write(x, torch.empty(0))) == [0]
+
+
+def test_a_number_written_over_a_number_takes_its_flags():
+    x = made([0], 1)[0]
+    at = torch.tensor(0)
+    assert bad(x.scatter(0, at, torch.tensor(2.0))) == []
+    assert bad(x.index_copy(0, at, torch.tensor(2.0))) == []
+    assert bad(x.index_fill(0, at, 2.0)) == []
+    assert bad(x.index_add(0, at, torch.tensor(2.0))) == [0]
+
+
+@pytest.mark.parametrize("reduce", [torch.any, torch.all])
+def test_reductions_over_no_dims_keep_the_samples(reduce):
+    got = reduce(made([1], 4, 4), dim=())
+    assert (got.batch_dims, bad(got)) == ((0,), [1])
+    assert bad(torch.sum(made([1], 4, 4), dim=())) == [0]  # no dims are all of them to a sum
+
+
+def test_padding_masks_do_not_stand_for_positions():
+    mask = made([0], 2, 2, dtype=torch.bool)  # (samples, keys)
+    got = torch.ops.aten._masked_softmax(torch.ones(2, 1, 2, 2), mask, 3, 1)
+    assert bad(got[0]) == [0]
+
+
+# --- what is remembered of an op ----------------------------------------------------------------
+
+
+def test_views_by_element_size_are_remembered_by_it():
+    wide = made([1], 4, 8).view(torch.int16)
+    same = made([1], 4, 8, dtype=torch.float16).view(torch.int16)
+    assert (wide.shape, same.shape) == ((4, 16), (4, 8))
+    assert bad(same.reshape(2, 16)[0]) == list(range(8, 16))
+    assert bad(same.reshape(32)[8:16]) == list(range(8))
+    assert bad(same[:, 4:].reshape(16)[4:8]) == list(range(4))
+
+
+# --- long histories of one memory ---------------------------------------------------------------
+
+
+def test_flags_may_be_given_any_number_of_times():
+    first = g = made([1], 4, 2)
+    for _ in range(1500):
+        g = g.with_flags(g.flags)
+    alive = weakref.ref(first._data)
+    g[0] = made([0], 1, 2)[0]
+    assert bad(g) == [0, 1] == bad(first)
+    gc.disable()
+    try:
+        del first
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_flags_given_to_views_of_flags_given_know_of_writes():
+    base = made([], 4, 3)
+    part = base.with_flags(base.flags)[1:]
+    other = part.with_flags(part.flags)
+    last = other.t().with_flags(other.flags)
+    last[:, 1] = made([0], 1, 3)[0]
+    assert [bad(g) for g in (last, other, part, base)] == [[1], [1], [1], [2]]
+    base[3] = made([0], 1, 3)[0]
+    assert [bad(g) for g in (last, other, part, base)] == [[1, 2], [1, 2], [1, 2], [2, 3]]
+
+
+def test_views_of_views_may_be_any_number():
+    g = h = made([1], 4, 4)
+    for _ in range(1500):
+        h = h.transpose(0, 1)
+    h[3] = made([0], 1, 4)[0]
+    assert bad(g) == [1, 3]
+
+
+# --- copies -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_shallow_copy_shares_what_is_written(requires_grad):
+    g = made([1], 4, 2).requires_grad_(requires_grad)
+    other = copy.copy(g)
+    assert type(other) is GuardedTensor
+    assert (other.requires_grad, other.is_leaf) == (requires_grad, True)
+    with torch.no_grad():
+        other[0] = made([0], 1, 2)[0]
+    assert bad(g) == [0, 1] == bad(other)
+
+
+def test_a_deep_copy_has_the_gradient():
+    g = made([1], 4, 2).requires_grad_()
+    (g * 2).sum().backward()
+    other = copy.deepcopy(g)
+    assert torch.equal(other.grad, g.grad)
+    assert other.grad is not g.grad
+
+
+# --- autograd's corners -------------------------------------------------------------------------
+
+
+def test_gradients_of_gradients_are_plain_while_tensors_are_kept_elsewhere():
+    w = torch.ones(2, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        (grad,) = torch.autograd.grad((made([1], 3, 2) * w).exp().sum(), w, create_graph=True)
+    assert type(grad) is torch.Tensor
+    (again,) = torch.autograd.grad(grad.sum(), w)
+    assert type(again) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        torch.func.vmap,
+        torch.func.grad,
+        torch.func.functionalize,
+        lambda f: lambda x: torch.func.jvp(f, (x,), (x,)),
+    ],
+)
+def test_no_tensor_of_a_transform_is_guarded(transform):
+    with pytest.raises(NotImplementedError, match="before the transform"):
+        transform(lambda x: guard(x).mul(2).sum().unwrap())(torch.ones(3, 2))
+
+
+def test_a_transform_of_a_guarded_batch_keeps_its_flags():
+    got = torch.func.vmap(lambda row: row.cumsum(0))(made([1], 3, 2))
+    assert (got.batch_dims, bad(got)) == ((0,), [1])
+
+
+def test_no_tangent_is_left_out():
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(3, 2), torch.ones(3, 2))
+        with pytest.raises(NotImplementedError, match="tangent"):
+            guard(dual)
+        assert bad(made([1], 3, 2) * 2) == [1]
