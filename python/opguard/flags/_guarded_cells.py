@@ -75,7 +75,9 @@ class Cell:
             spread = everywhere.spread((), 0, count)
             return Rows(first.shape, first.axes, payload.merge(spread))
         whole = _size(origin.shape) // max(len(ids), 1) if len(ids) else 0
-        index = _sources(ids, count, whole, _size(first.shape) // max(count, 1))
+        index = _sources(
+            ids, count, whole * _bytes(step), _size(first.shape) // max(count, 1) * _first(step)
+        )
         both = payload.cat(0, [(payload, (count,)), (written.payload, (written.payload.rows,))])
         return Rows(first.shape, first.axes, both.gather(index.to(flags.device)))
 
@@ -176,10 +178,30 @@ def _stepped(step: Step, rows: Rows) -> Rows:
     return result
 
 
+def _first(step: Step) -> int:
+    """The bytes of an element of the first tensor."""
+    while step.before is not None:
+        step = step.before
+    return step.data.element_size()
+
+
+def _bytes(step: Step) -> int:
+    """The bytes that an element of the view is alone in; 0 where elements overlap."""
+    made: Any = step.func(*step.args, **step.kwargs)
+    view: Tensor = made if isinstance(made, torch.Tensor) else made[step.output]
+    reach = 0
+    for stride, size in sorted(zip(view.stride(), view.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return 0
+            reach += stride * (size - 1)
+    return view.element_size()
+
+
 def _sources(ids: Any, count: int, of_view: int, of_row: int) -> Tensor:
     """(count, K): for each row of the first tensor where its flags come from now.
 
-    ``of_view``: the elements of a row of the view, ``of_row``: of a row of the first tensor. A row
+    ``of_view``: the bytes of a row of the view, ``of_row``: of a row of the first tensor. A row
     of which only a part was written keeps what it had.
     """
     sources: list[list[int]] = [[] for _ in range(count)]

@@ -9,7 +9,9 @@ for the same op on the same shapes: what it may look at is all in the key of :da
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +73,7 @@ _PLAIN = (
 )
 _BY_NUMBERS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 _REMEMBERED = 4096
+_RECURRENT = torch.nn.RNN.forward.__code__.co_filename
 
 
 class _Op(NamedTuple):
@@ -327,6 +330,19 @@ def _argument(at: tuple[int, str], args: tuple[Any, ...], kwargs: dict[str, Any]
     return args[position] if position < len(args) else kwargs.get(name)
 
 
+def _way_out(name: str) -> str:
+    """What to do instead of writing into a plain tensor."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _RECURRENT:
+        frame = frame.f_back
+    if frame is not None:
+        return (
+            "torch writes into the initial state, so pass one to the recurrent layer, guard(h0) or"
+            " (guard(h0), guard(c0))"
+        )
+    return f"write into opguard.flags.guard({name}), or leave the flags out by .unwrap()"
+
+
 def _may_write(op: _Op, call: tuple[Any, Any, Any]) -> None:
     """Refuses to write what has flags into a tensor that cannot hold them."""
     if op.keeps_statistics:
@@ -337,8 +353,7 @@ def _may_write(op: _Op, call: tuple[Any, Any, Any]) -> None:
         if isinstance(target, Tensor) and type(target) is not _guarded_wrap.wrapper:
             raise RowsLost(
                 f"expected {at[1]} of {func} to be a GuardedTensor, since what is written into it"
-                f" has flags, got {type(target).__name__}; write into opguard.flags.guard({at[1]}),"
-                " or leave the flags out by .unwrap()"
+                f" has flags, got {type(target).__name__}; {_way_out(at[1])}"
             )
         if getattr(target, "_apart", False):
             raise RowsLost(

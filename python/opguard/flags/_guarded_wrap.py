@@ -40,6 +40,8 @@ __all__ = [
 wrapper: Any = None  # GuardedTensor, named by its module
 
 _make = torch.Tensor._make_wrapper_subclass
+_in_inference = torch.is_inference_mode_enabled
+_inference = torch._C._InferenceMode
 _task = torch._C._current_graph_task_id
 _top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _same_memory: Any = _python_dispatch.return_and_correct_aliasing
@@ -80,6 +82,9 @@ def _rows_of(tensor: Any) -> Rows | None:
 
 def wrap(data: Tensor, rows: Rows, merges: bool = False) -> Any:
     """A GuardedTensor around ``data``."""
+    if _in_inference() and not data.is_inference():  # a view of what was made outside of it
+        with _inference(False):
+            return wrap(data, rows, merges)
     made = _make(
         wrapper,
         data.shape,
@@ -246,6 +251,8 @@ def with_other_flags(g: Any, flags: Any) -> Any:
     """The data of ``g`` with other flags, for tensors outside of autograd's graph."""
     rows = rows_now(g).aligned()
     old: Any = rows.payload
+    if not isinstance(flags, Tensor):
+        raise TypeError(f"expected flags (n, words) as a tensor, got {type(flags).__name__}")
     if flags.shape[0] != old.rows:
         raise BatchMismatchError(
             f"expected flags of the {old.rows} rows of the tensor, got flags"

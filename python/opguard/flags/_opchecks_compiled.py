@@ -23,10 +23,14 @@ from opguard.flags._opchecks_rows import samples_of
 from opguard.flags._rows import Axis, Rows, SamplePayload
 from opguard.flags._rows.axes import same
 
-__all__ = ["enter"]
+__all__ = ["INSIDE", "enter"]
 
 _INPUT = "place" + "holder"  # what torch.fx calls a graph's input
 _CPU = torch.device("cpu")
+INSIDE = (
+    "check_ops: expected to be entered outside of compiled code, got a block in a function that"
+    " torch.compile runs; put the block around the call of that function"
+)
 _lock = threading.Lock()
 _backends: dict[Any, Backend] = {}
 _entered: list[Backend] = []  # those of the blocks of all threads
@@ -51,10 +55,10 @@ def enter(
         ours = _backends.get(key)
         if ours is None:
             ours = _backends[key] = Backend(*key)
+        _use(ours)
         if not _entered:
             _before.append(stance)
         _entered.append(ours)
-        _use(ours)
 
     def leave() -> None:
         with _lock:
@@ -74,7 +78,10 @@ def enter(
 def _use(backend: Backend) -> None:
     import torch._dynamo.eval_frame as frames
 
-    frames._set_stance(frames.DynamoStance(backend=backend))
+    try:
+        frames._set_stance(frames.DynamoStance(backend=backend))
+    except RuntimeError as error:
+        raise RuntimeError(INSIDE) from error
 
 
 class _Names(torch.fx.Interpreter):

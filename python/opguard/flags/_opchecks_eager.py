@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from opguard.flags._opchecks_book import Book
 from opguard.flags._opchecks_graph import Traced
 from opguard.flags._opchecks_host import Host
-from opguard.flags._opchecks_ops import Kind, ids_of, kind_of, with_ids
+from opguard.flags._opchecks_ops import Kind, ids_of, is_quiet, kind_of, with_ids
 from opguard.flags._opchecks_places import Place, place_of_stack
 from opguard.flags._opchecks_rows import Tracker, of_batch, outermost_call, samples_of, settled
 from opguard.flags._opchecks_user import SITES, place_name, tell
@@ -198,10 +198,10 @@ class Watch:
                 self._rewritten(each, mine, before[id(each)][0])
             elif mine is not None or (each.dim() and each.shape[0] == samples):
                 tracker.put(each, mine)
-        if kind.quiet and not (kind.ids or kind.id_lists):
+        if kind.quiet and not (kind.casts or kind.ids or kind.id_lists):
             return
         for each, mine in zip(outputs, rows, strict=True):
-            if not _is_floats(each):
+            if not _is_floats(each) or (kind.casts and is_quiet(kind, call[0], each)):
                 continue
             data = _data_of(each)
             if data is not None:

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from opguard.flags._opchecks_host import floats
-from opguard.flags._opchecks_ops import Kind, brings_inf, ids_of, kind_of, with_ids
+from opguard.flags._opchecks_ops import (
+    Kind,
+    brings_inf,
+    ids_of,
+    is_quiet,
+    kind_of,
+    overflows,
+    puts_inf,
+    with_ids,
+)
 from opguard.flags._opchecks_places import Place
 from opguard.flags._opchecks_rows import Tracker, by_rows, samples_of, settled
 from opguard.flags._opchecks_user import SITES, place_name
@@ -106,7 +115,7 @@ class Traced:
         for each, mine in zip(outputs, rows, strict=True):
             if not (each.is_floating_point() or each.is_complex()):
                 continue
-            if not kind.quiet or kind.ids is not None or kind.id_lists:
+            if kind.ids is not None or kind.id_lists or not is_quiet(kind, call[0], each):
                 clean = [x for x in tainted if x is not each]
                 self._scan(kind, each, mine, *call, clean if tainted else None)
             if taints:
@@ -156,13 +165,15 @@ class Traced:
         number = self._number(kind)
         if self._divisions and kind.divisor is not None:
             self._divided(kind, out, rows, args, kwargs)
-        if inputs is None or not self.mask & 6:
-            self._look(out, rows, number, self.mask)
+        if kind.casts:
+            self._look(overflows(kind, args, out), rows, number, self.mask & 6)
+            return
+        mask = self.mask & 1 if puts_inf(kind, (*args, *kwargs.values())) else self.mask
+        if inputs is None or not mask & 6:
+            self._look(out, rows, number, mask)
             return
         self._look(out, rows, number, self.mask & 1)
         if kind.pointwise and not kind.writes:
-            if brings_inf(args):
-                return
             for each in inputs:
                 if not isinstance(each, torch.nn.Parameter):
                     out = torch.where(torch.isfinite(each), out, 0)

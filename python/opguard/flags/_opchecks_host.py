@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opguard.flags import _engine
 from opguard.flags._opchecks_book import INF_BITS, NAN_BIT, Book
-from opguard.flags._opchecks_ops import Kind, brings_inf
+from opguard.flags._opchecks_ops import Kind, overflows, puts_inf
 from opguard.flags._opchecks_places import Place, place_of_stack
 from opguard.flags._opchecks_rows import Tracker, by_rows, samples_of
 from opguard.flags._rows import Rows
@@ -92,9 +92,13 @@ class Host:
         found = self.bits(out, rows, 7 if divides else self.mask)
         if found is None:
             return
+        if kind.casts:
+            found = self.bits(overflows(kind, call[0], out), rows, self.mask & 6)
+            if found is None:
+                return
         args = (*call[0], *call[1].values())
         nan, inf = self.book.unseen(found[0] & self.mask, wide=found[1])
-        if inf is not None:
+        if inf is not None and not kind.casts:
             inf = self._made(kind, out, rows, args, before, inf)
         if nan is None and inf is None and not divides:
             return
@@ -149,7 +153,7 @@ class Host:
         inf: Any,
     ) -> Any:
         """Of the samples in ``inf`` those whose Inf the op made out of finite numbers."""
-        if kind.pointwise and brings_inf(args):
+        if puts_inf(kind, args):
             return None
         inputs = list(floats(args))
         if kind.pointwise and not kind.writes:

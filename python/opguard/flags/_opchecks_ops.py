@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["Kind", "brings_inf", "ids_of", "kind_of", "with_ids"]
+__all__ = [
+    "Kind",
+    "brings_inf",
+    "ids_of",
+    "is_quiet",
+    "kind_of",
+    "overflows",
+    "puts_inf",
+    "with_ids",
+]
 
 # What these return is in their inputs, or finite whatever the inputs are: they make no NaN and no
 # Inf, from an Inf neither.
@@ -40,6 +49,8 @@ _BOUNDS = """
     nan_to_num threshold threshold_backward argmax argmin heaviside atan leaky_relu dropout
     native_dropout feature_dropout
 """
+# They make an Inf where the dtype they write has a smaller range than the one they read.
+_CASTS = frozenset(("_to_copy", "copy", "copy_"))
 _SAME = {"dropout", "feature_dropout", "native_dropout"}  # they scale what is left: scanned
 _QUIET = frozenset((_MOVES + _BOUNDS).split()) - _SAME
 # An Inf that goes in does not come out as one.
@@ -85,6 +96,7 @@ class Kind:
     name: str  # "aten::log"
     plain: bool  # nothing to do but to run it: not of the user's, or without tensors
     quiet: bool  # cannot make what is looked for
+    casts: bool  # quiet but where the dtype changes
     pointwise: bool
     ends_inf: bool
     splits: bool  # made of other ops, which are looked at instead
@@ -107,7 +119,7 @@ def kind_of(op: Any) -> Kind:
     schema = getattr(op, "_schema", None)
     if schema is None or op.namespace == "opguard":
         name = str(op) if schema is None else schema.name
-        return Kind(name, True, True, False, False, False, (), None, False, None, ())
+        return Kind(name, True, True, False, False, False, False, (), None, False, None, ())
     base = schema.name.rpartition("::")[2]
     bare = base[:-1] if base.endswith("_") and not base.endswith("__") else base
     arguments = schema.arguments
@@ -115,6 +127,7 @@ def kind_of(op: Any) -> Kind:
         name=schema.name,
         plain=op.namespace in {"prim", "profiler", "c10d", "_c10d_functional", "debugprims"},
         quiet=op.namespace == "aten" and (base in _QUIET or bare in _QUIET),
+        casts=op.namespace == "aten" and base in _CASTS,
         pointwise=torch.Tag.pointwise in op.tags,
         ends_inf=bare in _ENDS_INF,
         splits=_splits(op),
@@ -143,6 +156,48 @@ def _splits(op: Any) -> bool:
 def brings_inf(args: Any) -> bool:
     """Whether a number among the arguments is itself an Inf: then it is meant."""
     return any(isinstance(each, float) and math.isinf(each) for each in args)
+
+
+def _read(kind: Kind, args: Any) -> Any:
+    """What a cast reads."""
+    value = args[1] if kind.writes or kind.name == "aten::copy" else args[0]
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def overflows(kind: Kind, args: Any, out: torch.Tensor) -> torch.Tensor:
+    """The Infs that a cast made, 0 elsewhere.
+
+    The greatest number of the dtype it read is none: masks have it where they mean an Inf.
+    """
+    read = _read(kind, args)
+    bad = torch.isinf(out)
+    if read.is_floating_point():
+        bad = bad & (read.abs() < torch.finfo(read.dtype).max)
+    elif read.is_complex():
+        bad = bad & torch.isfinite(read)
+    return torch.where(bad, out, torch.zeros_like(out))
+
+
+def puts_inf(kind: Kind, args: Any) -> bool:
+    """Whether an Inf in the output is a number among the arguments."""
+    return (kind.pointwise or kind.ids is not None) and brings_inf(args)
+
+
+def is_quiet(kind: Kind, args: Any, out: Any) -> bool:
+    """Whether ``out`` holds nothing that the op made."""
+    if not kind.quiet:
+        return False
+    if not kind.casts:
+        return True
+    read = _read(kind, args)
+    if read is None or read.dtype == out.dtype or read.device != out.device:
+        return True
+    if not out.is_floating_point() and not out.is_complex():
+        return True
+    reach: float = torch.finfo(out.dtype).max
+    if read.is_floating_point() or read.is_complex():
+        return torch.finfo(read.dtype).max <= reach
+    return read.dtype == torch.bool or torch.iinfo(read.dtype).max <= reach
 
 
 def ids_of(kind: Kind, args: Any, kwargs: Any) -> list[tuple[Any, Any, Any]]:

@@ -19,6 +19,7 @@ from opguard.flags import _engine, _guarded_wrap
 from opguard.flags import _guarded_ops as ops
 from opguard.flags._guarded_dispatch import dispatch
 from opguard.flags._guarded_wrap import build, public_rows, with_other_flags
+from opguard.flags._tracing import never_a_frame
 from opguard.flags.config import ErrorConfig, get_config
 from opguard.flags.errors import BatchMismatchError, FlagsError, RowsLost
 
@@ -256,12 +257,23 @@ class GuardedTensor(Tensor):
         """Whether the data lies in memory that other processes can share."""
         return bool(self._data.is_shared())  # type: ignore[no-untyped-call]
 
+    def __format__(self, spec: str) -> str:
+        """A number is formatted as one; anything else takes no specification."""
+        return (
+            format(self.item(), spec) if spec and not self.dim() else object.__format__(self, spec)
+        )
+
     def tolist(self) -> Any:
         """The data as nested lists of numbers."""
         return self._data.tolist()
 
 
 _guarded_wrap.wrapper = GuardedTensor
+# Between two graphs they run as they are: what they make is no GuardedTensor until they are done.
+never_a_frame(
+    *(dispatch, build, _guarded_wrap.wrap, GuardedTensor.__torch_dispatch__),
+    *(GuardedTensor.__new__, GuardedTensor.__tensor_flatten__, GuardedTensor.backward),
+)
 
 
 _in_transform: Any = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
@@ -363,6 +375,10 @@ def guard(x: Tensor, config: ErrorConfig | None = None, *, lost: Lost = "error")
     """
     if isinstance(x, GuardedTensor):
         return x
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a tensor (N, ...) to guard, got {type(x).__name__}")
+    if config is not None and not isinstance(config, ErrorConfig):
+        raise TypeError(f"expected config to be an ErrorConfig or None, got {config!r}")
     if x.dim() == 0:
         raise FlagsError("expected a batch (N, ...) to guard, got a tensor without dimensions")
     key = (get_config() if config is None else config).key

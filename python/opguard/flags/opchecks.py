@@ -88,6 +88,12 @@ class check_ops:
         )
         self._config = config
         self._backend = backend
+        for each in batch:
+            if not isinstance(each, torch.Tensor):
+                raise TypeError(
+                    "check_ops: expected tensors whose dimension 0 is the batch, got"
+                    f" {type(each).__name__}; give checks=, inf=, config= and backend= by name"
+                )
         sizes = {each.shape[0] if each.dim() else 1 for each in batch}
         if len(sizes) > 1:
             raise BatchMismatchError(
@@ -98,9 +104,11 @@ class check_ops:
         self._entered: list[tuple[Mode, Any, int]] = []
 
     def __enter__(self) -> Self:
-        from opguard.flags._opchecks_compiled import enter
+        from opguard.flags._opchecks_compiled import INSIDE, enter
         from opguard.flags._opchecks_eager import Mode, Watch, push_modes
 
+        if torch.compiler.is_compiling():
+            raise RuntimeError(INSIDE)
         if self._entered:
             raise RuntimeError(
                 "check_ops: expected a block that is not entered, it is; make one of its own for "
