@@ -72,7 +72,8 @@ def test_every_row_names_a_test():
     [*(f"A{n}" for n in range(1, 13)), *(f"C{n}" for n in range(1, 12)),
      *(f"D{n}" for n in range(1, 9)), *(f"3.{n}" for n in range(1, 8)),
      *(f"4.{n}" for n in range(1, 8)), *(f"5.{n}" for n in range(1, 6)),
-     *(f"T{n}" for n in range(1, 61))],
+     *(f"6.{n}" for n in range(1, 4)), *(f"T{n}" for n in range(1, 61)),
+     *(f"R{n}" for n in range(1, 7))],
 )  # fmt: skip
 def test_every_fault_and_item_has_a_row(wanted):
     pattern = re.compile(rf"(?<![\w.]){re.escape(wanted)}(?![\w]|\.\d)")
