@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def rows() -> list[tuple[str, str]]:
     return [row for row in found if row[0] != "item or fault"]
 
 
+@cache
 def names_in(path: Path) -> set[str]:
     """Test functions, and those that are methods of a test class."""
     found = set()

@@ -324,7 +324,8 @@ def scenarios_of(C: ModuleType) -> None:
 
     def flags_bound() -> None:
         names = "check check_ index push push_ merge merge_ find is_ok is_err count max_severity"
-        C.flags_bind(**dict.fromkeys([*names.split(), "new", "read", "read_all"], long))
+        more = ("gather", "new", "read", "read_all")
+        C.flags_bind(**dict.fromkeys([*names.split(), *more], long))
         C.flags_bind(resolve=len)
         C.flags_epoch(7)
 
@@ -345,6 +346,7 @@ def scenarios_of(C: ModuleType) -> None:
                 C.flags_push(t, t, 1, place, None, 16)
                 C.flags_push_(t, None, 9, place, 2, 16, 3)
             C.flags_merge([t, t], 16)
+            C.flags_gather(t, t, 16)
             return C.flags_merge_(t, t, 16)
 
         return calling
