@@ -18,6 +18,7 @@ from torch import Tensor
 
 from opguard.flags._opchecks_eager import Mode, Watch, pop_modes, push_modes
 from opguard.flags._opchecks_graph import Traced
+from opguard.flags._opchecks_limits import Limits
 from opguard.flags._opchecks_places import HERE, Place, place_of_node, place_of_stack
 from opguard.flags._opchecks_rows import samples_of
 from opguard.flags._rows import Axis, Rows, SamplePayload
@@ -35,6 +36,7 @@ _lock = threading.Lock()
 _backends: dict[Any, Backend] = {}
 _entered: list[Backend] = []  # those of the blocks of all threads
 _before: list[Any] = []  # the stance before the first of them
+_ours: list[Any] = []  # the last one that was set here
 
 
 def enter(
@@ -58,6 +60,7 @@ def enter(
         _use(ours)
         if not _entered:
             _before.append(stance)
+            _limits.up()
         _entered.append(ours)
 
     def leave() -> None:
@@ -67,10 +70,15 @@ def enter(
             _entered.reverse()
             _entered.remove(ours)
             _entered.reverse()
+            is_ours = frames._stance is _ours[-1]
             if _entered:
-                _use(_entered[-1])
-            else:
-                frames._set_stance(_before.pop())
+                if is_ours:
+                    _use(_entered[-1])
+                return
+            before = _before.pop()
+            if is_ours:  # else the block set one, which is to stay
+                frames._set_stance(before)
+            _limits.back()
 
     return leave
 
@@ -78,10 +86,12 @@ def enter(
 def _use(backend: Backend) -> None:
     import torch._dynamo.eval_frame as frames
 
+    stance = frames.DynamoStance(backend=backend)
     try:
-        frames._set_stance(frames.DynamoStance(backend=backend))
+        frames._set_stance(stance)
     except RuntimeError as error:
         raise RuntimeError(INSIDE) from error
+    _ours[:] = [stance]
 
 
 class _Names(torch.fx.Interpreter):
@@ -112,6 +122,7 @@ class Backend:
         self.__name__ = "check_ops"
 
     def __call__(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        _limits.compiled = True
         return Checked(self, graph, examples)
 
     def compile(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
@@ -122,6 +133,9 @@ class Backend:
 
             inner = lookup_backend(inner)
         return inner(graph, examples)
+
+
+_limits = Limits(Backend)
 
 
 class Checked:
@@ -213,8 +227,8 @@ class Checked:
         """Of each input but parameters its batch dimension and whether it was given as a batch."""
         tensors = [args[i] for i in self.varying]
         watch.knows(tensors)
-        if self.own:
-            mine = [args[i] for i in self.own if isinstance(args[i], Tensor)]
+        if self.own and not watch.given:
+            mine = [args[i] for i in self.own if i in self.varying]
             watch.take_batch(f"input of {self.model}", mine)
         found: list[Any] = []
         for x in tensors:

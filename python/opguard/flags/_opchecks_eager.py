@@ -15,9 +15,9 @@ from opguard.flags._opchecks_book import Book
 from opguard.flags._opchecks_graph import Traced
 from opguard.flags._opchecks_host import Host
 from opguard.flags._opchecks_ops import Kind, ids_of, is_quiet, kind_of, with_ids
-from opguard.flags._opchecks_places import Place, place_of_stack
+from opguard.flags._opchecks_places import Place, in_backward, place_of_stack
 from opguard.flags._opchecks_rows import Tracker, of_batch, outermost_call, samples_of, settled
-from opguard.flags._opchecks_user import SITES, place_name, tell
+from opguard.flags._opchecks_user import SITES, place_name, plain, tell
 from opguard.flags._rows import Rows
 from opguard.flags._tracing import never_a_frame
 from opguard.flags.codes import ErrorCode
@@ -30,6 +30,8 @@ _push: Any = torch._C._push_on_torch_dispatch_stack
 _pop_by_key: Any = torch._C._pop_torch_dispatch_stack
 _top: Any = torch._C._get_dispatch_stack_at
 _length: Any = torch._C._len_torch_dispatch_stack
+_DisableTorchDispatch: Any = torch._C._DisableTorchDispatch
+_DisableFuncTorch: Any = torch._C._DisableFuncTorch
 
 _kinds: dict[Any, Kind] = {}
 _strided = torch.strided
@@ -44,11 +46,35 @@ class _Here(threading.local):
 HERE = _Here()
 
 
+class _looking:
+    """While it lasts nobody sees what this thread runs: neither blocks nor other modes' users."""
+
+    __slots__ = ("_hidden", "_transforms")
+
+    def __init__(self, transforms: bool = False) -> None:
+        self._transforms = transforms  # torch.func's see nothing either
+
+    def __enter__(self) -> None:
+        HERE.busy = True
+        self._hidden: Any = None
+        if self._transforms or _length():
+            self._hidden = _DisableTorchDispatch(), self._transforms and _DisableFuncTorch()
+
+    def __exit__(self, *_: object) -> None:
+        HERE.busy = False
+        self._hidden = None
+
+
+def _looks_at_ids(mode: Any) -> bool:
+    return isinstance(mode, Mode) and getattr(mode.watch, "checks_ids", False)
+
+
 class Watch:
     """What is known and what was found in one block."""
 
-    def __init__(self, mask: int, categories: frozenset[str]) -> None:
+    def __init__(self, mask: int, categories: frozenset[str], *, given: bool = False) -> None:
         self.mask = mask
+        self.given = given  # the batch is what was given, no module is asked for its arguments
         self.categories = categories
         self.book = Book()
         self.tracker = Tracker()
@@ -61,10 +87,16 @@ class Watch:
 
     # --- the batch -------------------------------------------------------------------------------
 
+    def take_given(self, batch: list[Tensor]) -> None:
+        """Takes what the block was given."""
+        with _looking():
+            self.take_batch("input", batch)
+
     def take_batch(self, name: str, batch: list[Tensor]) -> None:
         """Tensors whose dimension 0 is the batch; the first of them says how many samples."""
         for each in batch:
-            if not each.dim() or self.tracker.rows(each) is not None:
+            # Known without rows: made of the batch in a way that nobody could follow.
+            if not each.dim() or self.tracker.knows(each):
                 continue
             if self.book.samples is None:
                 self.book.size(each.shape[0], each.device)
@@ -103,10 +135,9 @@ class Watch:
                 and not isinstance(each, torch.nn.Parameter)
                 and not tracker.knows(each)
             ):
-                look = True
-        if not look:
+                look = not self.given
+        if not look or not self.find_batch():
             return known
-        self.find_batch()
         for each in inputs:
             if tracker.rows(each) is not None:
                 known = True
@@ -114,34 +145,31 @@ class Watch:
                 tracker.put(each, None)
         return known
 
-    def find_batch(self) -> None:
+    def find_batch(self) -> bool:
         """Takes the tensors of the outermost call of a module in the block for its batch."""
         call = outermost_call(self.until)
         if call is not None:
-            self.take_batch(f"input of {call[0]}", call[1])
+            batch = [x for x in call[1] if not isinstance(x, torch.nn.Parameter)]
+            self.take_batch(f"input of {call[0]}", batch)
+        return call is not None
 
     # --- one op ----------------------------------------------------------------------------------
 
     def run(self, op: Any, kind: Kind, args: Any, kwargs: Any) -> Any:
         """Runs the op and looks at what it made."""
-        HERE.busy = True
-        try:
+        with _looking():
             finish, before, args, kwargs = self._before(op, kind, args, kwargs)
-        finally:
-            HERE.busy = False
         try:
             out = op(*args, **kwargs)
         except Exception:
             if kind.divisor is not None and self.host.divisions:
                 self._failed_division(kind, args, kwargs)
             raise
-        HERE.busy = True
-        try:
-            self._after(kind, (args, kwargs), out, finish, before)
-        except Exception as error:  # what looks on must not end what it looks at
-            self._complain(kind, error)
-        finally:
-            HERE.busy = False
+        with _looking():
+            try:
+                self._after(kind, (args, kwargs), out, finish, before)
+            except Exception as error:  # what looks on must not end what it looks at
+                self._complain(kind, error)
         return out
 
     def _complain(self, kind: Kind, error: Exception) -> None:
@@ -195,8 +223,11 @@ class Watch:
         samples, tracker = self.book.samples, self.tracker
         for each, mine in zip(outputs, rows, strict=True):
             if before and id(each) in before:
-                self._rewritten(each, mine, before[id(each)][0])
-            elif mine is not None or (each.dim() and each.shape[0] == samples):
+                if mine is not None or self._comes_from_batch(call):
+                    self._rewritten(each, mine, before[id(each)][0])
+            elif mine is not None or (
+                each.dim() and each.shape[0] == samples and self._comes_from_batch(call)
+            ):
                 tracker.put(each, mine)
         if kind.quiet and not (kind.casts or kind.ids or kind.id_lists):
             return
@@ -208,6 +239,10 @@ class Watch:
                 self.host.scan(kind, data, mine, call, before)
             elif _is_elsewhere(each):
                 self._on(each.device).after_eager(kind, call, [each], [mine])
+
+    def _comes_from_batch(self, call: Any) -> bool:
+        inputs = _tensors((*call[0], *call[1].values()))
+        return any(self.tracker.knows(x) for x in inputs)
 
     def _rewritten(self, x: Tensor, rows: Rows | None, old: Rows | None) -> None:
         self.tracker.put(x, rows)
@@ -245,8 +280,7 @@ class Watch:
 
     def look_at_gradients(self, name: str, before: Any, after: Any) -> None:
         """What a compiled backward pass made of gradients ``before`` it; it is one op here."""
-        HERE.busy = True
-        try:
+        with _looking():
             if any(self._holds(x) for x in before):
                 return
             for x in after:
@@ -259,8 +293,6 @@ class Watch:
                     self.book.add(ErrorCode.NAN, place, nan)
                 if inf is not None:
                     self.book.add(ErrorCode.INF, place, inf)
-        finally:
-            HERE.busy = False
 
     def _holds(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or not _is_floats(x) or not self.mask:
@@ -273,17 +305,17 @@ class Watch:
     def check(self, pred: Any, message: str, values: dict[str, Any]) -> None:
         """Records a check of the user's; on an accelerator it is read when flags are."""
         place = place_of_stack(place_name(message))
-        HERE.busy = True
-        try:
+        with _looking(True):
+            pred = plain(pred)
+            values = {name: plain(x) for name, x in values.items()}
+            if isinstance(pred, Tensor) and not _is_real(pred):
+                return  # somebody traces: there is no value yet
             if isinstance(pred, Tensor) and not pred.is_cpu:
+                held = pred.clone()
                 kept = {k: x.clone() if isinstance(x, Tensor) else x for k, x in values.items()}
-                self.book.pending.append(
-                    lambda: tell(self.book, place, pred.clone(), message, kept)
-                )
+                self.book.pending.append(lambda: tell(self.book, place, held, message, kept))
             else:
                 tell(self.book, place, pred, message, values)
-        finally:
-            HERE.busy = False
 
     def note(self, pred: Tensor, number: int, tensors: Any) -> None:
         """A check in a graph that runs op by op."""
@@ -310,8 +342,10 @@ class Watch:
         bad = self.host.bad_ids(ids - low if low else ids, high - low + 1, rows)
         if bad is None:
             return ids
-        if not kind.name.endswith("_backward"):  # that was said of the forward op
+        if in_backward() == -1:  # else that was said of the forward op
             self.book.add(ErrorCode.OUT_OF_BOUNDS, place_of_stack(kind.name), bad)
+        if any(_looks_at_ids(_top(i)) for i in range(_length())):
+            return ids  # a block around this one is to see them as they are
         fixed = ids.clamp(low, high)
         if rows is not None:
             self.tracker.put(fixed, rows)
@@ -319,22 +353,20 @@ class Watch:
 
     def _failed_division(self, kind: Kind, args: Any, kwargs: Any) -> None:
         by = kind.argument(kind.divisor or "", args, kwargs)
-        HERE.busy = True
-        try:
-            if not isinstance(by, Tensor):
-                by = torch.as_tensor(by)
-            if not _is_real(by):
-                return
-            zero = torch.zeros(by.shape).masked_fill_(by == 0, torch.nan)
-            found = self.host.bits(zero, self.tracker.rows(by))
-            if found is not None:
-                place = place_of_stack(kind.name)
-                place = place._replace(op=f"zero divisor of {place.op}")
-                self.book.add(ErrorCode.INVALID_VALUE, place, found[0] != 0)
-        except Exception as error:
-            self._complain(kind, error)
-        finally:
-            HERE.busy = False
+        with _looking():
+            try:
+                if not isinstance(by, Tensor):
+                    by = torch.as_tensor(by, device="cpu")
+                if not _is_real(by):
+                    return
+                zero = torch.zeros(by.shape, device="cpu").masked_fill_(by == 0, torch.nan)
+                found = self.host.bits(zero, self.tracker.rows(by))
+                if found is not None:
+                    place = place_of_stack(kind.name)
+                    place = place._replace(op=f"zero divisor of {place.op}")
+                    self.book.add(ErrorCode.INVALID_VALUE, place, found[0] != 0)
+            except Exception as error:
+                self._complain(kind, error)
 
 
 class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]

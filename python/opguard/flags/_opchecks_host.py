@@ -36,7 +36,7 @@ class Host:
         if len(self._scratch) > 64:
             self._scratch.clear()
         with torch.inference_mode(False):
-            scratch = torch.zeros((rows, 1), dtype=torch.int64)
+            scratch = torch.zeros((rows, 1), dtype=torch.int64, device="cpu")
         memory: Any = scratch.numpy()
         made = scratch, memoryview(memory), bytes(8 * rows)
         self._scratch[rows] = made
@@ -117,7 +117,7 @@ class Host:
         by = kind.argument(kind.divisor or "", *call)
         if by is None or by is out:
             return
-        bad = ~torch.isfinite(out) & (torch.as_tensor(by) == 0)
+        bad = ~torch.isfinite(out) & (torch.as_tensor(by, device=out.device) == 0)
         for each in floats(call[0]):
             bad = bad & torch.isfinite(each)
         found = self.bits(torch.zeros_like(out).masked_fill_(bad, torch.inf), rows)

@@ -44,7 +44,7 @@ _MOVES = """
     unfold_backward lift_fresh_ view_copy nonzero
 """
 _BOUNDS = """
-    abs relu relu_ relu6 hardtanh hardsigmoid clamp clamp_min clamp_max clip max min amax amin
+    relu relu_ relu6 hardtanh hardsigmoid clamp clamp_min clamp_max clip max min amax amin
     aminmax maximum minimum fmax fmin sigmoid tanh sign sgn floor ceil round trunc erf neg
     nan_to_num threshold threshold_backward argmax argmin heaviside atan leaky_relu dropout
     native_dropout feature_dropout
@@ -126,7 +126,9 @@ def kind_of(op: Any) -> Kind:
     return Kind(
         name=schema.name,
         plain=op.namespace in {"prim", "profiler", "c10d", "_c10d_functional", "debugprims"},
-        quiet=op.namespace == "aten" and (base in _QUIET or bare in _QUIET),
+        quiet=op.namespace == "aten"
+        and (base in _QUIET or bare in _QUIET)
+        and op._overloadname != "dtype",  # bits taken for another dtype's may be a NaN
         casts=op.namespace == "aten" and base in _CASTS,
         pointwise=torch.Tag.pointwise in op.tags,
         ends_inf=bare in _ENDS_INF,

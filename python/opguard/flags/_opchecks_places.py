@@ -19,7 +19,15 @@ import torch
 
 from opguard.flags.locations import MAX_LOCATION, ErrorLocation
 
-__all__ = ["HERE", "Place", "id_of", "innermost_module", "place_of_node", "place_of_stack"]
+__all__ = [
+    "HERE",
+    "Place",
+    "id_of",
+    "in_backward",
+    "innermost_module",
+    "place_of_node",
+    "place_of_stack",
+]
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OPGUARD = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -95,7 +103,7 @@ def place_of_stack(op: str) -> Place:
     In a backward pass the op is named with the autograd node it is a part of, and the line is the
     one that called for the pass.
     """
-    if _backward() != -1:
+    if in_backward() != -1:
         node = torch._C._current_autograd_node()
         op = f"{op} in {node.name()}" if node is not None else f"{op} in backward"
     elif HERE.place_of is not None:
@@ -122,7 +130,7 @@ def innermost_module(frame: FrameType | None) -> str:
 
 
 # The number of the backward pass that runs in this thread, -1 for none.
-_backward = getattr(torch._C, "_current_graph_task_id", None) or (lambda: -1)
+in_backward = getattr(torch._C, "_current_graph_task_id", None) or (lambda: -1)
 
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+), in (?P<name>.+)$', re.MULTILINE)
 

@@ -12,7 +12,7 @@ from opguard.flags._opchecks_places import Place
 from opguard.flags.codes import ErrorCode
 from opguard.flags.errors import BatchMismatchError
 
-__all__ = ["SITES", "Site", "place_name", "site_of", "tell"]
+__all__ = ["SITES", "Site", "place_name", "plain", "site_of", "tell"]
 
 # Checks that were traced, by the number which their graphs have of them.
 SITES: list[Site] = []
@@ -41,6 +41,19 @@ def site_of(message: str, names: tuple[str, ...], constants: tuple[tuple[str, An
 def place_name(message: str) -> str:
     """What stands for the op in a check's place."""
     return f'check "{message}"'
+
+
+def plain(x: Any) -> Any:
+    """What a tensor stands for where torch.func is at work; a batch of vmap's comes first."""
+    inside: Any = torch._C._functorch
+    try:
+        while isinstance(x, Tensor) and inside.is_functorch_wrapped_tensor(x):
+            dim = inside.maybe_get_bdim(x)
+            x = inside.get_unwrapped(x)
+            x = x.movedim(dim, 0) if dim > 0 else x
+    except AttributeError:  # another torch calls them otherwise
+        pass
+    return x
 
 
 def tell(book: Book, place: Place, pred: Any, message: str, values: dict[str, Any]) -> None:

@@ -49,6 +49,7 @@ class _Blocks(threading.local):
 
 
 _BLOCKS = _Blocks()
+_NUMBERS = (torch.float64, torch.int64)
 
 
 class check_ops:
@@ -114,9 +115,9 @@ class check_ops:
                 "check_ops: expected a block that is not entered, it is; make one of its own for "
                 "each block inside another or in another thread"
             )
-        watch = self._watch = Watch(self._mask, self._categories)
+        watch = self._watch = Watch(self._mask, self._categories, given=bool(self._batch))
         watch.until = sys._getframe(1)
-        watch.take_batch("input", self._batch)
+        watch.take_given(self._batch)
         mode = Mode(watch)
         leave = enter(self._backend, self._mask, self._categories)
         self._entered.append((mode, leave, threading.get_ident()))
@@ -201,14 +202,20 @@ def check(pred: Tensor, message: str, **values: object) -> None:
         pred: (N,) bool, or () for the whole batch.
         message: what is wrong, with ``{name}`` for ``values``: those of the first bad sample stand
             there in what is reported.
-        **values: tensors (N, ...), or anything else that can be formatted.
+        **values: tensors (N, ...), or anything else that can be formatted; in compiled code
+            numbers and constants.
     """
     if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_exporting():
+            return  # an exported program runs where nobody checks it
         names, constants, kept = [], [], []
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
                 names.append(name)
                 kept.append(value)
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                names.append(name)  # it may be a symbol
+                kept.append(torch.scalar_tensor(value, dtype=_NUMBERS[isinstance(value, int)]))
             else:
                 constants.append((name, value))
         _check_note(pred, _site(message, tuple(names), tuple(constants)), kept)
