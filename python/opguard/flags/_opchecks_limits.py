@@ -43,8 +43,8 @@ class Limits:
         try:
             from torch._dynamo import convert_frame, eval_frame
 
-            entries: Any = eval_frame._debug_get_cache_entry_list
-            forget: Any = eval_frame.reset_code
+            frames: Any = eval_frame
+            entries, forget = frames._debug_get_cache_entry_list, frames.reset_code
             for code in {each() for each in convert_frame.input_codes.seen} - {None}:
                 backends = [_innermost(each.backend) for each in entries(code)]
                 ours = sum(isinstance(each, self._kind) for each in backends)
