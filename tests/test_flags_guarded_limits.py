@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from opguard import flags as F
 from opguard.flags import GuardedTensor, guard
+from opguard.flags._rows import rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
 
@@ -70,6 +71,34 @@ def test_a_number_written_over_a_number_takes_its_flags():
     assert bad(x.index_copy(0, at, torch.tensor(2.0))) == []
     assert bad(x.index_fill(0, at, 2.0)) == []
     assert bad(x.index_add(0, at, torch.tensor(2.0))) == [0]
+
+
+def test_batches_without_elements_may_be_written_into():
+    g = made([1], 3, 0)
+    g[torch.zeros(3, 0, dtype=torch.bool)] = 1.0
+    g.masked_scatter_(torch.zeros(3, 0, dtype=torch.bool), made([0], 1, 0))
+    g.index_add_(0, torch.tensor([0]), made([0], 1, 0))
+    assert (g.batch_dims, bad(g)) == ((0,), [1])
+
+
+def test_what_was_written_before_a_rule_failed_is_known_to_all(monkeypatch):
+    def fails(call):
+        raise ZeroDivisionError
+
+    g = made([], 3, 2)
+    monkeypatch.setattr(rules._of(torch.ops.aten.mul_.Tensor), "rule", fails)
+    with pytest.raises(NotImplementedError, match="its rule failed"):
+        g.mul_(made([1], 3, 2))
+    assert bad(g) == [0]
+    assert bad(g[2:]) == [0]
+
+
+def test_signals_come_back_from_their_frames():
+    window = torch.ones(8)
+    frames = torch.stft(made([1], 3, 32), 8, window=window, return_complex=True)
+    got = torch.istft(frames, 8, window=window)
+    assert (got.batch_dims, bad(got)) == ((0,), [1])
+    assert torch.allclose(got.unwrap(), torch.ones(3, 32), atol=1e-5)
 
 
 @pytest.mark.parametrize("reduce", [torch.any, torch.all])

@@ -264,9 +264,11 @@ def _by_rule(op: _Op, call: tuple[Any, Any, Any], read: _Read, key: Any) -> Any:
     try:
         rows = finish(out)
     except RowsLost:  # by a rule that had to see the outputs
-        if not merges:
-            raise
         rows = _merged(read.found)(out)
+        if not merges:
+            if op.writes:  # it has been done, and to whom is not known
+                _written(op, call, out, rows)
+            raise
     if op.changes_device:
         rows = [None if one is None else beside(out, one) for one in rows]
     if op.reshapes_itself:

@@ -19,15 +19,12 @@ from torch import Tensor
 from opguard.flags._rows.rows import Rows, merge_rows
 from opguard.flags.errors import RowsLost
 
-__all__ = ["POINTWISE", "Call", "Found", "Rule", "load", "lookup", "lost", "plan", "rule"]
+__all__ = ["Call", "Found", "Rule", "load", "lookup", "lost", "plan", "rule"]
 
 RowsOf: TypeAlias = Callable[[Tensor], "Rows | None"]
 Found: TypeAlias = "Rows | list[Rows | None] | Callable[[Any], Rows | list[Rows | None] | None]"
 Rule: TypeAlias = "Callable[[Call], Found | None]"
 _R = TypeVar("_R", bound=Rule)
-
-#: The name under which the rule of all ops tagged as pointwise is registered.
-POINTWISE = "pointwise"
 
 _rules: dict[str, Rule] = {}
 _CORE = {"axes", "digits", "moves", "payloads", "rows", "rules"}
@@ -189,7 +186,7 @@ def lookup(op: Any) -> Rule | None:
         overload = full[len(name) :]
         found = _rules.get(name[:-1] + overload) or _rules.get(name[:-1])
     if found is None and _is_pointwise(op):
-        found = _rules.get(POINTWISE, _pointwise)
+        found = _pointwise
     return found
 
 

@@ -269,6 +269,16 @@ def _unfold(call: Call) -> Any:
     return windows
 
 
+@rule("aten::unfold_backward")
+def _folded_windows(call: Call) -> Rows | None:
+    """Windows laid over each other again, as ``torch.istft`` does with its frames."""
+    rows, sizes = call.rows("grad_in"), call["input_sizes"]
+    if rows is None:
+        return None
+    dim = _wrapped(call["dim"], len(sizes))
+    return rows.reduced((-1,)).resized(dim, sizes[dim])
+
+
 @rule("aten::diagonal", "aten::diagonal_copy")
 def _diagonal(call: Call) -> Any:
     rows = call.rows("self")

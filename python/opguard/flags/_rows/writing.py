@@ -69,8 +69,8 @@ def _replayed(this: _Write, write: Callable[[Tensor, Any], Tensor]) -> Rows | No
     ``write``: the op itself, on (the numbers of own, those of other, or -1).
     """
     own, other, shape = this.own, this.other, this.shape
-    if own is None and other is None:
-        return None
+    if (own is None and other is None) or same(product(shape), 0):  # no place to write to
+        return own
     first = 0 if own is None else own.payload.rows
     before = _numbered(own, shape, 0, this.device)
     after: Any = -1 if other is None else numbers(other, first, this.device)
@@ -94,7 +94,7 @@ def _added(this: _Write, pairs: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]
     ``pairs``: (numbers of the rows written to, of those written) -> the two of each element.
     """
     own, other, shape = this.own, this.other, this.shape
-    if other is None:
+    if other is None or same(product(shape), 0):
         return own
     held = _template(own, other.payload, shape, this.dims)
     targets = _spread(numbers(held, 0, this.device), shape, this.wide)
