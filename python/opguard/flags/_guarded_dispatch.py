@@ -264,10 +264,8 @@ def _by_rule(op: _Op, call: tuple[Any, Any, Any], read: _Read, key: Any) -> Any:
     try:
         rows = finish(out)
     except RowsLost:  # by a rule that had to see the outputs
-        rows = _merged(read.found)(out)
+        rows = _of_all(op, call, out, read.found)
         if not merges:
-            if op.writes:  # it has been done, and to whom is not known
-                _written(op, call, out, rows)
             raise
     if op.changes_device:
         rows = [None if one is None else beside(out, one) for one in rows]
@@ -325,6 +323,14 @@ def _merged(found: list[Any]) -> Callable[[Any], Any]:
         return []
 
     return finish
+
+
+def _of_all(op: _Op, call: tuple[Any, Any, Any], out: Any, found: list[Any]) -> list[Rows | None]:
+    """All rows merged, for what an op has done; known also to what it has written into."""
+    rows: list[Rows | None] = _merged(found)(out)
+    if op.writes and not op.reshapes_itself:
+        _written(op, call, out, rows)
+    return rows
 
 
 def _argument(at: tuple[int, str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
