@@ -1,10 +1,12 @@
 """GuardedTensor and check_ops where somebody would look for a hole."""
 
+import asyncio
+
 import pytest
 import torch
 from torch import nn
 
-from opguard.flags import check_ops, err, flag_nan_and_inf, guard, push
+from opguard.flags import check, check_ops, err, flag_nan_and_inf, guard, push
 
 
 def flagged(x, first=1):
@@ -191,3 +193,51 @@ def test_a_block_in_compiled_code_is_refused_and_leaves_nothing():
     with check_ops(large(), backend="aot_eager"):
         pass
     assert torch._dynamo.eval_frame._stance.backend is None
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("shape", [(4, 8), (4, 2, 8)])
+def test_an_inf_weight_is_found_at_the_layer_that_used_it(mode, shape):
+    layer = nn.Linear(8, 2)
+    with torch.no_grad():
+        layer.weight[0, 0] = torch.inf
+    with mode(), check_ops(x := torch.ones(shape)) as c:
+        layer(x).sigmoid()
+    assert len(c.locations) == 1
+    assert err.is_err(c.flags).all()
+
+
+# --- tasks of one thread -------------------------------------------------------------------------
+
+
+def negative_row(row):
+    x = torch.ones(4, 8)
+    x[row] = -1
+    return x
+
+
+async def logarithm(x):
+    await asyncio.sleep(0)
+    return x.log()
+
+
+async def checked(row):
+    with check_ops(x := negative_row(row)) as c:
+        await asyncio.sleep(0)
+        check(x[:, 0] > 0, "negative")
+        await asyncio.gather(logarithm(x), logarithm(x))  # begun in the block: seen in it
+    return len(c.locations), err.is_err(c.flags).nonzero().flatten().tolist()
+
+
+def test_tasks_see_their_own_ops_and_those_of_tasks_they_begin():
+    async def together():
+        return await asyncio.gather(*(checked(row) for row in range(3)), logarithm(negative_row(3)))
+
+    *found, _ = asyncio.run(together())
+    assert found == [(2, [0]), (2, [1]), (2, [2])]
+
+
+def test_a_block_around_a_loop_sees_its_tasks():
+    with check_ops(x := negative_row(2)) as c:
+        asyncio.run(logarithm(x))
+    assert err.is_err(c.flags).tolist() == [False, False, True, False]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
@@ -229,8 +231,12 @@ class Watch:
                 each.dim() and each.shape[0] == samples and self._comes_from_batch(call)
             ):
                 tracker.put(each, mine)
-        if kind.quiet and not (kind.casts or kind.ids or kind.id_lists):
-            return
+        if kind.quiet and not (kind.ids or kind.id_lists):
+            if call[0] and self.host.is_weight(call[0][0]):
+                for each in outputs:
+                    self.host.weights.put(each, None)
+            if not kind.casts:
+                return
         for each, mine in zip(outputs, rows, strict=True):
             if not _is_floats(each) or (kind.casts and is_quiet(kind, call[0], each)):
                 continue
@@ -369,6 +375,17 @@ class Watch:
                 self._complain(kind, error)
 
 
+_blocks: ContextVar[tuple[Mode, ...]] = ContextVar("opguard_check_ops", default=())
+
+
+def _in_a_task() -> bool:
+    """Whether an asyncio task runs in this thread now."""
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is None or asyncio._get_running_loop() is None:
+        return False
+    return asyncio.current_task() is not None
+
+
 class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every op that this thread runs, below autograd."""
 
@@ -377,6 +394,18 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, watch: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.watch = watch
+        self._of_a_task = _in_a_task()
+        if self._of_a_task:
+            _blocks.set((*_blocks.get(), self))
+
+    def leave(self) -> None:
+        """The task begins others without it from now on."""
+        if self._of_a_task:
+            _blocks.set(tuple(each for each in _blocks.get() if each is not self))
+
+    def is_elsewhere(self) -> bool:
+        """Whether another task runs here, that was not begun in the block; the stack is one."""
+        return self._of_a_task and self not in _blocks.get() and _in_a_task()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -390,8 +419,8 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind = _kinds.get(func)
         if kind is None:
             kind = _kinds[func] = kind_of(func)
-        if kind.plain or HERE.busy:
-            if kind.name == "opguard::check_note" and not HERE.busy:
+        if kind.plain or HERE.busy or (self._of_a_task and self.is_elsewhere()):
+            if kind.name == "opguard::check_note" and not (HERE.busy or self.is_elsewhere()):
                 self.watch.note(*args)
             return func(*args, **kwargs) if kwargs else func(*args)
         if kind.splits:

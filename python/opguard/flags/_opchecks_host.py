@@ -28,9 +28,16 @@ class Host:
     def __init__(self, book: Book, tracker: Tracker, mask: int, divisions: bool) -> None:
         self.book = book
         self.tracker = tracker
+        self.weights = Tracker()
         self.mask = mask
         self.divisions = divisions
         self._scratch: dict[int, tuple[Tensor, memoryview, bytes]] = {}
+
+    def is_weight(self, x: Any) -> bool:
+        """Whether it is a parameter, or one as layers take it: a view of it, in another dtype."""
+        return isinstance(x, torch.nn.Parameter) or (
+            isinstance(x, Tensor) and self.weights.knows(x)
+        )
 
     def _new_scratch(self, rows: int) -> tuple[Tensor, memoryview, bytes]:
         if len(self._scratch) > 64:
@@ -159,12 +166,12 @@ class Host:
         if kind.pointwise and not kind.writes:
             bad = torch.isinf(out)
             for each in inputs:
-                if not isinstance(each, torch.nn.Parameter):
+                if not self.is_weight(each):
                     bad = bad & torch.isfinite(each)
             found = self.bits(out.masked_fill(~bad, 0), rows)
             return None if found is None else _some(inf & ((found[0] & INF_BITS) != 0))
         for each in inputs:
-            if isinstance(each, torch.nn.Parameter) or each is out:
+            if self.is_weight(each) or each is out:
                 continue
             held = self.bits(each, self.tracker.rows(each))
             if held is not None:

@@ -134,6 +134,7 @@ class check_ops:
         from opguard.flags._opchecks_eager import pop_modes
 
         mode, leave, thread = self._entered.pop()
+        mode.leave()
         if thread == threading.get_ident():  # a generator's block may end in another one
             pop_modes(mode)
         blocks = _BLOCKS.now
@@ -144,6 +145,7 @@ class check_ops:
         if watch is not None:
             watch.until = None
             watch.tracker.clear()
+            watch.host.weights.clear()
 
     @property
     def flags(self) -> Tensor:
@@ -162,7 +164,9 @@ class check_ops:
         return book.names()
 
     def _check(self, pred: Any, message: str, values: dict[str, Any]) -> None:
-        if "user" in self._categories and self._entered:
+        if "user" not in self._categories or not self._entered:
+            return
+        if not self._entered[-1][0].is_elsewhere():
             self._found().check(pred, message, values)
 
     def _found(self) -> Watch:
