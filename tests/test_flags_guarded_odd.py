@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from opguard.flags import check, check_ops, err, flag_nan_and_inf, guard, push
+from opguard.flags import check, check_ops, err, flag_nan_and_inf, flags, guard, push
 
 
 def flagged(x, first=1):
@@ -17,10 +17,8 @@ def flagged(x, first=1):
 
 def locations(g):
     """Of each row the locations that its flags name."""
-    from opguard.flags import flags
-
-    names = [flags.unpack(g.flags, i) for i in range(g.flags.shape[0])]
-    return [sorted(int(str(e).rpartition("_")[2].rstrip(")")) for e in row) for row in names]
+    rows = [flags.unpack(g.flags, i) for i in range(g.flags.shape[0])]
+    return [sorted(error.location for error in row) for row in rows]
 
 
 def bad_row(row=1):

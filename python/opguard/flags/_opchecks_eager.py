@@ -232,9 +232,7 @@ class Watch:
             ):
                 tracker.put(each, mine)
         if kind.quiet and not (kind.ids or kind.id_lists):
-            if call[0] and self.host.is_weight(call[0][0]):
-                for each in outputs:
-                    self.host.weights.put(each, None)
+            self.host.note_weights(call[0], outputs)
             if not kind.casts:
                 return
         for each, mine in zip(outputs, rows, strict=True):

@@ -39,6 +39,12 @@ class Host:
             isinstance(x, Tensor) and self.weights.knows(x)
         )
 
+    def note_weights(self, args: Any, outputs: list[Tensor]) -> None:
+        """What an op that computes nothing made of a weight is one."""
+        if args and self.is_weight(args[0]):
+            for each in outputs:
+                self.weights.put(each, None)
+
     def _new_scratch(self, rows: int) -> tuple[Tensor, memoryview, bytes]:
         if len(self._scratch) > 64:
             self._scratch.clear()
