@@ -347,13 +347,27 @@ def test_users_own_checks():
         f(x)
     errors = found(c)
     assert sorted(errors) == [1, 2]
-    assert errors[1][0].startswith(
-        "UNKNOWN@x must be positive, got -2.5 (at most 9) at test_flags_opchecks.py:"
-    )
+    at = 'UNKNOWN@check "x must be positive, got {x} (at most {most})" at test_flags_opchecks.py:'
+    assert errors[1][0].startswith(at)
+    said = "x must be positive, got -2.5 (at most 9) at test_flags_opchecks.py:"
+    assert said in str(flags.report(c))
+    assert flags.first_failure(c).location_name.startswith(said)
+    earlier = c.flags
     x[3] = 200
     with check_ops(x) as c:
         f(x)
     assert "the sum 195.5 is too large" in str(flags.report(c.flags))
+    assert said in str(flags.report(earlier))  # not what was said later
+    y = -x
+    with check_ops(y) as c:
+        f(y)
+    assert "got -1.0 (at most 9)" in str(flags.report(c))
+    assert said in str(flags.report(earlier))
+    assert said in "".join(flags.to_dataframe(earlier).location_name)
+    labels = flags.prometheus(earlier) + flags.prometheus(c)
+    assert labels.count("got {x}") == 2  # no label for each value
+    with check_ops(x) as c:
+        f(x)
     assert len(found(c)) == 4
     with check_ops(x, checks=("nan", "inf")) as c:
         f(x)

@@ -13,7 +13,7 @@ import torch
 from harness import Row
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opguard.flags import check_model, check_ops
+from opguard.flags import check_ops
 
 
 class Naive(TorchDispatchMode):
@@ -83,11 +83,6 @@ def rows() -> Iterator[Row]:
                 f"check_ops, compiled {name}",
                 Within(check_ops, call, calls), _times(call, calls), limit, per=calls, turns=3,
             )  # fmt: skip
-        plain = _times(lambda: mlp(x), calls)
-        with check_model(mlp):
-            other = _mlp()
-            yield Row("check_model, eager MLP 3x512, batch 256", _times(lambda: mlp(x), calls),
-                      _times(lambda: other(x), calls), 1.05, per=calls, turns=3)  # fmt: skip
 
     def step() -> None:
         mlp(x).sum().backward()

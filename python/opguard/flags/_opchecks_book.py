@@ -10,10 +10,10 @@ from torch import Tensor
 
 from opguard.flags import _engine
 from opguard.flags._opchecks_places import Place, id_of
+from opguard.flags._reporting_found import remember
 from opguard.flags.codes import ErrorCode
 from opguard.flags.config import ErrorConfig
-from opguard.flags.failures import remember_order
-from opguard.flags.locations import ErrorLocation, _registry
+from opguard.flags.locations import ErrorLocation
 
 __all__ = ["INF_BITS", "NAN_BIT", "Book", "Found"]
 
@@ -113,10 +113,11 @@ class Book:
         """(N, words) with all that was found; one row where no batch was."""
         self.settle()
         flags = _engine.new(1 if self.samples is None else self.samples, "cpu", config.key)
+        names: dict[int, str] = {}
         for each in self.found:
             location = id_of(each.place)
-            if each.text and _registry.ids.get(each.place.name) == location:
-                _registry.names[location] = f"{each.text} at {each.place.line}"
+            if each.text:
+                names.setdefault(location, f"{each.text} at {each.place.line}")
             where = None if each.where is None else torch.from_numpy(each.where)
             if where is not None and where.shape[0] != flags.shape[0]:
                 where = None
@@ -124,7 +125,7 @@ class Book:
                 flags, where, each.code, location, None, config.key, int(config.default_severity)
             )
         flags = flags if self.device.type == "cpu" else flags.to(self.device)
-        remember_order(flags, [(id_of(each.place), each.code) for each in self.found])
+        remember(flags, [(id_of(each.place), each.code) for each in self.found], names)
         return flags
 
     def names(self) -> dict[str, int]:

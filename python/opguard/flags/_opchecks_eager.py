@@ -159,19 +159,28 @@ class Watch:
 
     def run(self, op: Any, kind: Kind, args: Any, kwargs: Any) -> Any:
         """Runs the op and looks at what it made."""
-        with _looking():
+        HERE.busy = True  # as in _looking, without a call
+        hidden = _DisableTorchDispatch() if _length() else None
+        try:
             finish, before, args, kwargs = self._before(op, kind, args, kwargs)
+        finally:
+            HERE.busy = False
+            del hidden
         try:
             out = op(*args, **kwargs)
         except Exception:
             if kind.divisor is not None and self.host.divisions:
                 self._failed_division(kind, args, kwargs)
             raise
-        with _looking():
-            try:
-                self._after(kind, (args, kwargs), out, finish, before)
-            except Exception as error:  # what looks on must not end what it looks at
-                self._complain(kind, error)
+        HERE.busy = True
+        hidden = _DisableTorchDispatch() if _length() else None
+        try:
+            self._after(kind, (args, kwargs), out, finish, before)
+        except Exception as error:  # what looks on must not end what it looks at
+            self._complain(kind, error)
+        finally:
+            HERE.busy = False
+            del hidden
         return out
 
     def _complain(self, kind: Kind, error: Exception) -> None:

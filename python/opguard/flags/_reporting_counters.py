@@ -11,6 +11,7 @@ from typing import Any
 from opguard.flags._boundary import boundary
 from opguard.flags._reporting_found import Errors, flags_of, read
 from opguard.flags.errors import FlagsError
+from opguard.flags.locations import ErrorLocation
 
 __all__ = ["FlagCounters"]
 
@@ -72,7 +73,8 @@ class FlagCounters:
 
     def _add(self, errors: Errors) -> None:
         found = [
-            ((each.code_name, each.severity_name, each.location_name), each.errors)
+            # The place's own name: what a check says has values in it, each a label of its own.
+            ((each.code_name, each.severity_name, ErrorLocation.name(each.location)), each.errors)
             for each in errors.findings()
         ]
         with self._lock:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -56,6 +58,11 @@ class Errors:
     sample: NDArray[np.int64]
     slot: NDArray[np.int64]
     value: NDArray[Any]
+    names: Mapping[int, str]  # of locations that are called otherwise here: what a check said
+
+    def name(self, location: int) -> str:
+        """What to call a location."""
+        return self.names.get(location) or ErrorLocation.name(location)
 
     @property
     def bad(self) -> int:
@@ -94,25 +101,24 @@ class Errors:
         again = np.zeros(values.size, bool)
         again[1:] = (values[1:] == values[:-1]) & (samples[1:] == samples[:-1])
         return [
-            _finding(int(values[begin]), end - begin, samples[begin:end][~again[begin:end]])
+            self._finding(int(values[begin]), end - begin, samples[begin:end][~again[begin:end]])
             for begin, end in zip(begins.tolist(), ends, strict=True)
         ]
 
-
-def _finding(value: int, errors: int, samples: NDArray[np.int64]) -> Finding:
-    location = value >> LOCATION_SHIFT
-    code, severity = value >> CODE_SHIFT & CODE_MASK, value & SEVERITY_MASK
-    return Finding(
-        location,
-        ErrorLocation.name(location),
-        code,
-        ErrorCode.name(code),
-        ErrorCode.domain_name(code),
-        severity,
-        Severity.name(severity),
-        errors,
-        samples,
-    )
+    def _finding(self, value: int, errors: int, samples: NDArray[np.int64]) -> Finding:
+        location = value >> LOCATION_SHIFT
+        code, severity = value >> CODE_SHIFT & CODE_MASK, value & SEVERITY_MASK
+        return Finding(
+            location,
+            self.name(location),
+            code,
+            ErrorCode.name(code),
+            ErrorCode.domain_name(code),
+            severity,
+            Severity.name(severity),
+            errors,
+            samples,
+        )
 
 
 def flags_of(source: Any) -> Tensor:
@@ -137,6 +143,25 @@ def batch_of(source: Any, total: int) -> tuple[int, ...]:
     return (total,)
 
 
+# By the identity of flags that check_ops made: their errors as (location, code), the first first,
+# and what is to be called otherwise than its location.
+_Memory: TypeAlias = "tuple[tuple[tuple[int, int], ...], dict[int, str]]"
+_memories: dict[int, tuple[weakref.ref[Tensor], _Memory]] = {}
+
+
+def remember(f: Tensor, order: Sequence[tuple[int, int]], names: dict[int, str]) -> None:
+    """Keeps the order of the errors in ``f``, as (location, code), and names, while ``f`` lives."""
+    at, memories = id(f), _memories
+    kept = weakref.ref(f, lambda _: memories.pop(at, None))
+    memories[at] = (kept, (tuple(order), names))
+
+
+def memory_of(f: Tensor) -> _Memory:
+    """What was remembered of ``f``; nothing of flags that others made."""
+    entry = _memories.get(id(f))
+    return entry[1] if entry is not None and entry[0]() is f else ((), {})
+
+
 def read(f: Tensor) -> Errors:
     """Reads flags (N, words) of any of the four dtypes; waits for their device once."""
     import numpy as np
@@ -155,4 +180,5 @@ def read(f: Tensor) -> Errors:
         sample.astype(np.int64, copy=False),
         slot.astype(np.int64, copy=False),
         slots[at].astype(np.uint16, copy=False),
+        memory_of(f)[1],
     )

@@ -9,7 +9,6 @@ from opguard.flags._reporting_text import COLOURS, one_line
 from opguard.flags.codes import ErrorCode, Severity
 from opguard.flags.constants import CODE_BITS, CODE_MASK, CODE_SHIFT
 from opguard.flags.errors import FlagsError
-from opguard.flags.locations import ErrorLocation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,10 +53,10 @@ def _shortened(name: str) -> str:
     return one_line(name).replace("$", r"\$")
 
 
-def _row_name(place: int, codes: list[int]) -> str:
+def _row_name(name: str, codes: list[int]) -> str:
     shown = ", ".join(map(ErrorCode.name, codes[:_CODES]))
     more = f" +{len(codes) - _CODES}" if len(codes) > _CODES else ""
-    return f"{_shortened(ErrorLocation.name(place))}  {shown}{more}"
+    return f"{_shortened(name)}  {shown}{more}"
 
 
 def draw(errors: Errors, axes: Axes | None) -> Axes:
@@ -90,7 +89,9 @@ def draw(errors: Errors, axes: Axes | None) -> Axes:
     found: dict[int, list[int]] = {}
     for pair in np.unique(errors.value >> CODE_SHIFT).tolist():
         found.setdefault(pair >> CODE_BITS, []).append(pair & CODE_MASK)
-    _label(axes, [_row_name(*each) for each in found.items()], int(box.height))
+    _label(
+        axes, [_row_name(errors.name(at), codes) for at, codes in found.items()], int(box.height)
+    )
     return axes
 
 

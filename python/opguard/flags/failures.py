@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opguard.flags._boundary import boundary
-from opguard.flags._reporting_found import Errors, flags_of, read
+from opguard.flags._reporting_found import Errors, flags_of, memory_of, read
 from opguard.flags.codes import ErrorCode, Severity
 from opguard.flags.constants import CODE_MASK, CODE_SHIFT, LOCATION_SHIFT, SEVERITY_MASK, SLOT_BITS
-from opguard.flags.locations import ErrorLocation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Failure", "first_failure", "remember_order"]
+__all__ = ["Failure", "first_failure"]
 
 _SHOWN = 8
 
@@ -94,7 +92,7 @@ def first_of(flags: Tensor, errors: Errors) -> Failure | None:
         severity,
         Severity.name(severity),
         location,
-        ErrorLocation.name(location),
+        errors.name(location),
     )
 
 
@@ -113,19 +111,7 @@ def _by_rows(errors: Errors, counts: dict[int, int]) -> int:
     return min(candidates, key=lambda each: (-counts[each], each >> LOCATION_SHIFT, each))
 
 
-# By the identity of flags that check_ops made: their errors as (location, code), the first first.
-_orders: dict[int, tuple[Any, tuple[tuple[int, int], ...]]] = {}
-
-
-def remember_order(f: Tensor, order: Sequence[tuple[int, int]]) -> None:
-    """Keeps in which order the errors in ``f`` came, as (location, code), while ``f`` lives."""
-    at, orders = id(f), _orders
-    orders[at] = (weakref.ref(f, lambda _: orders.pop(at, None)), tuple(order))
-
-
 def _by_memory(f: Tensor, known: Iterable[int]) -> int | None:
-    entry = _orders.get(id(f))
-    if entry is None or entry[0]() is not f:
-        return None
+    order = memory_of(f)[0]
     at = {(each >> LOCATION_SHIFT, each >> CODE_SHIFT & CODE_MASK): each for each in known}
-    return next((at[each] for each in entry[1] if each in at), None)
+    return next((at[each] for each in order if each in at), None)

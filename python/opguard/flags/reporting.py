@@ -24,7 +24,6 @@ from opguard.flags._reporting_found import (
 from opguard.flags._reporting_text import as_html, as_text
 from opguard.flags.codes import ErrorCode, Severity
 from opguard.flags.failures import first_of
-from opguard.flags.locations import ErrorLocation
 
 if TYPE_CHECKING:
     import pandas  # type: ignore[import-untyped]
@@ -133,7 +132,7 @@ def _frame(errors: Errors) -> pandas.DataFrame:
             "severity": severity.astype(np.int64),
             "severity_name": names(severity, Severity.name),
             "location": location.astype(np.int64),
-            "location_name": names(location, ErrorLocation.name),
+            "location_name": names(location, errors.name),
         }
     )
 
