@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 import weakref
 
 import pytest
@@ -161,6 +162,17 @@ def test_views_of_views_may_be_any_number():
         h = h.transpose(0, 1)
     h[3] = made([0], 1, 4)[0]
     assert bad(g) == [1, 3]
+
+
+def test_a_write_into_one_sample_takes_no_step_of_python_for_each_other():
+    g, one = made([1], 200_000, 2), made([0], 1, 2)[0]
+    took = []
+    for place in (5, 7, 9):
+        start = time.perf_counter()
+        g[place] = one
+        took.append(time.perf_counter() - start)
+    assert bad(g) == [1, 5, 7, 9]
+    assert min(took) < 0.2  # 0.01 s, and 0.9 s with such steps
 
 
 # --- copies -------------------------------------------------------------------------------------

@@ -204,12 +204,14 @@ def _sources(ids: Any, count: int, of_view: int, of_row: int) -> Tensor:
     ``of_view``: the bytes of a row of the view, ``of_row``: of a row of the first tensor. A row
     of which only a part was written keeps what it had.
     """
-    sources: list[list[int]] = [[] for _ in range(count)]
-    for number, row in enumerate(ids.tolist()):
-        sources[row].append(count + number)
-    for row, found in enumerate(sources):
-        if len(found) * of_view < of_row or not found:
-            found.insert(0, row)
-    most = max((len(found) for found in sources), default=0)
-    padded = [found + [-1] * (most - len(found)) for found in sources]
-    return torch.tensor(padded, dtype=torch.int64).reshape(count, most)
+    import numpy
+
+    parts = numpy.bincount(ids, minlength=count)
+    kept = (parts * of_view < of_row) | (parts == 0)
+    found = numpy.full((count, max((parts + kept).max(initial=0), 1)), -1, numpy.int64)
+    found[kept, 0] = kept.nonzero()[0]
+    order = ids.argsort(kind="stable")
+    rows = ids[order]
+    nth = numpy.arange(len(ids)) - (parts.cumsum() - parts)[rows]
+    found[rows, nth + kept[rows]] = order + count
+    return torch.from_numpy(found)

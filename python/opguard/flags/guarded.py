@@ -50,6 +50,8 @@ class GuardedTensor(Tensor):
 
     Raises:
         FlagsLayoutError, BatchMismatchError: for flags that are none, or of another batch.
+        NotImplementedError: within ``torch.func``'s transforms, and for tensors with a tangent;
+            what is guarded outside may be given to a transform.
     """
 
     _data: Tensor
