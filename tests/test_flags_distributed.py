@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import opguard
 from checkout import TESTS
-from opguard.flags import dist_merge, err
+from opguard.flags import GuardedTensor, dist_merge, err, guard, push
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
 
@@ -51,3 +51,16 @@ def test_one_rank_is_itself(tmp_path):
         assert merged is not f
     finally:
         dist.destroy_process_group()
+
+
+def test_a_guarded_tensor_comes_back_with_the_flags_of_all(tmp_path):
+    g = push(guard(torch.randn(4, 3)), err.NAN, 1, where=torch.tensor([True, False, True, False]))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    try:
+        merged = dist_merge(g.t())
+    finally:
+        dist.destroy_process_group()
+    assert isinstance(merged, GuardedTensor)
+    assert merged.batch_dims == (1,)
+    assert torch.equal(merged.flags, g.flags)
+    assert torch.equal(merged.unwrap(), g.unwrap().t())

@@ -19,7 +19,7 @@ def rows() -> Iterator[Row]:
     def unpacked() -> object:
         return flags.unpack_all(f)
 
-    yield Row("report of 4096 x 16 errors, text", lambda: str(report(f)), unpacked, 0.4)
-    yield Row("  as a table", lambda: report(f)._repr_html_(), unpacked, 0.4)
-    yield Row("  as counters", lambda: prometheus(f), unpacked, 0.4)
+    yield Row("report of 4096 x 16 errors, text", lambda: str(report(f)), unpacked, 0.3)
+    yield Row("  as a table", lambda: report(f)._repr_html_(), unpacked, 0.3)
+    yield Row("  as counters", lambda: prometheus(f), unpacked, 0.3)
     yield Row("  as a data frame", lambda: to_dataframe(f), unpacked, 1.25)

@@ -82,7 +82,8 @@ def first_of(flags: Tensor, errors: Errors) -> Failure | None:
         first = _by_rows(errors, known)
     code, severity = first >> CODE_SHIFT & CODE_MASK, first & SEVERITY_MASK
     location = first >> LOCATION_SHIFT
-    who = tuple(np.unique(errors.sample[errors.value == first]).tolist())
+    have = errors.sample[errors.value == first]  # ascending, a sample may be there twice
+    who = tuple(have[np.flatnonzero(np.diff(have, prepend=-1))].tolist())
     return Failure(
         who,
         who[0],
@@ -100,12 +101,13 @@ def _by_rows(errors: Errors, counts: dict[int, int]) -> int:
     """An error that stands behind no other; in a circle, the one that there is most often."""
     import numpy as np
 
-    begins = np.diff(errors.sample, prepend=-1) != 0
+    begins = np.flatnonzero(np.diff(errors.sample, prepend=-1))
     heads = errors.value[begins]
-    head_of_row = heads[np.cumsum(begins) - 1]
+    head_of_row = np.repeat(heads, np.diff(begins, append=errors.value.size))
     leads, follows = np.zeros((2, 1 << SLOT_BITS), bool)
     leads[heads] = True
-    follows[errors.value[errors.value != head_of_row]] = True
+    # Of a row's head 0 is noted instead, which is no error: that is faster than to leave it out.
+    follows[np.where(errors.value != head_of_row, errors.value, 0)] = True
     free = np.flatnonzero(leads & ~follows)
     candidates: list[int] = (free if free.size else np.flatnonzero(leads)).tolist()
     return min(candidates, key=lambda each: (-counts[each], each >> LOCATION_SHIFT, each))
