@@ -82,6 +82,23 @@ def test_batches_without_elements_may_be_written_into():
     assert (g.batch_dims, bad(g)) == ((0,), [1])
 
 
+def test_what_is_given_for_results_has_no_flags_of_before():
+    out = made([1], 3, 2)
+    torch.add(torch.ones(3, 2), 1, out=out)
+    assert (out.batch_dims, bad(out)) == ((0,), [])
+    view = made([1, 2], 3, 2)
+    torch.add(torch.ones(2), 1, out=view[1])
+    assert bad(view) == [2]
+
+
+def test_what_is_given_for_results_takes_their_size():
+    out = guard(torch.empty(0))
+    torch.add(torch.ones(3, 2), 1, out=out)
+    assert (out.shape, out.batch_dims, out.flags.shape[0]) == ((3, 2), (0,), 3)
+    assert torch.equal(out.unwrap() + 0, torch.full((3, 2), 2.0))
+    assert out.sum(1).shape == (3,)
+
+
 def test_what_was_written_before_a_rule_failed_is_known_to_all(monkeypatch):
     def fails(call):
         raise ZeroDivisionError

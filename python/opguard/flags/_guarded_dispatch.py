@@ -32,6 +32,7 @@ from opguard.flags._guarded_wrap import (
     turned,
     wrap,
 )
+from opguard.flags._rows.numbering import cleared
 from opguard.flags._rows.rows import Rows
 from opguard.flags.errors import RowsLost
 
@@ -82,6 +83,7 @@ class _Op(NamedTuple):
     data_only: bool  # neither gives tensors nor writes into any, or is one of opguard's own
     writes: tuple[tuple[int, str], ...]  # arguments written into: position and name
     written: tuple[tuple[int, str] | None, ...]  # the argument that each output is, if any
+    outs: frozenset[tuple[int, str]]  # of those written into, which are not read
     view: bool
     reshapes_itself: bool
     composite: bool
@@ -116,6 +118,7 @@ def _describe(func: Any) -> _Op:
         # Lists that are written into have no mark of their own, and are returned by no op.
         writes=tuple(writes.values()) or (((0, "self"),) if schema.is_mutable else ()),
         written=tuple(written),
+        outs=frozenset((at, name) for at, name in writes.values() if schema.arguments[at].is_out),
         view=views and not writes and schema.name not in _PUTS_OFF,
         reshapes_itself=torch.Tag.inplace_view in func.tags,
         composite=func._can_decompose(),
@@ -384,6 +387,8 @@ def _written(op: _Op, call: tuple[Any, Any, Any], out: Any, rows: list[Rows | No
         target = None if at is None else _argument(at, args, kwargs)
         if type(target) is _guarded_wrap.wrapper:
             new = next(left)
+            if new is None and at in op.outs:  # all of it is new, and of no row
+                new = cleared(rows_now(target), target._data.shape)
             if new is not None:
                 resize(target)
                 set_rows(target, new)

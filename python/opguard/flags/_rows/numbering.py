@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opguard.flags._rows.axes import Axis, product, same
+from opguard.flags._rows.axes import Axis, product, same, same_shape
 from opguard.flags._rows.rows import Rows
 
 __all__ = [
     "broadest",
     "by_row",
+    "cleared",
     "device_of",
     "landed",
     "numbers",
@@ -101,9 +102,19 @@ def _inner(rows: Rows) -> Any:
 
 def unflagged(rows: Rows) -> Rows:
     """The same rows, each without flags, or of no sample."""
-    count = rows.payload.rows
-    none = rows.payload.slice((count,), 0, 0, 0, 1).pad((0,), 0, 0, count)
-    return Rows(rows.shape, rows.axes, none)
+    return Rows(rows.shape, rows.axes, _none(rows.payload, rows.payload.rows))
+
+
+def cleared(rows: Rows, shape: Sequence[Any]) -> Rows:
+    """The same for a tensor that has another shape now, with rows along the same dims."""
+    if same_shape(rows.shape, shape):
+        return unflagged(rows)
+    dims = [d for d in rows.dims if d < len(shape)]
+    return whole_dims(shape, dims, _none(rows.payload, product(shape[d] for d in dims)))
+
+
+def _none(payload: Any, count: Any) -> Any:
+    return payload.slice((payload.rows,), 0, 0, 0, 1).pad((0,), 0, 0, count)
 
 
 def landed(source: Any, count: Any, to: Tensor, frm: Tensor) -> Any:
