@@ -229,6 +229,36 @@ def test_of_bits_and_of_complex_numbers():
     assert found(c) == {1: ["INF@aten::abs"]}
 
 
+def test_memory_that_nothing_was_written_to_is_no_finding():
+    torch.use_deterministic_algorithms(True)  # then it is full of NaNs
+    try:
+        with check_ops() as c:
+            torch.empty_permuted((3, 2), (1, 0))
+            torch.empty(0).resize_as_(torch.ones(3, 2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found(c) == {}
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_what_attention_keeps_for_its_gradients_is_not_looked_at(backend):
+    library = torch.library.Library("aten", "FRAGMENT")  # as on a GPU: padding that holds Infs
+    library.define("_scaled_dot_product_padded(Tensor q) -> (Tensor, Tensor)")
+    padded = lambda q: (q + 1, q.new_full((3, 32), float("inf")))
+    library.impl("_scaled_dot_product_padded", padded, "CompositeExplicitAutograd")
+    try:
+        attention = torch.ops.aten._scaled_dot_product_padded.default
+        call = attention if backend is None else torch.compile(attention, backend=backend)
+        with check_ops(checks=["nan", "inf"], backend="aot_eager") as c:
+            call(torch.ones(3, 2))
+        assert found(c) == {}
+        with check_ops(checks=["nan", "inf"], backend="aot_eager") as c:
+            call(torch.full((3, 2), float("nan")))
+        assert found(c) == {0: ["NAN@aten::_scaled_dot_product_padded"]}
+    finally:
+        library._destroy()
+
+
 # --- torch.compile ------------------------------------------------------------------------------
 
 

@@ -244,7 +244,7 @@ class Watch:
             self.host.note_weights(call[0], outputs)
             if not kind.casts:
                 return
-        for each, mine in zip(outputs, rows, strict=True):
+        for each, mine in zip(outputs[: kind.results], rows, strict=False):
             if not _is_floats(each) or (kind.casts and is_quiet(kind, call[0], each)):
                 continue
             data = _data_of(each)

@@ -112,7 +112,7 @@ class Traced:
         """Adds the look at what an op returned; an Inf in ``tainted`` inputs was meant."""
         taints = brings_inf((*call[0], *call[1].values())) or "lift_fresh" in kind.name
         taints = taints or (bool(tainted) and not kind.ends_inf)
-        for each, mine in zip(outputs, rows, strict=True):
+        for each, mine in zip(outputs[: kind.results], rows, strict=False):
             if not (each.is_floating_point() or each.is_complex()):
                 continue
             if kind.ids is not None or kind.id_lists or not is_quiet(kind, call[0], each):

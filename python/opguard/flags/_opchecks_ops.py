@@ -38,7 +38,8 @@ _MOVES = """
     ones_like empty_like empty zeros ones eye arange linspace rand rand_like randn randn_like
     randint randint_like randperm full full_like new_full fill fill_ masked_fill constant_pad_nd
     pad reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
-    replication_pad3d bernoulli bernoulli_ uniform_ normal_ random_ empty_strided
+    replication_pad3d bernoulli bernoulli_ uniform_ normal_ random_ empty_strided empty_permuted
+    resize_as_
     scalar_tensor _local_scalar_dense max_pool1d max_pool2d max_pool3d
     max_pool2d_with_indices max_pool3d_with_indices kthvalue median mode cummax cummin
     unfold_backward lift_fresh_ view_copy nonzero
@@ -81,6 +82,9 @@ _DIVIDES = frozenset({
     "div", "div_", "true_divide", "divide", "floor_divide", "floor_divide_", "remainder",
     "remainder_", "fmod", "fmod_", "reciprocal", "reciprocal_", "addcdiv", "addcdiv_",
 })  # fmt: skip
+# What else these return is for their backward passes; some of it is padding that holds anything.
+_FOR_BACKWARD = {"_scaled_dot_product_": 1, "_efficient_attention": 1, "_flash_attention": 1,
+                 "_cudnn_rnn": 3, "miopen_rnn": 3}  # fmt: skip
 _DIVISORS = {
     "reciprocal": "self",
     "reciprocal_": "self",
@@ -104,6 +108,7 @@ class Kind:
     ids: tuple[str, int | str, str] | None
     id_lists: bool
     divisor: str | None
+    results: int | None  # how many of the outputs are looked at, None: all
     names: tuple[str, ...]  # of the arguments, by position
 
     def argument(self, name: str, args: Any, kwargs: Any) -> Any:
@@ -119,7 +124,7 @@ def kind_of(op: Any) -> Kind:
     schema = getattr(op, "_schema", None)
     if schema is None or op.namespace == "opguard":
         name = str(op) if schema is None else schema.name
-        return Kind(name, True, True, False, False, False, False, (), None, False, None, ())
+        return Kind(name, True, True, False, False, False, False, (), None, False, None, None, ())
     base = schema.name.rpartition("::")[2]
     bare = base[:-1] if base.endswith("_") and not base.endswith("__") else base
     arguments = schema.arguments
@@ -141,6 +146,7 @@ def kind_of(op: Any) -> Kind:
         ids=_IDS.get(bare) if op.namespace == "aten" else None,
         id_lists=op.namespace == "aten" and base in _LISTS_OF_IDS,
         divisor=_DIVISORS.get(base, "other") if base in _DIVIDES else None,
+        results=next((n for x, n in _FOR_BACKWARD.items() if base.startswith(x)), None),
         names=tuple(each.name for each in arguments),
     )
 
