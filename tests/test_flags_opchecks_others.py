@@ -306,3 +306,12 @@ def test_numbers_in_a_message_may_be_symbols():
             fast(x, scale)
         said = str(flags.first_failure(c))
         assert f"UNKNOWN at got 3 x {scale} = {scale / 2:.1f} at " in said
+
+
+def test_a_torch_without_stances_is_told_of_and_eager_code_is_checked(monkeypatch, caplog):
+    monkeypatch.delattr(eval_frame, "_set_stance")
+    x = zero_at(1)
+    with check_ops(x) as c:
+        x.log()
+    assert sorted(found(c)) == [1]
+    assert "code under torch.compile is not looked at" in caplog.text

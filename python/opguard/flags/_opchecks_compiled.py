@@ -8,6 +8,7 @@ by op while it is traced, under the mode, and hands it to the compiler asked for
 
 from __future__ import annotations
 
+import logging
 import operator
 import threading
 from collections.abc import Callable
@@ -32,6 +33,7 @@ INSIDE = (
     "check_ops: expected to be entered outside of compiled code, got a block in a function that"
     " torch.compile runs; put the block around the call of that function"
 )
+logger = logging.getLogger("opguard")
 _lock = threading.Lock()
 _backends: dict[Any, Backend] = {}
 _entered: list[Backend] = []  # those of the blocks of all threads
@@ -49,6 +51,13 @@ def enter(
     """
     import torch._dynamo.eval_frame as frames
 
+    if not all(hasattr(frames, name) for name in ("_stance", "_set_stance", "DynamoStance")):
+        logger.warning(
+            "check_ops: torch %s says otherwise what compiled code is run by; code under"
+            " torch.compile is not looked at in this block, eager code is",
+            torch.__version__,
+        )
+        return lambda: None
     with _lock:
         stance = _before[0] if _entered else frames._stance
         if stance.stance != "default":
