@@ -126,6 +126,16 @@ def test_reductions_over_no_dims_keep_the_samples(reduce):
     assert bad(torch.sum(made([1], 4, 4), dim=())) == [0]  # no dims are all of them to a sum
 
 
+@pytest.mark.parametrize("part", [lambda g: g[:, 0], lambda g: g.sum(1), lambda g: g.mean(2)])
+def test_parts_of_a_batch_broadcast_over_it_as_torch_does(part):
+    g = made([1], 3, 3, 3)
+    assert bad(g - part(g)) == [0, 1, 2]  # sample 1 of the part stands beside index 1 of dim 1
+    assert bad(g * 2 * part(g)) == [0, 1, 2]
+    g.mul_(part(g))
+    assert bad(g) == [0, 1, 2]
+    assert bad(made([1], 3, 3, 3).sum(1, keepdim=True) + made([], 3, 3, 3)) == [1]
+
+
 def test_padding_masks_do_not_stand_for_positions():
     mask = made([0], 2, 2, dtype=torch.bool)  # (samples, keys)
     got = torch.ops.aten._masked_softmax(torch.ones(2, 1, 2, 2), mask, 3, 1)

@@ -26,7 +26,9 @@ def merge_rows(parts: Sequence[Rows | None], shape: Sequence[Any]) -> Rows | Non
     first = known[0]
     if same_shape(first.shape, shape):
         for part in known:
-            if part is not first and (part.payload is not first.payload or part.axes != first.axes):
+            if part.payload is not first.payload or part.axes != first.axes:
+                break
+            if len(part.shape) != len(first.shape):  # the same axes, but of other dims
                 break
         else:
             return first
