@@ -1,6 +1,7 @@
 """GuardedTensor and check_ops where somebody would look for a hole."""
 
 import asyncio
+import contextlib
 
 import pytest
 import torch
@@ -239,3 +240,65 @@ def test_a_block_around_a_loop_sees_its_tasks():
     with check_ops(x := negative_row(2)) as c:
         asyncio.run(logarithm(x))
     assert err.is_err(c.flags).tolist() == [False, False, True, False]
+
+
+# --- interrupts ----------------------------------------------------------------------------------
+
+
+def assert_nothing_is_left():
+    assert torch._C._len_torch_dispatch_stack() == 0
+    assert torch._dynamo.eval_frame._stance.backend is None
+    with check_ops(x := negative_row(1)) as c:
+        x.log()
+    assert err.is_err(c.flags).tolist() == [False, True, False, False]
+    assert torch._dynamo.eval_frame._stance.backend is None
+
+
+def once_interrupted(function):
+    calls = []
+
+    def call(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["push_modes", "_set_stance"])
+def test_a_block_that_is_interrupted_while_it_begins(name, monkeypatch):
+    from torch._dynamo import eval_frame
+
+    from opguard.flags import _opchecks_eager
+
+    module = _opchecks_eager if name == "push_modes" else eval_frame
+    stack = contextlib.ExitStack()
+    monkeypatch.setattr(module, name, once_interrupted(getattr(module, name)))
+    with pytest.raises(KeyboardInterrupt):
+        stack.enter_context(check_ops())
+    assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("name", ["pop_modes", "_set_stance"])
+def test_a_block_that_is_interrupted_while_it_ends(name, monkeypatch):
+    from torch._dynamo import eval_frame
+
+    from opguard.flags import _opchecks_eager
+
+    module = _opchecks_eager if name == "pop_modes" else eval_frame
+    stack = contextlib.ExitStack()
+    block = stack.enter_context(check_ops())
+    monkeypatch.setattr(module, name, once_interrupted(getattr(module, name)))
+    with pytest.raises(KeyboardInterrupt):
+        stack.close()
+    assert_nothing_is_left()
+    with block:  # it may be entered again
+        pass
+
+
+def test_an_interrupt_while_a_block_looks_does_not_blind_the_next():
+    from opguard.flags._opchecks_eager import HERE
+
+    HERE.busy = True  # what is left when one arrives as the look ends
+    assert_nothing_is_left()

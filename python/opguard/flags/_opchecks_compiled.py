@@ -36,9 +36,9 @@ INSIDE = (
 logger = logging.getLogger("opguard")
 _lock = threading.Lock()
 _backends: dict[Any, Backend] = {}
-_entered: list[Backend] = []  # those of the blocks of all threads
+_entered: list[list[Backend]] = []  # those of the blocks of all threads
 _before: list[Any] = []  # the stance before the first of them
-_ours: list[Any] = []  # the last one that was set here
+_ours: list[Any] = []  # those that were set here since
 
 
 def enter(
@@ -66,29 +66,34 @@ def enter(
         ours = _backends.get(key)
         if ours is None:
             ours = _backends[key] = Backend(*key)
-        _use(ours)
-        if not _entered:
-            _before.append(stance)
-            _limits.up()
-        _entered.append(ours)
+    entry = [ours]  # unlike all others, whatever it holds
 
     def leave() -> None:
+        """In this order, it can be called again after an interrupt."""
         with _lock:
-            if ours not in _entered:
+            rest = [each for each in _entered if each is not entry]
+            if len(rest) == len(_entered):
                 return
-            _entered.reverse()
-            _entered.remove(ours)
-            _entered.reverse()
-            is_ours = frames._stance is _ours[-1]
-            if _entered:
-                if is_ours:
-                    _use(_entered[-1])
-                return
-            before = _before.pop()
-            if is_ours:  # else the block set one, which is to stay
-                frames._set_stance(before)
-            _limits.back()
+            if any(frames._stance is each for each in _ours):  # else the block set one: it stays
+                if rest:
+                    _use(rest[-1][0])
+                else:
+                    frames._set_stance(_before[0])
+            if not rest:
+                _limits.back()
+                _ours.clear()
+            _entered[:] = rest
 
+    try:
+        with _lock:
+            if not _entered:
+                _before[:] = [stance]
+                _limits.up()
+            _entered.append(entry)
+            _use(ours)
+    except BaseException:
+        leave()
+        raise
     return leave
 
 
@@ -96,11 +101,11 @@ def _use(backend: Backend) -> None:
     import torch._dynamo.eval_frame as frames
 
     stance = frames.DynamoStance(backend=backend)
+    _ours[:] = [each for each in _ours if each is frames._stance] + [stance]
     try:
         frames._set_stance(stance)
     except RuntimeError as error:
         raise RuntimeError(INSIDE) from error
-    _ours[:] = [stance]
 
 
 class _Names(torch.fx.Interpreter):

@@ -106,7 +106,7 @@ class check_ops:
 
     def __enter__(self) -> Self:
         from opguard.flags._opchecks_compiled import INSIDE, enter
-        from opguard.flags._opchecks_eager import Mode, Watch, push_modes
+        from opguard.flags._opchecks_eager import HERE, Mode, Watch, push_modes
 
         if torch.compiler.is_compiling():
             raise RuntimeError(INSIDE)
@@ -118,11 +118,17 @@ class check_ops:
         watch = self._watch = Watch(self._mask, self._categories, given=bool(self._batch))
         watch.until = sys._getframe(1)
         watch.take_given(self._batch)
+        HERE.busy = False  # as an interrupt may have left it
         mode = Mode(watch)
-        leave = enter(self._backend, self._mask, self._categories)
-        self._entered.append((mode, leave, threading.get_ident()))
-        _BLOCKS.now.append(self)
-        push_modes([mode])
+        self._entered.append((mode, None, threading.get_ident()))
+        try:
+            leave = enter(self._backend, self._mask, self._categories)
+            self._entered[-1] = (mode, leave, threading.get_ident())
+            _BLOCKS.now.append(self)
+            push_modes([mode])
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def __exit__(
@@ -131,21 +137,33 @@ class check_ops:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        try:
+            self._leave()
+        except BaseException:  # an interrupt: what it left undone is done before it goes on
+            self._leave()
+            raise
+        watch = self._watch
+        if watch is not None:
+            watch.until = None
+            watch.tracker.clear()
+            watch.host.weights.clear()
+
+    def _leave(self) -> None:
+        """Takes back what entering did; what is taken back already stays so."""
         from opguard.flags._opchecks_eager import pop_modes
 
-        mode, leave, thread = self._entered.pop()
+        if not self._entered:
+            return
+        mode, leave, thread = self._entered[-1]
         mode.leave()
         if thread == threading.get_ident():  # a generator's block may end in another one
             pop_modes(mode)
         blocks = _BLOCKS.now
         if self in blocks:
             blocks.remove(self)
-        leave()
-        watch = self._watch
-        if watch is not None:
-            watch.until = None
-            watch.tracker.clear()
-            watch.host.weights.clear()
+        if leave is not None:
+            leave()
+        self._entered.pop()
 
     @property
     def flags(self) -> Tensor:
