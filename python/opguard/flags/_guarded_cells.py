@@ -89,10 +89,13 @@ class Linked(Cell):
     """
 
     __slots__ = ("_known", "_of", "_own", "_step", "_writes")
+    _of: Cell
+    _step: Step | None
 
     def __init__(self, rows: Rows, of: Cell, step: Step | None) -> None:
         if isinstance(of, Linked):  # beside it, not behind it: they make no chain
-            of, step = of._of, _onto(of._step, step)
+            step = _onto(of._step, step)
+            of = of._of
         self.given = of.given
         self.members = of.members
         self._own = rows

@@ -384,7 +384,7 @@ def _written(op: _Op, call: tuple[Any, Any, Any], out: Any, rows: list[Rows | No
     results = []
     left = iter(rows)
     for at, each in zip(op.written, outs or (), strict=False):
-        target = None if at is None else _argument(at, args, kwargs)
+        target: Any = None if at is None else _argument(at, args, kwargs)
         if type(target) is _guarded_wrap.wrapper:
             new = next(left)
             if new is None and at in op.outs:  # all of it is new, and of no row

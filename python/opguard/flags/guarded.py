@@ -288,7 +288,8 @@ def _outside_of_transforms(data: Tensor) -> None:
             "expected a tensor outside of torch.func's transforms to guard, got one inside of"
             " vmap, grad, jvp or functionalize; guard it before the transform, or not at all"
         )
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(data).tangent is not None:
+    unpack: Any = forward_ad.unpack_dual
+    if forward_ad._current_level >= 0 and unpack(data).tangent is not None:
         raise RowsLost(
             "expected a tensor without a tangent to guard, got a dual tensor of forward mode"
             " differentiation, which a GuardedTensor cannot carry on; guard its primal"
