@@ -24,9 +24,19 @@ def blocks_per_call(function: Callable[[], None], small: int, large: int) -> flo
     return (kept[1] - kept[0]) / (large - small)
 
 
+def _least(function: Callable[[], None], small: int, large: int, most: float) -> float:
+    """Measured up to three times: a leak is there each time, what a cache keeps is not."""
+    least = blocks_per_call(function, small, large)
+    for _ in range(2):
+        if least <= most:
+            break
+        least = min(least, blocks_per_call(function, small, large))
+    return least
+
+
 def report(small: int, large: int, *functions: Callable[[], None], most: float = 0.1) -> int:
     """Prints a line a function; the script's exit status, 1 where one keeps more than ``most``."""
-    found = {function.__name__: blocks_per_call(function, small, large) for function in functions}
+    found = {function.__name__: _least(function, small, large, most) for function in functions}
     for name, each in found.items():
         print(f"{name}: {each:+.3f} blocks a call")
     return 1 if any(each > most for each in found.values()) else 0
