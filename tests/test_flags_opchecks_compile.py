@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 
 import pytest
@@ -11,10 +10,9 @@ import torch._dynamo.testing
 from torch import nn
 from torch._dynamo import eval_frame
 
+from opchecks_model import INF, NAN, Head, Model, at, found
 from opguard import flags
 from opguard.flags import check, check_ops
-
-INF, NAN = float("inf"), float("nan")
 
 
 @pytest.fixture(autouse=True)
@@ -23,45 +21,6 @@ def _fresh():
     yield
     assert eval_frame._stance == eval_frame.DynamoStance()
     assert torch._C._len_torch_dispatch_stack() == 0
-
-
-def line_of(function, text: str) -> int:
-    lines, first = inspect.getsourcelines(function)
-    return first + next(i for i, line in enumerate(lines) if line.rstrip().endswith(f"# {text}"))
-
-
-def at(op: str, function, text: str) -> str:
-    name = function.__qualname__.rpartition("<locals>.")[2]
-    return f"aten::{op} at {__file__.rpartition('/')[2]}:{line_of(function, text)} in {name}"
-
-
-def found(c) -> dict[int, list[str]]:
-    return {
-        i: [f"{each.code_name}@{each.location_name}" for each in errors]
-        for i, errors in enumerate(flags.ErrorFlags.unpack_all(c.flags))
-        if errors
-    }
-
-
-class Head(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(4, 4)
-
-    def forward(self, x):
-        y = self.proj(x).abs()
-        y = torch.where(x > 1e6, 0.0, y + 1)
-        return torch.log(y)  # log
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-        self.head = Head()
-
-    def forward(self, x):
-        return self.head(x + self.stem(x) * 0)
 
 
 def bad(samples: int = 5, where: int = 3) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from opguard.flags._rows.payloads import MIXED, NO_SAMPLE
 from rows_oracle import (
+    PAIRS,
     Inputs,
     as_samples,
     check_moved,
@@ -278,20 +279,6 @@ APART = dict.fromkeys(JOINS, DOWN) | {
     "meshgrid": (*DOWN, "last"), "cartesian_prod": (*DOWN, "last"),
     "broadcast_tensors": (*DOWN, "last"),
 }  # fmt: skip
-PAIRS = [
-    ("first", "first"),
-    ("last", "last"),
-    ("two", "two"),
-    ("first", None),
-    (None, "first"),
-    (None, "last"),
-    ("high digit", "high digit"),
-    ("first", "last"),
-    ("two", "first"),
-    ("none", "first"),
-    ("first", "two, swapped"),
-    ("low digit", "first"),
-]
 
 
 @pytest.mark.parametrize("name", JOINS)

@@ -7,26 +7,12 @@ import torch
 
 from opguard.flags._rows import numbering
 from rows_oracle import (
+    PAIRS,
     Inputs,
     expected,
     row_numbers,
     tags,
 )
-
-PAIRS = [
-    ("first", "first"),
-    ("last", "last"),
-    ("two", "two"),
-    ("first", None),
-    (None, "first"),
-    (None, "last"),
-    ("high digit", "high digit"),
-    ("first", "last"),
-    ("two", "first"),
-    ("none", "first"),
-    ("first", "two, swapped"),
-    ("low digit", "first"),
-]
 
 
 def at(*numbers):

@@ -31,6 +31,22 @@ LAYOUTS: dict[str, Callable[[tuple[int, ...]], list[Axis]]] = {
     "none": lambda _: [],
 }
 
+#: Layouts of two tensors of one op; None for one without rows.
+PAIRS = [
+    ("first", "first"),
+    ("last", "last"),
+    ("two", "two"),
+    ("first", None),
+    (None, "first"),
+    (None, "last"),
+    ("high digit", "high digit"),
+    ("first", "last"),
+    ("two", "first"),
+    ("none", "first"),
+    ("first", "two, swapped"),
+    ("low digit", "first"),
+]
+
 
 def layouts(ndim: int) -> list[str]:
     """Those for a tensor of so many dimensions, whose first two sizes are even."""

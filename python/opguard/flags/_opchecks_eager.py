@@ -21,6 +21,7 @@ from opguard.flags._opchecks_places import Place, in_backward, place_of_stack
 from opguard.flags._opchecks_rows import Tracker, of_batch, outermost_call, samples_of, settled
 from opguard.flags._opchecks_user import SITES, place_name, plain, tell
 from opguard.flags._rows import Rows
+from opguard.flags._rows.rules import tensors_of
 from opguard.flags._tracing import never_a_frame
 from opguard.flags.codes import ErrorCode
 
@@ -196,7 +197,7 @@ class Watch:
     def _before(self, op: Any, kind: Kind, args: Any, kwargs: Any) -> Any:
         finish, before = None, {}
         try:
-            inputs = _tensors(args) if not kwargs else _tensors((*args, *kwargs.values()))
+            inputs = list(tensors_of((*args, *kwargs.values()) if kwargs else args))
             inputs = [x for x in inputs if not x.is_nested]
             known = self.knows(inputs)
             if self.checks_ids and (kind.ids is not None or kind.id_lists):
@@ -214,7 +215,7 @@ class Watch:
         found: dict[int, Any] = {}
         for at in kind.writes:
             value = kind.argument(kind.names[at], args, kwargs)
-            for each in _tensors((value,)):
+            for each in tensors_of(value):
                 rows = self.tracker.rows(each)
                 held = None
                 data = _data_of(each) if at == 0 and not kind.quiet else None
@@ -224,9 +225,9 @@ class Watch:
         return found
 
     def _after(self, kind: Kind, call: Any, out: Any, finish: Any, before: Any) -> None:
-        outputs = [out] if isinstance(out, Tensor) else _tensors((out,))
+        outputs = [out] if isinstance(out, Tensor) else list(tensors_of(out))
         if not outputs and before:  # written into, and nothing returned: foreach ops
-            outputs, finish = [x for x in _tensors(call[0]) if id(x) in before], None
+            outputs, finish = [x for x in tensors_of(call[0]) if id(x) in before], None
         outputs = [x for x in outputs if not x.is_nested]
         if not outputs:
             return
@@ -254,7 +255,7 @@ class Watch:
                 self._on(each.device).after_eager(kind, call, [each], [mine])
 
     def _comes_from_batch(self, call: Any) -> bool:
-        inputs = _tensors((*call[0], *call[1].values()))
+        inputs = list(tensors_of((*call[0], *call[1].values())))
         return any(self.tracker.knows(x) for x in inputs)
 
     def _rewritten(self, x: Tensor, rows: Rows | None, old: Rows | None) -> None:
@@ -466,16 +467,6 @@ def pop_modes(mode: Any = None) -> list[Any]:
     for other in reversed(above):
         _push(other)
     return [mode]
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    for each in values:
-        if isinstance(each, Tensor):
-            found.append(each)
-        elif isinstance(each, list | tuple):
-            found += _tensors(each)
-    return found
 
 
 def _is_floats(x: Tensor) -> bool:

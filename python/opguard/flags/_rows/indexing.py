@@ -21,13 +21,7 @@ if TYPE_CHECKING:
 
     from opguard.flags._rows.rules import Call
 
-__all__ = ["Picks", "placed", "union"]
-
-
-def union(shape: Sequence[Any], *found: Rows | None) -> Rows | None:
-    """What all hold, in a tensor of ``shape``; None where none holds any."""
-    kept = [rows for rows in found if rows is not None]
-    return merge_rows(kept, tuple(shape)) if kept else None
+__all__ = ["Picks", "placed"]
 
 
 def placed(rows: Rows | None, dims: Sequence[int], shape: Sequence[Any]) -> Rows | None:
@@ -102,7 +96,7 @@ class Picks:
             if one.rows is not None:
                 spread = one.rows.expanded(self.broad)
                 found.append(placed(spread, self.broad_dims, self.out))
-        return union(self.out, *found)
+        return merge_rows(found, self.out)
 
     def of(self, rows: Rows | None) -> Rows | None:
         """``rows`` of the indexed tensor, where they are in what comes out."""
@@ -169,7 +163,7 @@ def _index(call: Call) -> Any:
         if rows is not None and only.dim() == 1:
             return rows.taken(dim, _beside(rows, _places(only, rows.shape[dim])))
     picks = Picks(call.shape("self"), indices, call.rows_list("indices"))
-    return union(picks.out, picks.of(call.rows("self")), picks.own_rows())
+    return merge_rows([picks.of(call.rows("self")), picks.own_rows()], picks.out)
 
 
 @rule("aten::index_select")
@@ -181,14 +175,14 @@ def _index_select(call: Call) -> Rows | None:
         plain(call["index"]),
     )
     if not shape:
-        return union((), rows, None if own is None else own.whole(()))
+        return merge_rows([rows, None if own is None else own.whole(())], ())
     dim = call["dim"] % len(shape)
     count = product(index.shape)
     out = (*shape[:dim], count, *shape[dim + 1 :])
     if rows is not None:
         flat = index.reshape(-1)
         rows = rows.taken(dim, _beside(rows, flat)) if rows.on(dim) else rows.resized(dim, count)
-    return union(out, rows, placed(own, [dim], out))
+    return merge_rows([rows, placed(own, [dim], out)], out)
 
 
 @rule("aten::masked_select")
@@ -202,7 +196,7 @@ def _masked_select(call: Call) -> Rows | None:
         if rows is not None:
             flat = rows.expanded(shape).reshaped((total,))
             found.append(flat.taken(0, _beside(rows, at)))
-    return union(at.shape, *found)
+    return merge_rows(found, at.shape)
 
 
 @rule("aten::take")
@@ -212,7 +206,7 @@ def _take(call: Call) -> Rows | None:
         total = product(rows.shape)
         flat = _flat([index.reshape(-1)], [total])
         rows = rows.reshaped((total,)).taken(0, _beside(rows, flat)).reshaped(tuple(index.shape))
-    return union(index.shape, rows, call.rows("index"))
+    return merge_rows([rows, call.rows("index")], index.shape)
 
 
 @rule("aten::gather")
@@ -223,10 +217,10 @@ def _gather(call: Call) -> Rows | None:
         flat = rows if rows.shape else rows.unsqueezed(0)
         at = index if index.dim() else index.unsqueeze(0)
         if at.dim() != len(flat.shape):  # empty: torch lets it have any shape and dtype
-            return union(index.shape, rows.whole(tuple(index.shape)), own)
+            return merge_rows([rows.whole(tuple(index.shape)), own], index.shape)
         rows = flat.reordered_by(_beside(rows, at.long()), call["dim"])
         rows = rows if index.dim() else rows.reduced((0,))
-    return union(index.shape, rows, own)
+    return merge_rows([rows, own], index.shape)
 
 
 @rule("aten::nonzero")

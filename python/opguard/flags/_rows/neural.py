@@ -22,13 +22,9 @@ from opguard.flags._rows.placing import (
     union,
 )
 from opguard.flags._rows.rows import Rows
-from opguard.flags._rows.rules import Call, rule
+from opguard.flags._rows.rules import Call, names_of, rule
 
 __all__: list[str] = []
-
-
-def _names(text: str) -> list[str]:
-    return [f"aten::{name}" for name in text.split()]
 
 
 # --- layers whose dimensions have fixed places ----------------------------------------------------
@@ -137,7 +133,7 @@ def _untouched(call: Call, dim: int, kernel: Any) -> bool:
 
 
 @rule(
-    *_names(
+    *names_of(
         "convolution _convolution convolution_overrideable cudnn_convolution "
         "cudnn_convolution_relu cudnn_convolution_transpose mkldnn_convolution "
         "miopen_convolution miopen_convolution_relu miopen_convolution_transpose "
@@ -183,7 +179,7 @@ def _channelwise(rows: Rows, shape: Shape) -> Rows | None:
 
 
 @rule(
-    *_names(
+    *names_of(
         "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional "
         "_native_batch_norm_legit_no_training _batch_norm_with_update "
         "_batch_norm_with_update_functional _batch_norm_no_update cudnn_batch_norm "

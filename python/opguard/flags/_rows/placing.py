@@ -17,8 +17,7 @@ from torch import Tensor
 
 from opguard.flags._rows.axes import same, same_shape
 from opguard.flags._rows.rows import Rows, merge_rows
-from opguard.flags._rows.rules import Call, rule
-from opguard.flags._rows.rules import _tensors as tensors_of
+from opguard.flags._rows.rules import Call, names_of, rule, tensors_of
 
 __all__ = [
     "After",
@@ -187,4 +186,4 @@ def spell(names: str, *outs: str, **spellings: str) -> None:
         last = len(outs) - 1
         return each(lambda at, shape: _one(call, spellings, outs[min(at, last)], shape))
 
-    rule(*(f"aten::{name}" for name in names.split()))(spelled)
+    rule(*names_of(names))(spelled)

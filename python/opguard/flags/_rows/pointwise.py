@@ -9,7 +9,7 @@ from __future__ import annotations
 from opguard.flags._rows.axes import same_shape
 from opguard.flags._rows.placing import After, Shape, broadcast, each, entire, merged, union
 from opguard.flags._rows.rows import Rows
-from opguard.flags._rows.rules import Call, rule
+from opguard.flags._rows.rules import Call, names_of, rule
 
 __all__ = ["pointwise"]
 
@@ -40,7 +40,7 @@ UNTAGGED = """
     sigmoid_backward tanh_backward silu_backward gelu_backward threshold_backward
     bernoulli normal poisson binomial _standard_gamma _standard_gamma_grad
 """
-rule(*(f"aten::{name}" for name in UNTAGGED.split()))(pointwise)
+rule(*names_of(UNTAGGED))(pointwise)
 
 
 @rule("aten::_sample_dirichlet")

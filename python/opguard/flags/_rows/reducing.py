@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from opguard.flags._rows.placing import After, Shape, broadcast, reduced, spell, union
 from opguard.flags._rows.rows import Rows
-from opguard.flags._rows.rules import Call, rule
+from opguard.flags._rows.rules import Call, names_of, rule
 
 __all__: list[str] = []
-
-
-def _names(text: str) -> list[str]:
-    return [f"aten::{name}" for name in text.split()]
 
 
 def _dims_of(call: Call) -> list[int] | None:
@@ -35,7 +31,7 @@ def _reduce(call: Call) -> After:
 
 
 rule(
-    *_names(
+    *names_of(
         "sum mean prod amax amin max min argmax argmin all any std var std_mean var_mean norm "
         "native_norm linalg_vector_norm linalg__powsum logsumexp nansum median nanmedian mode "
         "count_nonzero aminmax _aminmax hash_tensor nuclear_norm"
@@ -59,7 +55,7 @@ def _along(call: Call) -> After:
 
 
 rule(
-    *_names(
+    *names_of(
         "_softmax _log_softmax _safe_softmax _masked_softmax softmax log_softmax cumsum cumprod "
         "cummax cummin logcumsumexp _logcumsumexp _softmax_backward_data "
         "_log_softmax_backward_data"

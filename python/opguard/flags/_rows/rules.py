@@ -19,7 +19,18 @@ from torch import Tensor
 from opguard.flags._rows.rows import Rows, merge_rows
 from opguard.flags.errors import RowsLost
 
-__all__ = ["Call", "Found", "Rule", "load", "lookup", "lost", "plan", "rule"]
+__all__ = [
+    "Call",
+    "Found",
+    "Rule",
+    "load",
+    "lookup",
+    "lost",
+    "names_of",
+    "plan",
+    "rule",
+    "tensors_of",
+]
 
 RowsOf: TypeAlias = Callable[[Tensor], "Rows | None"]
 Found: TypeAlias = "Rows | list[Rows | None] | Callable[[Any], Rows | list[Rows | None] | None]"
@@ -29,6 +40,11 @@ _R = TypeVar("_R", bound=Rule)
 _rules: dict[str, Rule] = {}
 _CORE = {"axes", "digits", "moves", "payloads", "rows", "rules"}
 _loaded = False
+
+
+def names_of(text: str) -> list[str]:
+    """The names of aten ops that stand in a text, without "aten::"."""
+    return [f"aten::{name}" for name in text.split()]
 
 
 def rule(*names: str) -> Callable[[_R], _R]:
@@ -264,7 +280,7 @@ def _settled(found: Any, outputs: Any, call: Call) -> list[Rows | None]:
         found = found(outputs)
     if type(found) is Rows and isinstance(outputs, Tensor) and _agree(found, outputs):
         return [found]
-    tensors = list(_tensors(outputs))
+    tensors = list(tensors_of(outputs))
     rows = found if isinstance(found, list) else [found] * len(tensors)
     if len(rows) != len(tensors):
         lost(call, f"it gave {len(tensors)} tensors, its rule knows of {len(rows)}")
@@ -285,12 +301,13 @@ def _agree(rows: Rows, tensor: Tensor) -> bool:
     return True
 
 
-def _tensors(outputs: Any) -> Any:
+def tensors_of(outputs: Any) -> Any:
+    """The tensors in lists and tuples, in order."""
     if isinstance(outputs, Tensor):
         yield outputs
     elif isinstance(outputs, (tuple, list)):
         for output in outputs:
-            yield from _tensors(output)
+            yield from tensors_of(output)
 
 
 def _pointwise(call: Call) -> Found | None:
@@ -300,7 +317,7 @@ def _pointwise(call: Call) -> Found | None:
     first = found[0]
     if len(found) == 1 and _alone(call):
         return first
-    return lambda outputs: merge_rows(found, next(_tensors(outputs)).shape)
+    return lambda outputs: merge_rows(found, next(tensors_of(outputs)).shape)
 
 
 def _alone(call: Call) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from opguard.flags._rows.axes import product, same, strides
-from opguard.flags._rows.indexing import Picks, placed, union
+from opguard.flags._rows.indexing import Picks, placed
 from opguard.flags._rows.numbering import (
     broadest,
     by_row,
@@ -22,7 +22,7 @@ from opguard.flags._rows.numbering import (
     unflagged,
     whole_dims,
 )
-from opguard.flags._rows.rows import Rows, cat_rows
+from opguard.flags._rows.rows import Rows, cat_rows, merge_rows
 from opguard.flags._rows.rules import lost, rule
 
 if TYPE_CHECKING:
@@ -116,12 +116,12 @@ def _copy(call: Call) -> Rows | None:
 
 def _overwritten(own: Rows | None, other: Rows | None, shape: Sequence[Any]) -> Rows | None:
     if own is None:
-        return union(shape, other)
+        return merge_rows([other], shape)
     if other is None:
         return unflagged(own)
     spread = other.expanded(shape)
     # The rows stay where they were: what is written fits in.
-    return spread if spread.axes == own.axes else union(shape, unflagged(own), spread)
+    return spread if spread.axes == own.axes else merge_rows([unflagged(own), spread], shape)
 
 
 @rule("aten::fill")
@@ -149,7 +149,7 @@ def _new_values(call: Call) -> Rows | None:
 @rule("aten::masked_fill")
 def _masked_fill(call: Call) -> Any:
     found = [call.rows("self"), call.rows("mask"), call.rows("value")]
-    return lambda out: union(out.shape, *found)
+    return lambda out: merge_rows(found, out.shape)
 
 
 @rule("aten::masked_scatter")
@@ -160,7 +160,7 @@ def _masked_scatter(call: Call) -> Rows | None:
     if own is not None:
         own = own.expanded(shape)
     if other is None:
-        return union(shape, own, masked)
+        return merge_rows([own, masked], shape)
 
     def write(before: Tensor, after: Any) -> Tensor:
         source = after.expand(call.shape("source")).contiguous()
@@ -169,7 +169,7 @@ def _masked_scatter(call: Call) -> Rows | None:
     every = range(len(shape))
     this = _Write(own, other, shape, list(every)[:1], mask.device, every)
     found = _replayed(this, write)
-    return found if masked is None else union(shape, found, masked)
+    return found if masked is None else merge_rows([found, masked], shape)
 
 
 # --- along one dim --------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def _sliced_in(
         return _overwritten(own, other, shape)
     along = any(rows is not None and rows.on(dim) for rows in (own, other))
     if not along:
-        return union(shape, own, None if other is None else other.resized(dim, shape[dim]))
+        return merge_rows([own, None if other is None else other.resized(dim, shape[dim])], shape)
     if same(step, 1):
         return _spliced(own, other, shape, dim, (start, end))
 
@@ -247,7 +247,7 @@ def _along(call: Call, source: str) -> tuple[Any, ...]:
     if other is not None:
         other = other.expanded(part) if call.shape(source) else other.whole(part)
     if ids is not None:
-        other = union(part, other, placed(ids, [dim], part))
+        other = merge_rows([other, placed(ids, [dim], part)], part)
     return own, other, shape, dim, index
 
 
@@ -281,7 +281,7 @@ def _index_copy(call: Call) -> Rows | None:
     name = "value" if "value" in call else "source"
     own, other, shape, dim, index = _along(call, name)
     if _apart(own, other, dim):
-        found = union(shape, own, None if other is None else other.resized(dim, shape[dim]))
+        found = merge_rows([own, None if other is None else other.resized(dim, shape[dim])], shape)
         return _as_given(call, found)
 
     def write(before: Tensor, after: Any) -> Tensor:
@@ -299,7 +299,7 @@ def _index_copy(call: Call) -> Rows | None:
 def _index_add(call: Call) -> Rows | None:
     own, other, shape, dim, index = _along(call, "source")
     if other is None or _apart(own, other, dim):
-        found = union(shape, own, None if other is None else other.resized(dim, shape[dim]))
+        found = merge_rows([own, None if other is None else other.resized(dim, shape[dim])], shape)
         return _as_given(call, found)
 
     def pairs(targets: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,7 +324,7 @@ def _scattered(call: Call) -> tuple[Any, ...]:
     if other is not None:
         for d, size in enumerate(index.shape):
             other = other.sliced(d, 0, size, 1)
-    return own, union(index.shape, other, ids), shape, dim, index
+    return own, merge_rows([other, ids], index.shape), shape, dim, index
 
 
 def _grown(rows: Rows | None, shape: Sequence[Any], dim: int) -> Rows | None:
@@ -344,7 +344,7 @@ def _scatter(call: Call) -> Rows | None:
         return _scatter_add(call)
     own, other, shape, dim, index = _scattered(call)
     if _apart(own, other, dim):
-        return _as_given(call, union(shape, own, _grown(other, shape, dim)))
+        return _as_given(call, merge_rows([own, _grown(other, shape, dim)], shape))
 
     def write(before: Tensor, after: Any) -> Tensor:
         before = before.contiguous()
@@ -360,7 +360,7 @@ def _scatter(call: Call) -> Rows | None:
 def _scatter_add(call: Call) -> Rows | None:
     own, other, shape, dim, index = _scattered(call)
     if other is None or _apart(own, other, dim):
-        return _as_given(call, union(shape, own, _grown(other, shape, dim)))
+        return _as_given(call, merge_rows([own, _grown(other, shape, dim)], shape))
 
     def pairs(targets: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
         return targets.gather(dim, index), sources
@@ -377,11 +377,15 @@ def _index_put(call: Call) -> Rows | None:
     indices = [None if at is None else plain(at) for at in call["indices"]]
     if all(at is None for at in indices):
         other = None if other is None else other.expanded(shape)
-        return union(shape, own, other) if call["accumulate"] else _overwritten(own, other, shape)
+        return (
+            merge_rows([own, other], shape)
+            if call["accumulate"]
+            else _overwritten(own, other, shape)
+        )
     picks = Picks(shape, indices, call.rows_list("indices"))
     if other is not None:
         other = other.expanded(picks.out)
-    other = union(picks.out, other, picks.own_rows())
+    other = merge_rows([other, picks.own_rows()], picks.out)
     ours = own is not None and any(own.on(d) for d in picks.taken)
     theirs = other is not None and any(other.on(d) for d in picks.broad_dims)
     at = {k: d for d, k in zip(picks.left, picks.left_dims, strict=True)}
@@ -389,7 +393,7 @@ def _index_put(call: Call) -> Rows | None:
         if other is not None:
             axes = tuple(axis._replace(dim=at[axis.dim]) for axis in other.axes)
             other = Rows(shape, axes, other.payload)
-        return union(shape, own, other)
+        return merge_rows([own, other], shape)
     dims = sorted({at[d] for d in (other.dims if other else ()) if d in at} | set(picks.taken))
     where = picks.indices()
     wide = [*picks.taken, *dims]
@@ -413,7 +417,7 @@ def _at(indices: Sequence[Tensor | None]) -> tuple[Any, ...]:
 @rule("aten::put")
 def _put(call: Call) -> Rows | None:
     own, index, shape = call.rows("self"), plain(call["index"]), call.shape("self")
-    other = union(index.shape, call.rows("source"), call.rows("index"))
+    other = merge_rows([call.rows("source"), call.rows("index")], index.shape)
     every = range(len(shape))
     this = _Write(own, other, shape, every, index.device, every)
     if call["accumulate"]:
@@ -438,7 +442,7 @@ def _diagonal_scatter(call: Call) -> Rows | None:
     ends = any(own is not None and own.on(d) for d in (one, two))
     last = len(shape) - 2
     if not ends and (other is None or not other.on(last)):
-        return union(shape, own, placed(other, [*lead, one], shape))
+        return merge_rows([own, placed(other, [*lead, one], shape)], shape)
 
     def write(before: Tensor, after: Any) -> Tensor:
         result = before.clone(memory_format=torch.contiguous_format)
