@@ -1,7 +1,8 @@
 """How opguard's three shared objects are built; used by pip, never shipped in the wheel.
 
-- ``opguard._C``              csrc/py: the Python extension, inside the Limited API; links no torch.
-- ``opguard.libopguard_ops``  csrc/core + csrc/torch + csrc/cuda/load.c: torch ops, no Python.
+- ``opguard._C``              csrc/py + csrc/core/pool_*.c: the Python extension, inside the Limited
+  API; links no torch.
+- ``opguard.libopguard_ops``  the rest of csrc/core + csrc/torch + csrc/cuda: torch ops, no Python.
 - ``opguard.libopguard_cuda`` csrc/cuda/*.cu: built only where nvcc is on PATH.
 
 No torch is needed: the ops library links against an import library, a generated file with
@@ -49,6 +50,11 @@ def sources(*layers: str) -> list[str]:
     return [path.as_posix() for layer in layers for path in sorted((CSRC / layer).glob("*.c"))]
 
 
+def pool_sources() -> list[str]:
+    """The plain C of the pools, which ``_C`` holds: no torch op has a use for it."""
+    return [path.as_posix() for path in sorted((CSRC / "core").glob("pool_*.c"))]
+
+
 def cuda_sources() -> list[str]:
     """Every CUDA file, in a stable order."""
     return [path.as_posix() for path in sorted((CSRC / "cuda").glob("*.cu"))]
@@ -70,10 +76,14 @@ class BuildExt(build_ext):
         if find_nvcc() is None:
             by_name.pop(CUDA, None)
         sanitize = SANITIZE_FLAGS if os.environ.get("OPGUARD_SANITIZE") == "1" else []
-        layers = {"opguard._C": ("py",), OPS: ("core", "torch", "cuda")}
-        for name, folders in layers.items():
+        pools = pool_sources()
+        files = {
+            "opguard._C": [*sources("py"), *pools, "csrc/core/base.c"],
+            OPS: [name for name in sources("core", "torch", "cuda") if name not in pools],
+        }
+        for name, names in files.items():
             ext = by_name[name]
-            ext.sources = sources(*folders)
+            ext.sources = names
             ext.include_dirs = [str(CSRC)]
             ext.extra_compile_args = [*C_FLAGS, *sanitize]
             ext.extra_link_args = [*sanitize, "-Wl,--no-undefined" if name == OPS else "-Wl,-O1"]

@@ -329,6 +329,7 @@ LAYERS = (
     {"_bundle"},
     {"exports"},
     {"flags"},
+    {"pools"},
     {"guards"},
     {"_contract", "_exporting", "_lifecycle"},
     {"base"},
