@@ -63,7 +63,9 @@ def test_hostile_metadata_costs_a_load_and_nothing_else(root, caplog, capsys, ki
     assert tiny_exports.stands(folder) == 1
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "a\ud800b"])
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "a\0b", "a\ud800b"], ids=["too long", "a zero", "half a character"]
+)
 def test_a_name_that_no_folder_can_have_means_no_export(root, caplog, name):
     got = tiny_exports.get(store.export_folder(name), 1)
     assert tiny_exports.generation_of(got) == 1
