@@ -1,0 +1,494 @@
+"""Which commits are on an object now, and who may change that.
+
+One record an object, shared by all its proxies: the applied stack, the blocks that are open, and
+the one owner (a thread, or a task of asyncio) whose blocks they are. Only the owner changes the
+stack. The record lives while a proxy lives or a commit is on the object, so that what is applied
+is never forgotten.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+from uuid import uuid4
+
+from opguard.pools._snapshots import Snapshot
+from opguard.pools.commits import CommitABC
+from opguard.pools.errors import Deadlock, LeaseTimeout, PatchFailed
+
+__all__ = ["Entry", "Owner", "PatchedObject", "current_owner", "record_of"]
+
+# A finalizer may run at any line of the thread that holds this lock: it never waits for it, see
+# _Locked and _orphan.
+_lock = threading.Lock()
+_records: dict[int, PatchedObject] = {}
+_orphans: deque[PatchedObject] = deque()
+_waits: dict[tuple[int, int], PatchedObject] = {}
+_identities: dict[int, tuple[weakref.ref[Any], str]] = {}
+
+
+class _Locked:
+    """The lock; on leaving, records whose last proxies died meanwhile are looked at."""
+
+    def __enter__(self) -> None:
+        _lock.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        _lock.release()
+        _look_after_orphans()
+
+
+_locked = _Locked()
+
+
+class Owner:
+    """Who opens blocks: a thread, or a task of asyncio."""
+
+    __slots__ = ("key", "task", "thread")
+
+    def __init__(self, thread: int, task: Any) -> None:
+        self.thread = thread
+        self.task = task
+        self.key = (thread, id(task))
+
+    def __str__(self) -> str:
+        if self.task is not None:
+            return f"task {self.task.get_name()}"
+        names = {t.ident: t.name for t in threading.enumerate()}
+        return f"thread {names.get(self.thread, self.thread)}"
+
+    def is_same(self, other: Owner) -> bool:
+        """Whether both are one thread, or one task."""
+        return self.key == other.key
+
+
+def current_owner() -> Owner:
+    """The task that runs, if one does, else the thread."""
+    asyncio = sys.modules.get("asyncio")
+    task = None
+    if asyncio is not None:
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # no loop runs in this thread
+            task = None
+    return Owner(threading.get_ident(), task)
+
+
+class Entry:
+    """One open block: the stack it wants on the object, and where it was opened."""
+
+    __slots__ = ("line", "owner", "stack")
+
+    def __init__(self, owner: Owner, stack: tuple[CommitABC, ...], line: str) -> None:
+        self.owner, self.stack, self.line = owner, stack, line
+
+
+class _Waiter:
+    __slots__ = ("granted", "owner", "wake")
+
+    def __init__(self, owner: Owner, wake: Callable[[], object]) -> None:
+        self.owner, self.wake = owner, wake
+        self.granted = False
+
+
+class _Applied:
+    """A commit on the object, or several that were made into one."""
+
+    __slots__ = ("commits", "unit")
+
+    def __init__(self, commits: tuple[CommitABC, ...], unit: CommitABC) -> None:
+        self.commits, self.unit = commits, unit
+
+    def __str__(self) -> str:
+        return " + ".join(map(repr, self.commits))
+
+    def failed(self, verb: str, obj: Any, error: Exception) -> PatchFailed:
+        if isinstance(error, PatchFailed) and error.patch is not None:
+            return error
+        patch = self.commits[0] if len(self.commits) == 1 else self.commits
+        return PatchFailed(
+            f"{self} could not be {verb} {type(obj).__name__}, which is as it was before: "
+            f"{type(error).__name__}: {error}",
+            patch,
+        )
+
+
+class PatchedObject:
+    """The record of one object."""
+
+    def __init__(self, obj: Any) -> None:
+        self.obj = obj
+        self.identity = _identity(obj)
+        self.applied: list[_Applied] = []
+        self.resting: tuple[CommitABC, ...] = ()
+        self.entries: list[Entry] = []
+        self.proxies = 0
+        self.owner: Owner | None = None
+        self._holds = 0
+        self._waiters: deque[_Waiter] = deque()
+        self.on_forget: list[Callable[[], None]] = []
+
+    @property
+    def stack(self) -> tuple[CommitABC, ...]:
+        """The commits that are on the object now, bottom first."""
+        return tuple(commit for applied in self.applied for commit in applied.commits)
+
+    # -- who may change the stack ---------------------------------------------------------------
+
+    def _try(self, owner: Owner, waiter: _Waiter | None, blocks_thread: bool) -> bool:
+        """Under the lock: takes the object, or queues ``waiter``; Deadlock if that cannot end."""
+        if self.owner is None:
+            self.owner, self._holds = owner, 1
+            return True
+        if self.owner.is_same(owner):
+            self._holds += 1
+            return True
+        seen: Owner | None = self.owner
+        while seen is not None:
+            if seen.is_same(owner) or (blocks_thread and seen.thread == owner.thread):
+                raise Deadlock(
+                    f"{owner} would wait for {self._described()}, which is held by {self.owner}, "
+                    "which cannot let go before it: leave that block first, or use async with",
+                    self.holders(),
+                )
+            waits_for = _waits.get(seen.key)
+            seen = waits_for.owner if waits_for is not None else None
+        if waiter is not None:
+            self._waiters.append(waiter)
+            _waits[owner.key] = self
+        return False
+
+    def acquire(self, owner: Owner, timeout: float | None) -> None:
+        """Waits until this owner may change the stack; re-entrant.
+
+        Raises:
+            LeaseTimeout: not within ``timeout`` seconds.
+            Deadlock: whoever holds it waits for this thread or task.
+        """
+        gate = threading.Lock()
+        gate.acquire()
+        waiter = _Waiter(owner, gate.release)
+        with _locked:
+            if self._try(owner, waiter, blocks_thread=True):
+                return
+        try:
+            came = gate.acquire(timeout=-1 if timeout is None else max(timeout, 0))
+        except BaseException:
+            self._withdraw(waiter)
+            raise
+        if not came and not self._withdraw(waiter, keep=True):
+            raise self._late(timeout)
+
+    async def acquire_async(self, owner: Owner, timeout: float | None) -> None:
+        """``acquire`` that lets the other tasks of the loop run meanwhile."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        came: asyncio.Future[None] = loop.create_future()
+
+        def tell() -> None:
+            if not came.done():
+                came.set_result(None)
+
+        waiter = _Waiter(owner, lambda: loop.call_soon_threadsafe(tell))
+        with _locked:
+            if self._try(owner, waiter, blocks_thread=False):
+                return
+        try:
+            await asyncio.wait_for(came, timeout)
+        except TimeoutError:
+            if not self._withdraw(waiter, keep=True):
+                raise self._late(timeout) from None
+        except BaseException:
+            self._withdraw(waiter)
+            raise
+
+    def _withdraw(self, waiter: _Waiter, keep: bool = False) -> bool:
+        """Stops waiting; True if it was granted meanwhile, which is given back unless ``keep``."""
+        with _locked:
+            _waits.pop(waiter.owner.key, None)
+            if not waiter.granted:
+                self._waiters.remove(waiter)
+                return False
+            if not keep:
+                self._release_locked()
+            return True
+
+    def release(self) -> None:
+        """Gives up one hold; the first who waits gets the object."""
+        with _locked:
+            self._release_locked()
+
+    def _release_locked(self) -> None:
+        self._holds -= 1
+        if self._holds:
+            return
+        self.owner = None
+        while self._waiters and self.owner is None:
+            waiter = self._waiters.popleft()
+            waiter.granted = True
+            _waits.pop(waiter.owner.key, None)
+            self.owner, self._holds = waiter.owner, 1
+            try:
+                waiter.wake()
+            except RuntimeError:  # its event loop is closed
+                self.owner, self._holds = None, 0
+        if self.owner is None and not self.proxies:
+            _orphans.append(self)
+
+    def _described(self) -> str:
+        return f"the patches of {type(self.obj).__name__}"
+
+    def holders(self) -> tuple[str, ...]:
+        """One line for each open block."""
+        return tuple(f"{e.owner} has {self._described()} since {e.line}" for e in self.entries)
+
+    def _late(self, timeout: float | None) -> LeaseTimeout:
+        holders = self.holders()
+        by = holders[-1] if holders else f"{self.owner} is changing {self._described()}"
+        return LeaseTimeout(
+            f"expected to patch {type(self.obj).__name__} within {timeout} s, and {by}: leave that "
+            "block, or wait longer by timeout=",
+            holders,
+        )
+
+    # -- blocks ---------------------------------------------------------------------------------
+
+    def open(self, entry: Entry) -> None:
+        """Puts the entry's stack on the object; the owner must hold it."""
+        self.entries.append(entry)
+        try:
+            self.rebase(entry.stack)
+        except BaseException:
+            self.entries.remove(entry)
+            raise
+
+    def close(self, entry: Entry) -> None:
+        """Puts the stack of the innermost block that is left on the object."""
+        self.entries.remove(entry)
+        self.rebase(self.entries[-1].stack if self.entries else self.resting)
+
+    def rest(self, stack: tuple[CommitABC, ...]) -> None:
+        """Makes this the stack outside of all blocks."""
+        before, self.resting = self.resting, stack
+        if not self.entries:
+            try:
+                self.rebase(stack)
+            except BaseException:
+                self.resting = before
+                raise
+
+    # -- the stack ------------------------------------------------------------------------------
+
+    def rebase(self, target: Sequence[CommitABC]) -> None:
+        """Makes ``target`` the applied stack: what both begin with stays, the rest is exchanged.
+
+        Raises:
+            PatchFailed: a commit raised; the object has the stack it had before.
+        """
+        same = self._common(target)
+        before = list(self.applied)
+        try:
+            while len(self.applied) > same:
+                self._revert_top()
+            for applied in _grouped(target[len(self.stack) :]):
+                self._apply(applied)
+        except BaseException as error:
+            self._go_back(before, error)
+            raise
+
+    def _common(self, target: Sequence[CommitABC]) -> int:
+        """How many of the applied units the target begins with."""
+        at = 0
+        for index, applied in enumerate(self.applied):
+            wanted = target[at : at + len(applied.commits)]
+            if [c.uuid for c in wanted] != [c.uuid for c in applied.commits]:
+                return index
+            at += len(applied.commits)
+        return len(self.applied)
+
+    def _apply(self, applied: _Applied) -> None:
+        self._change(applied, applied.unit.apply, "applied to")
+        self.applied.append(applied)
+
+    def _revert_top(self) -> None:
+        applied = self.applied[-1]
+        self._change(applied, applied.unit.revert, "taken back from")
+        self.applied.pop()
+
+    def _change(self, applied: _Applied, change: Callable[[Any], None], verb: str) -> None:
+        snapshot = None if applied.unit.undoes_itself else Snapshot(self.obj)
+        try:
+            change(self.obj)
+        except BaseException as error:
+            if snapshot is not None:
+                snapshot.restore()
+            if isinstance(error, Exception):
+                failed = applied.failed(verb, self.obj, error)
+                raise failed from (error if failed is not error else error.__cause__)
+            raise
+
+    def _go_back(self, before: list[_Applied], error: BaseException) -> None:
+        """After a failure: makes the applied stack what it was, as far as that can be done."""
+        same = 0
+        for mine, its in zip(self.applied, before, strict=False):
+            if mine is not its:
+                break
+            same += 1
+        try:
+            while len(self.applied) > same:
+                self._revert_top()
+            for applied in before[same:]:
+                self._apply(applied)
+        except Exception as second:
+            now = ", ".join(map(str, self.applied)) or "no commit"
+            error.add_note(f"nor could what was there be put back, it has {now} now: {second}")
+
+    def give_up(self, commit: CommitABC) -> None:
+        """Strikes a commit that cannot be taken back: its change stays on the object for good."""
+        for index, applied in enumerate(self.applied):
+            if any(c.uuid == commit.uuid for c in applied.commits):
+                applied.unit.release_revert_resource(self.obj)
+                del self.applied[index]
+                self.resting = tuple(c for c in self.resting if c not in applied.commits)
+                return
+        raise ValueError(f"{commit!r} is not applied to this {type(self.obj).__name__}")
+
+
+def _grouped(commits: Sequence[CommitABC]) -> list[_Applied]:
+    """Runs of commits that can be made into one, as one; each other by itself."""
+    runs: list[list[CommitABC]] = []
+    for commit in commits:
+        key = commit.squash_key
+        if runs and key is not None and runs[-1][0].squash_key == key:
+            runs[-1].append(commit)
+        else:
+            runs.append([commit])
+    return [_Applied(tuple(r), r[0] if len(r) == 1 else _Squashed(r)) for r in runs]
+
+
+class _Squashed(CommitABC):
+    """Several commits as the one they make; made when it is applied, so that failing is named."""
+
+    def __init__(self, commits: Sequence[CommitABC]) -> None:
+        self._commits = list(commits)
+        self._made: CommitABC | None = None
+
+    @property
+    def undoes_itself(self) -> bool:  # type: ignore[override]
+        made = self._made or self._commits[0]
+        return made.undoes_itself
+
+    def apply(self, obj: Any) -> None:
+        if self._made is None:
+            self._made = self._commits[0].squash(self._commits)
+        self._made.apply(obj)
+
+    def revert(self, obj: Any) -> None:
+        if self._made is not None:
+            self._made.revert(obj)
+
+    def release_revert_resource(self, obj: Any) -> None:
+        if self._made is not None:
+            self._made.release_revert_resource(obj)
+
+
+# -- finding records ----------------------------------------------------------------------------
+
+
+def _identity(obj: Any) -> str:
+    """What this object is known by as long as it lives, whether or not it has a record."""
+    known = _identities.get(id(obj))
+    if known is not None and known[0]() is obj:
+        return known[1]
+    made = uuid4().hex
+    key = id(obj)
+    try:
+        ref = weakref.ref(obj, lambda _: _identities.pop(key, None))
+    except TypeError:  # a dict, a list: as long as it has a proxy
+        return made
+    _identities[key] = (ref, made)
+    return made
+
+
+def record_of(obj: Any, proxy: Any) -> PatchedObject:
+    """The record of ``obj``, which ``proxy`` keeps as long as it lives."""
+    with _locked:
+        record = _records.get(id(obj))
+        if record is None:
+            record = _records[id(obj)] = PatchedObject(obj)
+        record.proxies += 1
+    weakref.finalize(proxy, _proxy_died, record).atexit = False
+    return record
+
+
+_deaths: deque[PatchedObject] = deque()
+
+
+def _proxy_died(record: PatchedObject) -> None:
+    _deaths.append(record)
+    _look_after_orphans()
+
+
+def _look_after_orphans() -> None:
+    """Counts proxies that died; takes back what nobody is left to take back."""
+    while _deaths or _orphans:
+        if not _lock.acquire(blocking=False):
+            return  # whoever holds the lock comes here after it
+        try:
+            while _deaths:
+                dead = _deaths.popleft()
+                dead.proxies -= 1
+                _orphans.append(dead)
+            record = _orphans.popleft() if _orphans else None
+            mine = record is not None and not record.proxies and record.owner is None
+            if mine and record is not None:
+                record.owner, record._holds = current_owner(), 1
+        finally:
+            _lock.release()
+        if mine and record is not None:
+            _take_back(record)
+
+
+def _take_back(record: PatchedObject) -> None:
+    """Nobody has a proxy of this object: it gets back what it was, and the record goes."""
+    failed = True
+    try:
+        record.resting = ()
+        record.rebase(())
+        failed = False
+    finally:
+        with _locked:
+            record._holds -= 1
+            record.owner = None
+            gone = not failed and not record.proxies and not record._waiters
+            if gone and _records.get(id(record.obj)) is record:
+                del _records[id(record.obj)]
+            elif record._waiters:
+                record._holds = 1
+                record._release_locked()
+    if gone:
+        for forget in record.on_forget:
+            forget()
+
+
+def _after_fork() -> None:
+    """In a child: the other threads are gone, with their blocks; what is applied stays noted."""
+    global _lock  # noqa: PLW0603
+    _lock = threading.Lock()
+    _waits.clear()
+    me = threading.get_ident()
+    for record in _records.values():
+        record._waiters.clear()
+        if record.owner is not None and record.owner.thread != me:
+            record.owner, record._holds = None, 0
+            record.entries.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

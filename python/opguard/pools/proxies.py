@@ -1,0 +1,213 @@
+"""Proxies: an object with a stack of commits on it for the time of a block.
+
+    fast = CommitObjectProxy(unet).clone_and_add_commit(LoraCommit("style.safetensors"))
+    with fast as unet:      # applied
+        unet(x)
+                            # taken back
+
+All proxies of one object share what is applied to it: entering another one takes back only what
+its stack does not begin with. Blocks nest; a block that is left gives the block around it its own
+stack back. One thread, or one task of asyncio, has an object's blocks at a time; others wait.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from types import FrameType, TracebackType
+from typing import Any, Generic, TypeVar
+
+from opguard.pools import _stacks
+from opguard.pools.commits import CallableCommit, CommitABC
+
+__all__ = ["CommitObjectProxy"]
+
+T = TypeVar("T")
+_Self = TypeVar("_Self", bound="CommitObjectProxy[Any]")
+
+
+def _line(frame: FrameType | None) -> str:
+    if frame is None:
+        return "somewhere"
+    code = frame.f_code
+    return f"{code.co_filename.rpartition('/')[2]}:{frame.f_lineno} in {code.co_name}"
+
+
+class CommitObjectProxy(Generic[T]):
+    """An object and the commits that it has inside ``with``.
+
+    Args:
+        base: any object. The proxy keeps it alive and never copies it: what is patched is the
+            object itself, for the time of the block.
+        commits: bottom first; each at most once.
+        timeout: seconds to wait for another thread's or task's block on the same object; None
+            waits as long as it takes, 0 refuses at once.
+
+    Raises, when entered or left:
+        PatchFailed: a commit raised. The object has what it had before, and the commit is named;
+            when leaving, the patches stay until another block on any proxy of the object is
+            entered or left, which tries again, or ``give_up``.
+        LeaseTimeout, Deadlock: another thread or task has the object.
+    """
+
+    def __init__(
+        self, base: T, commits: Iterable[CommitABC] = (), *, timeout: float | None = None
+    ) -> None:
+        if isinstance(base, CommitObjectProxy):
+            raise TypeError(
+                "expected the object itself, got a proxy of it: use proxy.clone(), or proxy.base"
+            )
+        self._commits = _checked(tuple(commits))
+        self.timeout = timeout
+        self._entries: list[_stacks.Entry] = []
+        self._record = _stacks.record_of(base, self)
+
+    # -- what it is -----------------------------------------------------------------------------
+
+    @property
+    def base(self) -> T:
+        """The object, with whatever is applied to it now."""
+        base: T = self._record.obj
+        return base
+
+    @property
+    def commits(self) -> tuple[CommitABC, ...]:
+        """This proxy's stack, bottom first."""
+        return self._commits
+
+    @property
+    def applied(self) -> tuple[CommitABC, ...]:
+        """What is on the object now, by whichever proxy, bottom first."""
+        return self._record.stack
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Equal for the same object with the same commits in the same order: for caches.
+
+        The object's part is made when first asked for and never used again for another object.
+        """
+        return (self._record.identity, *(commit.uuid for commit in self._commits))
+
+    def clone(self: _Self) -> _Self:
+        """Another proxy of the same object, with the same stack and settings."""
+        return self._with(self._commits)
+
+    def clone_and_add_commit(self: _Self, *commits: CommitABC) -> _Self:
+        """Another proxy of the same object, with these commits on top."""
+        return self._with((*self._commits, *commits))
+
+    def clone_and_add_callable_commit(self: _Self, fn: Callable[[T], Callable[[], Any]]) -> _Self:
+        """The same with ``CallableCommit(fn)``: ``fn(obj)`` returns what takes its change back."""
+        return self._with((*self._commits, CallableCommit(fn)))
+
+    def _with(self: _Self, commits: tuple[CommitABC, ...]) -> _Self:
+        return type(self)(self.base, commits, timeout=self.timeout)
+
+    def __repr__(self) -> str:
+        on = ", ".join(map(repr, self._commits)) or "no commits"
+        return f"<{type(self).__name__} of {type(self.base).__name__}: {on}>"
+
+    # -- blocks ---------------------------------------------------------------------------------
+
+    def __enter__(self) -> T:
+        owner = _stacks.current_owner()
+        self._record.acquire(owner, self.timeout)
+        return self._opened(owner, _line(sys._getframe(1)))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._closed(error)
+
+    async def __aenter__(self) -> T:
+        owner = _stacks.current_owner()
+        line = _line(sys._getframe(1))
+        await self._record.acquire_async(owner, self.timeout)
+        return self._opened(owner, line)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._closed(error)
+
+    def _opened(self, owner: _stacks.Owner, line: str) -> T:
+        try:
+            entry = _stacks.Entry(owner, self._commits, line)
+            self._record.open(entry)
+            self._entries.append(entry)
+        except BaseException:
+            self._record.release()
+            raise
+        return self.base
+
+    def _closed(self, error: BaseException | None) -> None:
+        if not self._entries:
+            raise RuntimeError(f"{self!r} is left without having been entered")
+        try:
+            self._record.close(self._entries.pop())
+        except Exception as failed:
+            if error is None or isinstance(error, Exception):
+                raise
+            error.add_note(str(failed))  # an interrupt must arrive as one
+        finally:
+            self._record.release()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the object with the commits on it."""
+        with self as obj:
+            return obj(*args, **kwargs)  # type: ignore[operator]
+
+    # -- without a block ------------------------------------------------------------------------
+
+    def apply_commit_stack(self) -> T:
+        """Puts the stack on the object until ``revert_commit_stack`` or another proxy's call.
+
+        Also when all proxies of the object are gone it is taken back. Blocks go before it, and
+        give it back when they are left.
+        """
+        return self._rest(self._commits)
+
+    def revert_commit_stack(self) -> T:
+        """Takes back what ``apply_commit_stack`` of any proxy of the object has put there."""
+        return self._rest(())
+
+    def _rest(self, stack: tuple[CommitABC, ...]) -> T:
+        self._record.acquire(_stacks.current_owner(), self.timeout)
+        try:
+            self._record.rest(stack)
+        finally:
+            self._record.release()
+        return self.base
+
+    def give_up(self, commit: CommitABC) -> None:
+        """Strikes an applied commit that cannot be taken back; its change stays for good.
+
+        Commits that were made into one with it are struck too.
+        """
+        self._record.acquire(_stacks.current_owner(), self.timeout)
+        try:
+            self._record.give_up(commit)
+        finally:
+            self._record.release()
+
+
+def _checked(commits: tuple[CommitABC, ...]) -> tuple[CommitABC, ...]:
+    seen: set[str] = set()
+    for commit in commits:
+        if not isinstance(commit, CommitABC):
+            raise TypeError(
+                f"expected commits, got {type(commit).__name__}: subclass CommitABC, or use "
+                "clone_and_add_callable_commit(fn)"
+            )
+        if commit.uuid in seen:
+            raise ValueError(
+                f"{commit!r} is in this stack twice: make a second commit that does the same"
+            )
+        seen.add(commit.uuid)
+    return commits
