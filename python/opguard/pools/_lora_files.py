@@ -36,7 +36,7 @@ KOHYA = {
     "lycoris": ("unet", "transformer"),
 }
 _KOHYA = re.compile(rf"^({'|'.join(sorted(KOHYA, key=len, reverse=True))})_(.+)$")
-_ROLES = (
+_ROLES: tuple[tuple[re.Pattern[str], dict[str, str]], ...] = (
     (re.compile(r"^(.+)\.lora_([AB])(?:\.([^.]+))?\.weight$"), {"A": "down", "B": "up"}),
     (re.compile(r"^(.+)\.lora_B()(?:\.([^.]+))?\.bias$"), {"": "bias"}),
     (re.compile(r"^(.+)\.lora_embedding_([AB])(?:\.([^.]+))?$"), {"A": "down", "B": "up"}),
@@ -286,12 +286,10 @@ def _entries(
             found = pattern.match(key)
             if not found:
                 continue
-            role = names.get(found[2], found[2])
+            role = str(names.get(found[2], found[2]))
             path, component, flat, peft = _placed(found[1])
             path = _old_name(path) if number == 5 else path
-            entry = entries.setdefault(
-                (component, path), _Entry(path, component, flat, peft)
-            )
+            entry = entries.setdefault((component, path), _Entry(path, component, flat, peft))
             if role in entry.tensors:
                 raise ValueError(
                     f"expected one adapter in {where}, came {entry.keys[role]!r} and {key!r} for "

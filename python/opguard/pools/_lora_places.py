@@ -1,4 +1,4 @@
-"""Where a LoRA's pairs go in an object: paths and underscored names to modules, without guessing."""
+"""Where a LoRA's pairs go in an object: paths and underscored names to modules, no guesses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from opguard.pools._lora_files import KOHYA, Pair, Replacement
 
-__all__ = ["Place", "Places"]
+__all__ = ["Place", "places"]
 
 _COMPONENT = re.compile(r"^(unet|transformer(?:_\d+)?|text_encoder(?:_\d+)?|prior|controlnet)\.")
 
@@ -72,7 +72,7 @@ def _sgm(name: str, layers: int) -> str:
     return name
 
 
-class Places:
+class _Places:
     """The modules of one component, found by path or by underscored name."""
 
     def __init__(self, root: nn.Module, label: str, where: str) -> None:
@@ -143,16 +143,17 @@ def _inner(pair: Pair | Replacement) -> str:
     return pair.path if flat else _COMPONENT.sub("", pair.path, count=1)
 
 
-def _in_module(
-    root: nn.Module, whats: Sequence[Pair | Replacement], where: str
-) -> list[Place]:
+def _in_module(root: nn.Module, whats: Sequence[Pair | Replacement], where: str) -> list[Place]:
     """One module: the paths as they are, or all without the one component they name."""
     label = type(root).__name__
-    inside = Places(root, label, where)
+    inside = _Places(root, label, where)
     found = [inside.find(what, what.path) for what in whats]
     if all(found):
         return [place for place in found if place is not None]
     named = {_component(what) for what in whats} - {()}
+    if named and all(any(isinstance(getattr(root, n, None), nn.Module) for n in names)
+                     for names in named):  # fmt: skip
+        return _in_pipeline(root, whats, where)
     if len(named) > 1:
         parts = " and ".join(sorted(names[0] for names in named))
         raise ValueError(
@@ -161,9 +162,9 @@ def _in_module(
             "pipeline"
         )
     result = []
-    for what, place in zip(whats, found, strict=True):
+    for what, whole in zip(whats, found, strict=True):
         path = _inner(what) if _component(what) else what.path
-        place = place or inside.find(what, path)
+        place = whole or inside.find(what, path)
         if place is None:
             raise inside.missing(what, path)
         result.append(place)
@@ -173,7 +174,7 @@ def _in_module(
 def _in_pipeline(obj: Any, whats: Sequence[Pair | Replacement], where: str) -> list[Place]:
     """An object with models for attributes, as a diffusers pipeline."""
     label = type(obj).__name__
-    known: dict[str, Places] = {}
+    known: dict[str, _Places] = {}
     result = []
     for what in whats:
         names = _component(what)
@@ -184,7 +185,7 @@ def _in_pipeline(obj: Any, whats: Sequence[Pair | Replacement], where: str) -> l
                 f"expected {wanted} in {label} for {what.key!r} of {where}, came none; "
                 "apply it to the module that it was made for"
             )
-        inside = known.get(name) or Places(getattr(obj, name), f"{label}.{name}", where)
+        inside = known.get(name) or _Places(getattr(obj, name), f"{label}.{name}", where)
         known[name] = inside
         place = inside.find(what, _inner(what))
         if place is None:

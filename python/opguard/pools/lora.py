@@ -1,20 +1,176 @@
-"""LoRA files as commits: applied by pointing parameters at patched tensors, reverted bit-exactly."""
+"""LoRA files as commits: parameters are pointed at patched tensors and back, bit-exactly."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from opguard.pools._lora_files import KOHYA, Adapter, Pair, read
+from opguard.pools._lora_files import Pair, Replacement, read
 from opguard.pools._lora_math import Added, LowRank, Whole
 from opguard.pools._lora_places import Place, places
+from opguard.pools._lora_side import add_sides, drop_sides
+from opguard.pools._lora_targets import Target, targets_of
 from opguard.pools._patched import Delta, DeltaCommit
 
 __all__ = ["LoraCommit"]
+
+
+class LoraCommit(DeltaCommit):
+    """A LoRA on a model, from a file or a dict of tensors.
+
+    The weights are computed from the base in fp32 with everything that lies on the stack, and
+    rounded to the parameter's dtype once; reverting points back at the base. The file is read here
+    and its tensors are kept, so it may change later. Layouts: peft's, diffusers', kohya's (LoCon
+    too). What is not understood is refused by the name of its key, nothing is passed over.
+
+    Args:
+        source: a .safetensors file, a peft adapter folder, or a state dict.
+        scale: what the change is multiplied by, beside the file's own alpha.
+        config: adapter settings (``r``, ``lora_alpha``, ``use_rslora``, ``rank_pattern``,
+            ``alpha_pattern``, ...) as a dict, a path to a JSON file or peft's LoraConfig; None
+            takes what lies beside the file or in it. Without any, alpha = r, said by a warning.
+        name: for messages.
+        component: take only what the file has for this part of a pipeline (``"unet"``).
+        mode: ``"weights"`` patches weights; ``"hook"`` leaves them and adds the product to the
+            module's output, which quantized weights need. Slower a call, but no extra weights.
+        tied: two modules of the LoRA that share one weight are refused if they change it
+            differently; ``"add"`` applies both to the one weight.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: the file is not a LoRA that is understood.
+
+    Attributes:
+        uuid: made from the contents, the scale and the options: equal for equal changes, also in
+            another process, so it may be part of a cache's key.
+    """
+
+    def __init__(
+        self,
+        source: str | PathLike[str] | Mapping[str, Tensor],
+        *,
+        scale: float = 1.0,
+        config: Mapping[str, Any] | str | PathLike[str] | None = None,
+        name: str | None = None,
+        component: str | None = None,
+        mode: Literal["weights", "hook"] = "weights",
+        tied: Literal["refuse", "add"] = "refuse",
+    ) -> None:
+        if (
+            isinstance(scale, bool)
+            or not isinstance(scale, int | float)
+            or not math.isfinite(scale)
+        ):
+            raise ValueError(f"expected scale as a finite number, came {scale!r}; give a float")
+        if mode not in ("weights", "hook"):
+            raise ValueError(f"expected mode 'weights' or 'hook', came {mode!r}; choose one")
+        if tied not in ("refuse", "add"):
+            raise ValueError(f"expected tied 'refuse' or 'add', came {tied!r}; choose one")
+        adapter = read(source, config)
+        self.scale, self.component, self.mode, self.tied = float(scale), component, mode, tied
+        self.where = adapter.where
+        self.name = name or adapter.where
+        self._pairs = tuple(adapter.pairs)
+        self._replacements = tuple(adapter.replacements)
+        options = f"{adapter.digest} {self.scale!r} {component!r} {mode} {tied}"
+        self._digest = hashlib.blake2b(options.encode(), digest_size=16).hexdigest()
+        if mode == "hook":
+            self.squash_key = None
+        if adapter.assumed:
+            warnings.warn(
+                f"expected alpha for every matrix of {self.where}, came none for "
+                f"{adapter.assumed} of {len(adapter.pairs)}: alpha = r is taken; give "
+                "config={'r': ..., 'lora_alpha': ...} to say otherwise",
+                stacklevel=2,
+            )
+
+    @property
+    def uuid(self) -> str:
+        """Made from the contents: equal for equal changes."""
+        return self._digest
+
+    def __repr__(self) -> str:
+        return f"<LoraCommit {self.name} scale={self.scale:g} {self._digest[:8]}>"
+
+    def _places(self, obj: Any) -> list[Place]:
+        whats: list[Pair | Replacement] = [*self._pairs, *self._replacements]
+        return places(obj, whats, self.where, self.component)
+
+    def deltas(self, obj: Any) -> Mapping[Tensor, Delta]:
+        """What is added to each parameter of ``obj``, a module or a pipeline of modules.
+
+        Raises:
+            LookupError: a module that the file names is not there.
+            ValueError, TypeError: a shape or a kind of weight does not fit.
+        """
+        if self.mode == "hook":
+            return {}
+        found: dict[object, list[Target]] = {}
+        for place in self._places(obj):
+            for target in targets_of(place, self.scale, self.where):
+                found.setdefault(_memory(target.parameter), []).append(target)
+        return {group[0].parameter: self._one(group) for group in found.values()}
+
+    def _one(self, group: list[Target]) -> Added | LowRank | Whole:
+        """All that the file has for one weight: replacements first, what two names say once."""
+        wholes = [t for t in group if isinstance(t.change, Whole)]
+        ranks = [t for t in group if isinstance(t.change, LowRank)]
+        for same in (wholes, ranks):
+            different = [t for t in same[1:] if not _equal(t.change, same[0].change)]
+            if different and (self.tied == "refuse" or same is wholes):
+                raise ValueError(
+                    f"expected one change of the weight that {same[0].path} and "
+                    f"{different[0].path} share, came two different ones in {self.where}; "
+                    "untie the weights, or give tied='add' to apply both"
+                )
+            if not different:
+                del same[1:]
+        return Added.of([t.change for t in [*wholes, *ranks]])
+
+    def apply(self, obj: Any) -> None:
+        """Points the parameters at patched tensors, or adds the hooks."""
+        if self.mode == "weights":
+            super().apply(obj)
+            return
+        self._keep(obj, add_sides(self._places(obj), self.scale, self.where))
+
+    def revert(self, obj: Any) -> None:
+        """Points the parameters back at the base, bit by bit what they were."""
+        if self.mode == "weights":
+            super().revert(obj)
+            return
+        drop_sides(self._kept_for(obj))
+        self._forget(obj)
+
+
+def _memory(parameter: Tensor) -> object:
+    """Equal for parameters that are one piece of memory in one shape."""
+    if parameter.is_meta:
+        return id(parameter)
+    return (
+        (
+            parameter.device,
+            parameter.data_ptr(),
+            parameter.shape,
+            parameter.stride(),
+            parameter.dtype,
+        )
+        if parameter.numel()
+        else id(parameter)
+    )
+
+
+def _equal(one: LowRank | Whole, other: LowRank | Whole) -> bool:
+    if isinstance(one, Whole) or isinstance(other, Whole):
+        return (
+            isinstance(one, Whole)
+            and isinstance(other, Whole)
+            and torch.equal(one.tensor, other.tensor)
+        )
+    return torch.equal(one.left, other.left) and torch.equal(one.right, other.right)
