@@ -108,7 +108,9 @@ def pair(outputs: int, inputs_: int, rank: int = 2, seed: int = 3) -> tuple[Tens
     )
 
 
-def state(path: str = "head", outputs: int = 5, inputs_: int = 8, **kwargs: int) -> dict[str, Tensor]:
+def state(
+    path: str = "head", outputs: int = 5, inputs_: int = 8, **kwargs: int
+) -> dict[str, Tensor]:
     """One linear layer's pair in peft's layout."""
     a, b = pair(outputs, inputs_, **kwargs)
     return {

@@ -7,7 +7,7 @@ depend on what was applied before, and taking a patch back is pointing back: bit
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -39,7 +39,7 @@ class DeltaCommit(CommitABC):
     """
 
     undoes_itself = True
-    squash_key = "opguard.deltas"
+    squash_key: Hashable | None = "opguard.deltas"
 
     @abstractmethod
     def deltas(self, obj: Any) -> Mapping[Tensor, Delta]:
