@@ -17,11 +17,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import uuid4
 
-from opguard.pools._snapshots import Snapshot
+from opguard.pools._undoing import Snapshot
 from opguard.pools.commits import CommitABC
 from opguard.pools.errors import Deadlock, LeaseTimeout, PatchFailed
 
-__all__ = ["Entry", "Owner", "PatchedObject", "current_owner", "record_of"]
+__all__ = [
+    "Entry",
+    "Owner",
+    "PatchedObject",
+    "current_owner",
+    "has_record",
+    "later",
+    "on_forget",
+    "record_of",
+    "run_later",
+]
 
 # A finalizer may run at any line of the thread that holds this lock: it never waits for it, see
 # _Locked and _orphan.
@@ -30,6 +40,37 @@ _records: dict[int, PatchedObject] = {}
 _orphans: deque[PatchedObject] = deque()
 _waits: dict[tuple[int, int], PatchedObject] = {}
 _identities: dict[int, tuple[weakref.ref[Any], str]] = {}
+
+
+# Called with an object whose last proxy died, once all is taken back.
+on_forget: list[Callable[[Any], None]] = []
+
+
+class _Pending(threading.local):
+    calls: list[Callable[[], None]] | None = None
+
+
+_pending = _Pending()
+
+
+def later(call: Callable[[], None]) -> None:
+    """Calls after the change of a stack that is under way, or now: what may raise, as warnings."""
+    if _pending.calls is None:
+        call()
+    else:
+        _pending.calls.append(call)
+
+
+def run_later() -> None:
+    """Makes the calls that were put off."""
+    calls, _pending.calls = _pending.calls, None
+    for call in calls or ():
+        call()
+
+
+def has_record(obj: Any) -> bool:
+    """Whether some proxy of the object lives."""
+    return id(obj) in _records
 
 
 class _Locked:
@@ -131,7 +172,6 @@ class PatchedObject:
         self.owner: Owner | None = None
         self._holds = 0
         self._waiters: deque[_Waiter] = deque()
-        self.on_forget: list[Callable[[], None]] = []
 
     @property
     def stack(self) -> tuple[CommitABC, ...]:
@@ -291,6 +331,8 @@ class PatchedObject:
         Raises:
             PatchFailed: a commit raised; the object has the stack it had before.
         """
+        if _pending.calls is None:
+            _pending.calls = []
         same = self._common(target)
         before = list(self.applied)
         try:
@@ -355,7 +397,8 @@ class PatchedObject:
             if any(c.uuid == commit.uuid for c in applied.commits):
                 applied.unit.release_revert_resource(self.obj)
                 del self.applied[index]
-                self.resting = tuple(c for c in self.resting if c not in applied.commits)
+                gone = {c.uuid for c in applied.commits}
+                self.resting = tuple(c for c in self.resting if c.uuid not in gone)
                 return
         raise ValueError(f"{commit!r} is not applied to this {type(self.obj).__name__}")
 
@@ -473,8 +516,9 @@ def _take_back(record: PatchedObject) -> None:
                 record._holds = 1
                 record._release_locked()
     if gone:
-        for forget in record.on_forget:
-            forget()
+        for forget in on_forget:
+            forget(record.obj)
+    run_later()
 
 
 def _after_fork() -> None:

@@ -144,6 +144,7 @@ class CommitObjectProxy(Generic[T]):
         except BaseException:
             self._record.release()
             raise
+        _stacks.run_later()
         return self.base
 
     def _closed(self, error: BaseException | None) -> None:
@@ -157,6 +158,7 @@ class CommitObjectProxy(Generic[T]):
             error.add_note(str(failed))  # an interrupt must arrive as one
         finally:
             self._record.release()
+        _stacks.run_later()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the object with the commits on it."""
@@ -183,6 +185,7 @@ class CommitObjectProxy(Generic[T]):
             self._record.rest(stack)
         finally:
             self._record.release()
+        _stacks.run_later()
         return self.base
 
     def give_up(self, commit: CommitABC) -> None:
