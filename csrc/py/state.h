@@ -7,6 +7,7 @@
 #include "py/flags.h"
 #include "py/guards.h"
 #include "py/ops.h"
+#include "py/pool_arena.h"
 #include "py/sanitize.h"
 
 typedef struct og_state {
@@ -15,6 +16,7 @@ typedef struct og_state {
     og_detach_state detach;
     og_guards_state guards;
     og_flags_state flags;
+    og_arena_state arena;
 } og_state;
 
 /* Borrowed; module is an opguard._C. Never NULL after exec. */

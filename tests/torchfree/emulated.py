@@ -1,0 +1,89 @@
+"""The CUDA driver of tests/core/cuda_driver.c: built once a process, and its controls."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OUT_OF_MEMORY = 2
+ILLEGAL_ADDRESS = 700
+
+
+@functools.cache
+def driver_path() -> Path:
+    """The library, built at the first use; a test is skipped where there is no gcc."""
+    if shutil.which("gcc") is None:
+        pytest.skip("there is no gcc to build the emulated driver with")
+    target = Path(tempfile.mkdtemp(prefix="opguard-driver-")) / "libcuda.so.1"
+    command = ["gcc", "-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
+    command += ["-pthread", f"-I{ROOT / 'csrc'}", str(ROOT / "tests" / "core" / "cuda_driver.c")]
+    made = subprocess.run(
+        [*command, "-o", str(target)], capture_output=True, text=True, check=False
+    )
+    assert made.returncode == 0, made.stderr[-4000:]
+    return target
+
+
+class Emulated:
+    """Controls of the emulated driver, and what it counted since they were made."""
+
+    def __init__(
+        self, nbytes: int = 64 << 20, unit: int = 1 << 16, maps: bool = True, marks: bool = True
+    ) -> None:
+        self.path = driver_path()
+        self.library = ctypes.CDLL(str(self.path))
+        self.library.emu_stream.restype = ctypes.c_void_p
+        self.library.emu_calls.restype = ctypes.c_long
+        self.library.emu_count.restype = ctypes.c_long
+        self.library.emu_configure(
+            ctypes.c_longlong(nbytes), ctypes.c_longlong(unit), int(maps), int(marks)
+        )
+
+    def fail(self, name: str, nth: int = 1, code: int = ILLEGAL_ADDRESS) -> None:
+        """The nth call from now of a driver function ("*": of any) fails."""
+        self.library.emu_fail(name.encode(), ctypes.c_long(nth), code)
+
+    def pause(self, seconds: float) -> None:
+        """How long each copy takes to begin."""
+        self.library.emu_pause(ctypes.c_long(int(seconds * 1e6)))
+
+    def calls(self, name: str) -> int:
+        return int(self.library.emu_calls(name.encode()))
+
+    def count(self, what: str) -> int:
+        return int(self.library.emu_count(what.encode()))
+
+    def stream(self) -> int:
+        return int(self.library.emu_stream())
+
+    def read(self, stream: int, address: int, nbytes: int, seconds: float = 0.0) -> None:
+        """A kernel that reads a range, ``seconds`` after it begins."""
+        self._kernel(self.library.emu_read, stream, address, nbytes, seconds)
+
+    def add(self, stream: int, address: int, nbytes: int, seconds: float = 0.0) -> None:
+        """A kernel that adds one to each byte."""
+        self._kernel(self.library.emu_add, stream, address, nbytes, seconds)
+
+    def _kernel(self, function, stream, address, nbytes, seconds) -> None:
+        function(
+            ctypes.c_void_p(stream),
+            ctypes.c_void_p(address),
+            ctypes.c_size_t(nbytes),
+            ctypes.c_long(int(seconds * 1e6)),
+        )
+
+    def finish(self) -> None:
+        """Until every stream has nothing left to do."""
+        self.library.emu_finish()
+
+    def left(self) -> dict[str, int]:
+        """What is still held, by name; empty when all was given back."""
+        names = ("used", "reserved", "mapped", "pinned", "events", "handles", "contexts", "depth")
+        return {name: count for name in names if (count := self.count(name))}
