@@ -9,6 +9,7 @@
 #include "py/ops.h"
 #include "py/pool_arena.h"
 #include "py/pool_ledger.h"
+#include "py/pool_pages.h"
 #include "py/sanitize.h"
 
 typedef struct og_state {

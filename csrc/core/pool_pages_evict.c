@@ -1,0 +1,377 @@
+/* Giving pages back without losing a write.
+ *
+ * Between the look at which pages are changed and the call that drops them
+ * another thread may write: MADV_DONTNEED would throw its page away. So pages
+ * are not dropped where they lie. mremap with MREMAP_DONTUNMAP takes them, in
+ * one step, to a place nobody else knows; from then on the old place shows the
+ * file. What turns out, over there, to differ from the file was written late,
+ * and goes into the file too. Where such a page was written yet again at the
+ * old place meanwhile, both are put together byte by byte.
+ *
+ * What remains: a thread that, without holding the model, changes one page
+ * twice in those microseconds and computes the second value from the first
+ * may compute it from the value before. Where the kernel has no such mremap
+ * (before 5.13), a write between the second look and the drop is lost. */
+#define _GNU_SOURCE
+#include "core/pool_pages.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#ifndef MREMAP_DONTUNMAP
+#define MREMAP_DONTUNMAP 4
+#endif
+
+/* --- writing changed pages -------------------------------------------------
+ */
+
+typedef struct writing {
+    const og_pages *pages;
+    int fd;
+    og_pages_span span;
+    int64_t written;
+} writing;
+
+/* Bytes of the file in the run: its last page may go beyond the end. */
+static size_t
+size_in_file(const og_pages *pages, int64_t offset, size_t size)
+{
+    int64_t left = pages->offset + (int64_t)pages->nbytes - offset;
+    return left < (int64_t)size ? (size_t)left : size;
+}
+
+static int
+write_run(void *context, char *start, char *end)
+{
+    writing *w = context;
+    int64_t offset = w->span.offset + (start - w->span.start);
+    size_t size = size_in_file(w->pages, offset, (size_t)(end - start));
+    int failed = og_pages_pwrite(w->fd, start, size, offset);
+    w->written += failed == 0 ? end - start : 0;
+    return failed;
+}
+
+/* The lock is held. */
+static int
+write_changed(const og_pages *pages, int fd, og_pages_span span,
+              int64_t *written)
+{
+    writing w = {pages, fd, span, 0};
+    int failed =
+        og_pages_each_changed(pages->method, pages->fd, span, write_run, &w);
+    *written += w.written;
+    return failed;
+}
+
+static void
+stamp_again(og_pages *pages)
+{
+    og_pages_stamp now;
+    if (og_pages_stamp_of(pages->fd, &now) == 0) {
+        pages->stamp = now;
+    }
+}
+
+int
+og_pages_write_back(og_pages *pages, size_t start, size_t end,
+                    int64_t *written)
+{
+    *written = 0;
+    if (!og_pages_writable(pages)) {
+        return EROFS;
+    }
+    if (og_pages_broken(pages)) {
+        return ESTALE;
+    }
+    pthread_mutex_lock(&pages->lock);
+    int failed = write_changed(pages, pages->fd,
+                               og_pages_range(pages, start, end), written);
+    if (*written > 0 || failed != 0) {
+        stamp_again(pages);
+    }
+    pthread_mutex_unlock(&pages->lock);
+    return failed;
+}
+
+/* --- pages that were written late ------------------------------------------
+ */
+
+typedef struct settling {
+    const og_pages *pages;
+    int fd;
+    og_pages_span away; /* where the pages are now */
+    char *home;         /* where everybody sees them */
+    char *before;       /* room for a page: what the file had */
+    int64_t written;
+    int failed; /* the first error; the scan goes on */
+} settling;
+
+static int
+note_changed(void *context, char *start, char *end)
+{
+    (void)start;
+    (void)end;
+    *(bool *)context = true;
+    return 0;
+}
+
+static bool
+is_changed(const settling *s, char *page, int64_t offset)
+{
+    bool changed = false;
+    og_pages_span one = {page, page + og_pages_size(), offset};
+    return og_pages_each_changed(s->pages->method, s->fd, one, note_changed,
+                                 &changed) != 0 ||
+           changed;
+}
+
+/* One page over there against the file; differing, it goes into the file. */
+static void
+settle_page(settling *s, char *page)
+{
+    int64_t from = page - s->away.start, offset = s->away.offset + from;
+    size_t size = size_in_file(s->pages, offset, og_pages_size());
+    ssize_t got = pread(s->fd, s->before, size, (off_t)offset);
+    if (got == (ssize_t)size && memcmp(s->before, page, size) == 0) {
+        return;
+    }
+    int failed = got < 0 ? errno : got < (ssize_t)size ? ESTALE : 0;
+    if (failed == 0) {
+        failed = og_pages_pwrite(s->fd, page, size, offset);
+    }
+    char *home = s->home == NULL ? NULL : s->home + from;
+    if (failed != 0) {
+        s->failed = s->failed == 0 ? failed : s->failed;
+        if (home != NULL) {
+            memcpy(home, page, size); /* it stays in memory, as changed */
+        }
+        return;
+    }
+    s->written += (int64_t)og_pages_size();
+    if (home == NULL || !is_changed(s, home, offset)) {
+        return;
+    }
+    volatile char *seen = home;
+    for (size_t i = 0; i < size; i++) {
+        if (page[i] != s->before[i] && seen[i] == s->before[i]) {
+            seen[i] = page[i];
+        }
+    }
+}
+
+static int
+settle_run(void *context, char *start, char *end)
+{
+    settling *s = context;
+    for (char *page = start; page < end; page += og_pages_size()) {
+        settle_page(s, page);
+    }
+    return 0;
+}
+
+/* before is room for a page. The lock is held. */
+static int
+settle(const og_pages *pages, int fd, og_pages_span away, char *home,
+       char *before, int64_t *written)
+{
+    settling s = {.pages = pages,
+                  .fd = fd,
+                  .away = away,
+                  .home = home,
+                  .before = before};
+    int failed =
+        og_pages_each_changed(pages->method, fd, away, settle_run, &s);
+    *written += s.written;
+    return failed != 0 ? failed : s.failed;
+}
+
+/* --- giving back -----------------------------------------------------------
+ */
+
+/* The pages without their place: it shows the file from now on. */
+static int
+take_away(const og_pages *pages, og_pages_span span, og_pages_span *away,
+          void **whole, size_t *size)
+{
+    size_t length = (size_t)(span.end - span.start);
+    /* Comparing reads pages that are not there: where no guard watches. */
+    if (pages->method == OG_PAGES_COMPARE) {
+        return ENOSYS;
+    }
+    char *at = og_pages_reserve(length, span.start, whole, size);
+    if (at == NULL) {
+        return ENOMEM;
+    }
+    char *moved = mremap(span.start, length, length,
+                         MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, at);
+    if (moved == MAP_FAILED) {
+        int failed = errno;
+        munmap(*whole, *size);
+        return failed;
+    }
+    *away = (og_pages_span){moved, moved + length, span.offset};
+    return 0;
+}
+
+static int
+drop(og_pages_span span)
+{
+    size_t length = (size_t)(span.end - span.start);
+    return length > 0 && madvise(span.start, length, MADV_DONTNEED) != 0
+               ? errno
+               : 0;
+}
+
+static int
+drop_before(void *context, char *start, char *end)
+{
+    char **next = context; /* up to there all is dropped or kept */
+    int failed = drop((og_pages_span){*next, start, 0});
+    *next = end;
+    return failed;
+}
+
+/* The file must not be written: what is changed stays where it is. */
+static int
+drop_unchanged(const og_pages *pages, og_pages_span span)
+{
+    char *next = span.start;
+    int failed = og_pages_each_changed(pages->method, pages->fd, span,
+                                       drop_before, &next);
+    if (failed == 0) {
+        failed = drop((og_pages_span){next, span.end, 0});
+    }
+    return failed;
+}
+
+/* The lock is held, and what was changed is in the file. */
+static int
+drop_written(og_pages *pages, og_pages_span span, char *before,
+             int64_t *written)
+{
+    og_pages_span away;
+    void *whole = NULL;
+    size_t size = 0;
+    if (take_away(pages, span, &away, &whole, &size) == 0) {
+        int failed =
+            settle(pages, pages->fd, away, span.start, before, written);
+        munmap(whole, size);
+        return failed;
+    }
+    int failed = settle(pages, pages->fd, span, NULL, before, written);
+    return failed != 0 ? failed : drop(span);
+}
+
+static bool
+is_as_stamped(const og_pages *pages)
+{
+    og_pages_stamp now;
+    const og_pages_stamp *then = &pages->stamp;
+    return og_pages_stamp_of(pages->fd, &now) == 0 && now.size == then->size &&
+           now.seconds == then->seconds &&
+           now.nanoseconds == then->nanoseconds && !og_pages_broken(pages);
+}
+
+int
+og_pages_give_back(og_pages *pages, size_t start, size_t end, int64_t *written)
+{
+    og_pages_span span = og_pages_range(pages, start, end);
+    *written = 0;
+    if (og_pages_broken(pages)) {
+        return ESTALE;
+    }
+    if (span.start == span.end) {
+        return 0;
+    }
+    if (!og_pages_writable(pages)) {
+        return drop_unchanged(pages, span);
+    }
+    char *before = malloc(og_pages_size());
+    if (before == NULL) {
+        return ENOMEM;
+    }
+    pthread_mutex_lock(&pages->lock);
+    /* Writing into a file that was cut would make it whole again, with zeros
+     * for what is lost. */
+    int failed = is_as_stamped(pages) ? 0 : ESTALE;
+    if (failed == 0) {
+        failed = write_changed(pages, pages->fd, span, written);
+        if (failed == 0) {
+            failed = drop_written(pages, span, before, written);
+        }
+        stamp_again(pages);
+    }
+    pthread_mutex_unlock(&pages->lock);
+    free(before);
+    return failed;
+}
+
+/* --- another file ----------------------------------------------------------
+ */
+
+/* The lock is held, and fd has what was changed. A write by a thread without
+ * the model between the two calls that change the map is lost. */
+static int
+show_file(og_pages *pages, int fd, og_pages_span span, char *before,
+          int64_t *written)
+{
+    const size_t length = pages->length;
+    og_pages_span away;
+    void *whole = NULL;
+    size_t size = 0;
+    bool taken = take_away(pages, span, &away, &whole, &size) == 0;
+    void *made = mmap(span.start, length, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd,
+                      (off_t)pages->offset);
+    int failed = made == MAP_FAILED ? errno : 0;
+    if (failed != 0 && taken) {
+        (void)mremap(away.start, length, length, MREMAP_MAYMOVE | MREMAP_FIXED,
+                     span.start);
+    }
+    else if (taken) {
+        failed = settle(pages, fd, away, span.start, before, written);
+    }
+    if (whole != NULL && taken) {
+        munmap(whole, size);
+    }
+    return failed;
+}
+
+int
+og_pages_move(og_pages *pages, int fd, int64_t *written)
+{
+    og_pages_span span = og_pages_range(pages, 0, pages->nbytes);
+    *written = 0;
+    if (pages->borrowed || og_pages_broken(pages)) {
+        return pages->borrowed ? EROFS : ESTALE;
+    }
+    char *before = malloc(og_pages_size());
+    if (before == NULL) {
+        return ENOMEM;
+    }
+    if (pages->process != (int64_t)getpid()) {
+        pthread_mutex_init(&pages->lock, NULL); /* perhaps copied locked */
+    }
+    pthread_mutex_lock(&pages->lock);
+    int failed = is_as_stamped(pages) ? 0 : ESTALE;
+    if (failed == 0) {
+        failed = write_changed(pages, fd, span, written);
+    }
+    if (failed == 0) {
+        failed = show_file(pages, fd, span, before, written);
+    }
+    if (failed == 0 && dup3(fd, pages->fd, O_CLOEXEC) < 0) {
+        failed = errno;
+    }
+    if (failed == 0) {
+        pages->process = (int64_t)getpid();
+        stamp_again(pages);
+    }
+    pthread_mutex_unlock(&pages->lock);
+    free(before);
+    return failed;
+}

@@ -1,0 +1,359 @@
+"""Files of ours that weights lie in while they are not in memory.
+
+Everything is below one folder of this user's, mode 0700: a folder a process, with a lock that the
+kernel releases when the process dies, so that the next start sees whose files are left over.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import secrets
+import stat
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opguard.pools.errors import PoolFileChanged
+
+__all__ = ["PAGE", "Piece", "SpillFile", "SpillFolder", "forks"]
+
+PAGE = os.sysconf("SC_PAGESIZE")
+DEFAULT = "/var/tmp"
+LOCK = ".lock"
+PARTIAL = ".partial"
+CHUNK = 64 << 20  # one system call writes at most this much, so that Ctrl-C is not held up
+IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
+
+
+class _Forks:
+    count = 0
+
+
+def forks() -> int:
+    """How often this process has forked: a child reads the files that were mapped then."""
+    return _Forks.count
+
+
+def _forked() -> None:
+    _Forks.count += 1
+
+
+os.register_at_fork(after_in_parent=_forked, after_in_child=_forked)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of one storage: where they are now, and where they go in the file's data."""
+
+    name: str
+    address: int
+    nbytes: int
+    offset: int
+
+
+class SpillFile:
+    """One file of weights, open and ours; the name goes when this does."""
+
+    def __init__(self, folder: SpillFolder, name: str, fd: int, offset: int, nbytes: int) -> None:
+        self.name = name
+        self.fd = fd
+        self.offset = offset
+        self.nbytes = nbytes
+        self._close = weakref.finalize(self, _drop_file, folder, name, fd, offset + nbytes)
+        self._close.atexit = False  # the folder goes whole
+
+    def close(self) -> None:
+        """Removes the file; maps of it stay readable."""
+        self._close()
+
+
+def _drop_file(folder: SpillFolder, name: str, fd: int, size: int) -> None:
+    folder._forget(name, size)
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+class SpillFolder:
+    """Where this process keeps its files; made by the first file.
+
+    Args:
+        path: a folder on a disk; None: ``$OPGUARD_SPILL``, else /var/tmp. The files lie in a folder
+            of this user's inside it, which nobody else may read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        chosen = path if path is not None else os.environ.get("OPGUARD_SPILL") or DEFAULT
+        self.base = Path(os.path.abspath(os.fspath(chosen)))
+        self._lock = threading.Lock()
+        self._process = 0
+        self._fd = -1
+        self._locked = -1
+        self._used = 0
+        self._own: Path | None = None
+
+    @property
+    def used(self) -> int:
+        """Bytes of this process's files."""
+        return self._used
+
+    @property
+    def path(self) -> Path:
+        """The folder of this process; made if it is not there yet."""
+        with self._lock:
+            return self._opened()
+
+    def write(
+        self, name: str, pieces: Sequence[Piece], nbytes: int, metadata: Mapping[str, str]
+    ) -> SpillFile:
+        """A file with the bytes of ``pieces``, nbytes of data in all.
+
+        Written under another name, synced and renamed. OSError: the disk is full or the folder
+        cannot be written. PoolFileChanged: the bytes lie in a file that was cut meanwhile.
+        """
+        header = safetensors_header(pieces, nbytes, metadata)
+        size = len(header) + nbytes
+        with self._new_file(name, size) as (fd, final):
+            _write(fd, header, 0)
+            for piece in pieces:
+                _write_memory(fd, piece, len(header) + piece.offset)
+        return SpillFile(self, final, fd, len(header), nbytes)
+
+    def copy(self, file: SpillFile) -> SpillFile:
+        """Another file with the same bytes: for after a fork."""
+        size = file.offset + file.nbytes
+        with self._new_file(file.name.partition(".")[0], size) as (fd, final):
+            done = 0
+            while done < size:
+                part = os.pread(file.fd, min(CHUNK, size - done), done)
+                if not part:
+                    raise PoolFileChanged(
+                        f"expected {size} bytes in the spilled file {file.name}, it ends after "
+                        f"{done}; somebody has cut it"
+                    )
+                _write(fd, part, done)
+                done += len(part)
+        return SpillFile(self, final, fd, file.offset, file.nbytes)
+
+    def close(self) -> None:
+        """Removes this process's folder with all files; the next file makes a new one."""
+        with self._lock:
+            if self._process == os.getpid() and self._own is not None:
+                _remove_folder(self._fd, self._own.name)
+                os.close(self._fd)
+                os.close(self._locked)
+                atexit.unregister(self.close)
+            self._own, self._process, self._used = None, 0, 0
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _new_file(self, name: str, size: int) -> Iterator[tuple[int, str]]:
+        """An open file of ``size`` bytes, renamed to its name if the block ends well."""
+        with self._lock:
+            own = self._opened()
+        final = f"{_safe(name)}.{secrets.token_hex(4)}.safetensors"
+        partial = final + PARTIAL
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = -1
+        folder = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fd = os.open(partial, flags, 0o600, dir_fd=folder)
+            os.posix_fallocate(fd, 0, size)
+            yield fd, final
+            os.fsync(fd)
+            os.rename(partial, final, src_dir_fd=folder, dst_dir_fd=folder)
+            self._used += size
+        except BaseException as error:
+            if fd >= 0:
+                os.close(fd)
+                with contextlib.suppress(OSError):
+                    os.unlink(partial, dir_fd=folder)
+            if isinstance(error, OSError):
+                raise _said(error, own, size) from error
+            raise
+        finally:
+            os.close(folder)
+
+    def _forget(self, name: str, size: int) -> None:
+        if self._process == os.getpid() and self._own is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._own / name)
+                self._used -= size
+
+    def _opened(self) -> Path:
+        """Makes the folder of this process, and removes those of processes that are dead."""
+        if self._own is not None and self._process == os.getpid():
+            return self._own
+        try:
+            mine = self._user_folder()
+            if _file_system(self._fd) in IN_MEMORY:
+                warnings.warn(
+                    f"expected the spill folder {mine} to be on a disk, it is on "
+                    f"{_file_system(self._fd)}, which is memory: weights given back still take "
+                    "memory there; set OPGUARD_SPILL or spill_dir to a folder on a disk",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
+            with _held(self._fd, LOCK):
+                _remove_dead(self._fd)
+                name = f"{os.getpid()}-{secrets.token_hex(6)}"
+                os.mkdir(name, 0o700, dir_fd=self._fd)
+                self._locked = _open_lock(self._fd, f"{name}/{LOCK}")
+                fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise _said(error, self.base, 0) from error
+        self._own, self._process, self._used = mine / name, os.getpid(), 0
+        atexit.register(self.close)
+        return self._own
+
+    def _user_folder(self) -> Path:
+        """Opens, and makes where needed, this user's folder; refuses one that others could write."""
+        user = os.geteuid()
+        mine = self.base / f"opguard-spill-{user}"
+        with contextlib.suppress(FileExistsError):
+            mine.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mine.mkdir(mode=0o700)
+        found = os.lstat(mine)
+        mode = stat.S_IMODE(found.st_mode)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or mode & 0o077:
+            what = "a link" if stat.S_ISLNK(found.st_mode) else f"of user {found.st_uid}"
+            raise PermissionError(
+                errno.EPERM,
+                f"expected a folder of user {user} with mode 0700, found one {what} with mode "
+                f"{mode:04o}; remove it, or set OPGUARD_SPILL to another place",
+                str(mine),
+            )
+        self._fd = os.open(mine, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        opened = os.fstat(self._fd)
+        if (opened.st_dev, opened.st_ino) != (found.st_dev, found.st_ino):
+            raise PermissionError(errno.EPERM, "expected the folder to stay in place", str(mine))
+        return mine
+
+
+# --- the format -------------------------------------------------------------------------------------
+
+
+def safetensors_header(pieces: Sequence[Piece], nbytes: int, metadata: Mapping[str, str]) -> bytes:
+    """A header whose length is a whole number of pages; gaps between pieces have names too."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for piece in sorted(pieces, key=lambda piece: piece.offset):
+        if piece.offset > end:
+            entries[f"~gap.{end}"] = _entry(end, piece.offset)
+        entries[piece.name] = _entry(piece.offset, piece.offset + piece.nbytes)
+        end = piece.offset + piece.nbytes
+    if nbytes > end:
+        entries[f"~gap.{end}"] = _entry(end, nbytes)
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    length = -(-(len(text) + 8) // PAGE) * PAGE - 8
+    return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def _entry(start: int, end: int) -> dict[str, Any]:
+    return {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+
+
+def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view[:CHUNK], offset)
+        view, offset = view[done:], offset + done
+
+
+def _write_memory(fd: int, piece: Piece, offset: int) -> None:
+    """The kernel reads the memory, so that a page that cannot be read is an error."""
+    if not piece.nbytes:
+        return
+    view = memoryview((ctypes.c_char * piece.nbytes).from_address(piece.address)).cast("B")
+    try:
+        _write(fd, view, offset)
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        raise PoolFileChanged(
+            f"expected {piece.nbytes} bytes of {piece.name} in memory, they are mapped from a "
+            "file that is shorter now; load the model again"
+        ) from error
+
+
+# --- folders ------------------------------------------------------------------------------------------
+
+
+def _said(error: OSError, folder: Path, size: int) -> OSError:
+    """The same error, saying what was to be written, and where."""
+    needed = f" {size} bytes of weights" if size else ""
+    way_out = (
+        "free some there or set OPGUARD_SPILL or spill_dir to another disk"
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        else "set OPGUARD_SPILL or spill_dir to a folder that can be written"
+    )
+    message = f"expected to write{needed} below {folder}: {error.strerror}; {way_out}"
+    return type(error)(error.errno, message)
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else "_" for c in name)[:60] or "model"
+
+
+def _file_system(fd: int) -> str:
+    """The kind of file system, as Linux names it; empty where it does not say."""
+    device = os.fstat(fd).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8") as lines:
+        for line in lines:
+            mount, _, kind = line.partition(" - ")
+            if mount.split()[2] == wanted:
+                return kind.split()[0]
+    return ""
+
+
+def _open_lock(folder: int, name: str) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(name, flags, 0o600, dir_fd=folder)
+
+
+@contextlib.contextmanager
+def _held(folder: int, name: str) -> Iterator[None]:
+    fd = _open_lock(folder, name)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _remove_dead(folder: int) -> None:
+    """Removes the folders whose process no longer holds their lock."""
+    for name in os.listdir(folder):
+        if name == LOCK:
+            continue
+        with contextlib.suppress(OSError):
+            lock = _open_lock(folder, f"{name}/{LOCK}")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove_folder(folder, name)
+            finally:
+                os.close(lock)
+
+
+def _remove_folder(folder: int, name: str) -> None:
+    """One folder of files, without following links."""
+    with contextlib.suppress(OSError):
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        inner = os.open(name, flags, dir_fd=folder)
+        try:
+            for file in os.listdir(inner):
+                os.unlink(file, dir_fd=inner)
+        finally:
+            os.close(inner)
+        os.rmdir(name, dir_fd=folder)
