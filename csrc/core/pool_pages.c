@@ -75,13 +75,16 @@ og_pages_reserve(size_t length, const char *like, void **whole, size_t *size)
     return *size > length ? area + gap : area;
 }
 
-/* A fresh place for the map; what was reserved around it goes at once. */
+/* A fresh place for the map, which agrees with the file up to 2 MiB, so that
+ * one entry of a page table can hold all of a large folio. What was reserved
+ * around it goes at once. */
 static int
 map_file(og_pages *pages)
 {
     void *whole = NULL;
     size_t size = 0, length = pages->length;
-    char *at = og_pages_reserve(length, NULL, &whole, &size);
+    const char *like = (const char *)(uintptr_t)pages->offset;
+    char *at = og_pages_reserve(length, like, &whole, &size);
     if (at == NULL) {
         return ENOMEM;
     }

@@ -30,11 +30,17 @@ typedef struct block {
     _Atomic(struct block *) next;
 } block;
 
+/* Never changed, never freed: a handler may be at it. */
+typedef struct earlier {
+    struct sigaction action;
+    struct earlier *older;
+} earlier;
+
 typedef struct guard {
     block first;
     uintptr_t page;
-    _Atomic(struct sigaction *) before; /* never changed, never freed */
-    _Atomic(uintptr_t) passed_on;       /* the last address not ours */
+    _Atomic(earlier *) before;
+    _Atomic(uintptr_t) passed_on; /* the last address not ours */
     _Atomic(int) repeats;
     _Atomic(bool) forgiven;
 } guard;
@@ -63,7 +69,8 @@ pass_on(guard *g, int number, siginfo_t *info, void *context)
     uintptr_t address = (uintptr_t)info->si_addr;
     bool again = atomic_exchange(&g->passed_on, address) == address;
     int repeats = again ? atomic_fetch_add(&g->repeats, 1) : 0;
-    const struct sigaction *before = atomic_load(&g->before);
+    const earlier *known = atomic_load(&g->before);
+    const struct sigaction *before = known == NULL ? NULL : &known->action;
     atomic_store(&g->repeats, again ? repeats + 1 : 0);
     /* Handlers that pass on to each other would do so for ever. */
     bool ends = repeats > MOST_REPEATS || before == NULL ||
@@ -144,11 +151,11 @@ install(guard *g)
     if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_bus_error) {
         return 0;
     }
-    struct sigaction *before = malloc(sizeof *before);
+    earlier *before = malloc(sizeof *before);
     if (before == NULL) {
         return ENOMEM;
     }
-    *before = now;
+    *before = (earlier){now, atomic_load(&g->before)};
     atomic_store(&g->before, before);
     ours.sa_sigaction = on_bus_error;
     ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART;

@@ -18,7 +18,7 @@ import stat
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ DEFAULT = "/var/tmp"
 LOCK = ".lock"
 PARTIAL = ".partial"
 CHUNK = 64 << 20  # one system call writes at most this much, so that Ctrl-C is not held up
+MOST_PARTS = 1000  # below IOV_MAX
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 
 
@@ -53,12 +54,16 @@ os.register_at_fork(after_in_parent=_forked, after_in_child=_forked)
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of one storage: where they are now, and where they go in the file's data."""
+    """Bytes of one storage: where they go in the file's data, and how to find them.
+
+    ``memory()`` gives (address, what keeps it alive): what lies on a device is fetched as it is
+    written, one piece at a time.
+    """
 
     name: str
-    address: int
     nbytes: int
     offset: int
+    memory: Callable[[], tuple[int, object]]
 
 
 class SpillFile:
@@ -124,8 +129,7 @@ class SpillFolder:
         size = len(header) + nbytes
         with self._new_file(name, size) as (fd, final):
             _write(fd, header, 0)
-            for piece in pieces:
-                _write_memory(fd, piece, len(header) + piece.offset)
+            _write_pieces(fd, pieces, len(header))
         return SpillFile(self, final, fd, len(header), nbytes)
 
     def copy(self, file: SpillFile) -> SpillFile:
@@ -217,7 +221,7 @@ class SpillFolder:
         return self._own
 
     def _user_folder(self) -> Path:
-        """Opens, and makes where needed, this user's folder; refuses one that others could write."""
+        """Opens, and makes where needed, this user's folder; refuses one open to others."""
         user = os.geteuid()
         mine = self.base / f"opguard-spill-{user}"
         with contextlib.suppress(FileExistsError):
@@ -240,7 +244,7 @@ class SpillFolder:
         return mine
 
 
-# --- the format -------------------------------------------------------------------------------------
+# --- the format -----------------------------------------------------------------------------------
 
 
 def safetensors_header(pieces: Sequence[Piece], nbytes: int, metadata: Mapping[str, str]) -> bytes:
@@ -270,23 +274,57 @@ def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[done:], offset + done
 
 
-def _write_memory(fd: int, piece: Piece, offset: int) -> None:
-    """The kernel reads the memory, so that a page that cannot be read is an error."""
-    if not piece.nbytes:
-        return
-    view = memoryview((ctypes.c_char * piece.nbytes).from_address(piece.address)).cast("B")
-    try:
-        _write(fd, view, offset)
-    except OSError as error:
-        if error.errno != errno.EFAULT:
-            raise
-        raise PoolFileChanged(
-            f"expected {piece.nbytes} bytes of {piece.name} in memory, they are mapped from a "
-            "file that is shorter now; load the model again"
-        ) from error
+def _memory_of(piece: Piece) -> tuple[memoryview, object]:
+    address, keep = piece.memory()
+    return memoryview((ctypes.c_char * piece.nbytes).from_address(address)).cast("B"), keep
 
 
-# --- folders ------------------------------------------------------------------------------------------
+def _gather(fd: int, parts: list[memoryview], offset: int) -> None:
+    """All parts, one behind the other. The kernel reads the memory: a page that it cannot read,
+    of a file that was cut, is an error and no signal."""
+    while parts:
+        try:
+            done = os.pwritev(fd, parts, offset)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            raise PoolFileChanged(
+                "expected the weights in memory, some are mapped from a file that is shorter "
+                "now; load the model again"
+            ) from error
+        offset += done
+        while parts and done >= len(parts[0]):
+            done -= len(parts.pop(0))
+        if done:
+            parts[0] = parts[0][done:]
+
+
+def _write_pieces(fd: int, pieces: Sequence[Piece], start: int) -> None:
+    """In few large calls that end on whole chunks of the file: the page cache then keeps large
+    folios, which are mapped, and given back, by one entry of a page table."""
+    parts: list[memoryview] = []
+    kept: list[object] = []
+    at = begin = start
+    for piece in pieces:
+        if not piece.nbytes:
+            continue
+        view, keep = _memory_of(piece)
+        kept.append(keep)
+        gap = start + piece.offset - at
+        if gap:
+            parts.append(memoryview(bytes(gap)))
+        at += gap
+        while view:
+            part = view[: CHUNK - at % CHUNK]
+            parts.append(part)
+            view, at = view[len(part) :], at + len(part)
+            if at % CHUNK == 0 or len(parts) > MOST_PARTS:
+                _gather(fd, parts, begin)
+                begin, parts, kept = at, [], [keep]
+    _gather(fd, parts, begin)
+
+
+# --- folders --------------------------------------------------------------------------------------
 
 
 def _said(error: OSError, folder: Path, size: int) -> OSError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,7 @@ class Leaf:
             (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
         )
         first = tensor.storage_offset() * tensor.element_size()
-        return (first, first + (last + 1) * tensor.element_size())
+        return (int(first), int(first + (last + 1) * tensor.element_size()))
 
 
 @dataclass(eq=False)
@@ -154,30 +154,6 @@ def _run(members: list[tuple[int, int, int, Leaf]], stop: int) -> tuple[int, Sto
 # --- refusals -----------------------------------------------------------------------------------
 
 
-def _why_not(tensor: Tensor) -> str | None:
-    """Why this tensor's memory cannot be moved; None if it can."""
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
-        return "it has no values yet: run the model once first"
-    if tensor.is_meta:
-        return "it is on the meta device and has no values: load them first"
-    if tensor.layout != torch.strided:
-        return f"its layout is {tensor.layout}, only dense tensors have one piece of memory"
-    if tensor.is_nested:
-        return "it is a nested tensor: convert it to the jagged layout"
-    if tensor.is_quantized:
-        return "it is of torch's old quantized kind, whose scale is not in its memory"
-    if tensor.grad_fn is not None:
-        return "it is computed by autograd: detach it"
-    if _is_wrapper(tensor):
-        return (
-            f"{type(tensor).__name__} has no memory of its own and does not say what is inside: "
-            "it needs __tensor_flatten__"
-        )
-    if tensor.numel() and tensor.untyped_storage().nbytes() < Leaf("", tensor).extent[1]:
-        return "its memory was freed"
-    return None
-
-
 def _is_wrapper(tensor: Tensor) -> bool:
     """A subclass made by _make_wrapper_subclass, a fake tensor among them."""
     if type(tensor) in (Tensor, nn.Parameter, nn.Buffer):
@@ -188,6 +164,34 @@ def _is_wrapper(tensor: Tensor) -> bool:
     with contextlib.suppress(RuntimeError), torch._C.DisableTorchFunctionSubclass():
         return bool(tensor.numel()) and tensor.untyped_storage().data_ptr() == 0
     return True
+
+
+def _too_short(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() < Leaf("", tensor).extent[1]
+
+
+# Asked in this order: what comes later may raise for what comes before.
+_REASONS: tuple[tuple[Callable[[Tensor], bool], str], ...] = (
+    (nn.parameter.is_lazy, "it has no values yet: run the model once first"),
+    (lambda t: t.is_meta, "it is on the meta device and has no values: load them first"),
+    (
+        lambda t: t.layout != torch.strided,
+        "it is sparse or of a layout of its own: only dense tensors are one piece of memory",
+    ),
+    (lambda t: t.is_nested, "it is a nested tensor: use the jagged layout"),
+    (lambda t: t.is_quantized, "it is of torch's old quantized kind: use torchao's"),
+    (lambda t: t.grad_fn is not None, "it is computed by autograd: detach it"),
+    (
+        _is_wrapper,
+        "its type has no memory of its own and no __tensor_flatten__ that says what is inside",
+    ),
+    (_too_short, "its memory was freed"),
+)
+
+
+def _why_not(tensor: Tensor) -> str | None:
+    """Why this tensor's memory cannot be moved; None if it can."""
+    return next((reason for holds, reason in _REASONS if holds(tensor)), None)
 
 
 def _frozen(module: nn.Module) -> str | None:

@@ -1,0 +1,478 @@
+"""Where a module's weights live for good: in a file, mapped privately.
+
+A parameter is pointed at the map once and not again by moving: with its pages away it reads the
+same bytes, only slower. What is changed through it is in pages of this process, which the kernel
+tells apart, and goes into the file before they are given back.
+
+What cannot be followed: memory that was taken from a parameter before it was adopted (``p.data``,
+``p.detach()``, a NumPy array of it, unless the module keeps it as an attribute) still is the memory
+of before; writes to it do not reach the model. And nobody may change the weights while they are
+adopted.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opguard import _C
+from opguard.pools._spill import PAGE, Piece, SpillFile, SpillFolder, forks
+from opguard.pools._storages import ALIGNMENT, Leaf, Storage, leaves_of, refuse, storages_of
+from opguard.pools._user_files import UserFile, user_file_of
+from opguard.pools.errors import PoolError, PoolFileChanged
+
+__all__ = ["Home", "Member"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A tensor of the module and where its bytes are at home.
+
+    Attributes:
+        name: of the parameter or buffer; ``name::inner`` inside a tensor subclass.
+        base: a tensor over the home, of the same shape and strides, whatever the module's own
+            points at now.
+        segment: index into ``Home.segments``.
+    """
+
+    name: str
+    base: Tensor
+    segment: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Whole pages of one map that come and go together."""
+
+    pages: _C.SpillMap
+    start: int
+    end: int
+    segment: int
+    user_file: UserFile | None = None
+
+
+class Home:
+    """The weights of one module in a file of ours, brought in and given back by whole pages.
+
+    Use ``Home.adopt``. Thread-safe but for ``close``: whoever gives back while somebody computes
+    makes that slow, and never wrong.
+
+    Attributes:
+        name: for messages.
+        nbytes: what the weights take when they are in memory, in whole pages.
+        segments: [(start, end)] in bytes, page-aligned, one after the other: what bring_in and
+            give_back can move by itself.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.name = name
+        self.nbytes = 0
+        self.segments: list[tuple[int, int]] = []
+        self._module = weakref.ref(module)
+        self._members: dict[str, Member] = {}
+        self._names: dict[int, str] = {}
+        self._parts: list[_Part] = []
+        self._file: SpillFile | None = None
+        self._folder: SpillFolder | None = None
+        self._map: _C.SpillMap | None = None
+        self._forks = forks()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def adopt(
+        cls,
+        module: nn.Module,
+        folder: SpillFolder,
+        name: str,
+        *,
+        segments: Sequence[Iterable[Tensor]] | None = None,
+        trust_files: bool = False,
+    ) -> Home:
+        """Writes the module's weights to a file and points its tensors there.
+
+        Afterwards nothing of them is in memory. An error leaves the module as it was.
+
+        Args:
+            module: on any device; afterwards its tensors are in host memory. Parameters stay the
+                same objects.
+            folder: where the file goes.
+            name: for messages and the file's name.
+            segments: tensors that are to come and go together, one group each; what is in no
+                group, or in several, is in the last and the first of them.
+            trust_files: weights that ``safetensors`` has mapped stay in the user's file, which is
+                looked at whenever they are brought in. What is changed in them stays in memory.
+
+        Raises:
+            Unmanageable: weights that must not be moved; the message has the reason.
+            OSError: the file cannot be written.
+        """
+        leaves = leaves_of(module)
+        refuse(module, leaves)
+        self = cls(module, name)
+        storages = storages_of(leaves)
+        with torch.inference_mode(False), torch.no_grad():
+            groups = _grouped(storages, segments)
+            theirs = self._trusted(groups) if trust_files else []
+            ours = [[one for one in group if one not in theirs] for group in groups]
+            bases = self._spill(ours, folder)
+            for storage in theirs:
+                bases.update((id(leaf), leaf.tensor.detach()) for leaf in storage.leaves)
+            self._lay_out(len(groups))
+            self._take(leaves, groups, bases)
+        self.give_back()
+        return self
+
+    # --- coming and going -------------------------------------------------------------------------
+
+    def bring_in(self, segment: int | None = None) -> None:
+        """Reads the pages in, after a look at whether the file is as it was.
+
+        Raises:
+            PoolFileChanged: it is not.
+        """
+        for part in self._of(segment):
+            try:
+                part.pages.check()
+                if part.user_file is not None:
+                    part.user_file.check()
+                part.pages.populate(part.start, part.end)
+            except OSError as error:
+                raise self._said(error, part, "read") from error
+
+    def give_back(self, segment: int | None = None) -> int:
+        """Writes what was changed to the file and gives all pages to the kernel.
+
+        In a forked child, and in a user's file, changed pages stay in memory instead.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            OSError: they could not be written, e.g. for a full disk; they are still in memory.
+            PoolFileChanged: the file was cut or written by somebody else.
+        """
+        written = 0
+        with self._lock:
+            for part in self._of(segment):
+                try:
+                    if self._forks != forks() and part.pages is self._map:
+                        written += self._leave_file(part)
+                    elif part.user_file is not None:
+                        part.pages.check()
+                    written += part.pages.give_back(part.start, part.end)
+                except OSError as error:
+                    raise self._said(error, part, "write") from error
+        return written
+
+    def resident(self, segment: int | None = None) -> int:
+        """Bytes of the pages that this process holds."""
+        return sum(part.pages.resident(part.start, part.end) for part in self._of(segment))
+
+    def changed(self, segment: int | None = None) -> int:
+        """Bytes of the pages that were changed and are in no file yet."""
+        return sum(part.pages.changed(part.start, part.end) for part in self._of(segment))
+
+    @property
+    def broken(self) -> bool:
+        """Whether bytes were read that the file no longer has: zeros were computed with."""
+        return any(part.pages.broken for part in self._parts)
+
+    def raise_if_broken(self) -> None:
+        """PoolFileChanged if ``broken``: for the end of a lease."""
+        for part in self._parts:
+            if part.pages.broken:
+                raise self._said(OSError(errno.ESTALE, ""), part, "read")
+
+    # --- tensors ----------------------------------------------------------------------------------
+
+    @property
+    def map(self) -> _C.SpillMap | None:
+        """The map of our file; None where all weights are in the user's."""
+        return self._map
+
+    @property
+    def members(self) -> list[Member]:
+        """The tensors that were adopted, each object once."""
+        return list(self._members.values())
+
+    def tensors(self) -> list[tuple[Member, Tensor]]:
+        """The module's tensors as they are now; those that were replaced by others are left out."""
+        module = self._module()
+        if module is None:
+            return []
+        pairs = ((member, _found(module, member.name)) for member in self._members.values())
+        return [
+            (member, tensor)
+            for member, tensor in pairs
+            if tensor is not None and self._names.get(id(tensor)) == member.name
+        ]
+
+    def base(self, tensor: Tensor) -> Tensor:
+        """A tensor over the home for one of the module's, wherever that points now.
+
+        Raises:
+            PoolError: it is none of those that were adopted.
+        """
+        module = self._module()
+        name = self._names.get(id(tensor))
+        if module is None or name is None or _found(module, name) is not tensor:
+            raise PoolError(
+                f"expected a parameter or buffer of {self.name}, got another tensor of shape "
+                f"{tuple(tensor.shape)}; pass the module's own, not a copy or view of it"
+            )
+        return self._members[name].base
+
+    def astray(self) -> list[str]:
+        """Names of tensors that do not point here now: patched, or moved by their owner."""
+        return [
+            member.name
+            for member, tensor in self.tensors()
+            if tensor.numel() and tensor.data_ptr() != member.base.data_ptr()
+        ]
+
+    def release(self) -> None:
+        """Puts the weights into ordinary memory and closes; the parameters stay the same."""
+        with torch.inference_mode(False), torch.no_grad():
+            fresh: dict[int, Tensor] = {}
+            for member, tensor in self.tensors():
+                if tensor.data_ptr() == member.base.data_ptr():
+                    _point(tensor, _copied(member.base, fresh))
+        self.close()
+
+    def close(self) -> None:
+        """Removes the file. Tensors that point here stay readable as long as they live."""
+        self._parts, self._map = [], None
+        self._members, self._names = {}, {}
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _of(self, segment: int | None) -> list[_Part]:
+        return [part for part in self._parts if segment is None or part.segment == segment]
+
+    def _trusted(self, groups: list[list[Storage]]) -> list[Storage]:
+        """The storages that lie in a user's file already, and parts for their pages."""
+        found = []
+        for index, group in enumerate(groups):
+            for storage in group:
+                user_file = user_file_of(storage) if storage.device.type == "cpu" else None
+                if user_file is None:
+                    continue
+                found.append(storage)
+                pages = user_file.pages
+                self._parts.append(_Part(pages, 0, pages.nbytes, index, user_file))
+        return found
+
+    def _spill(self, groups: list[list[Storage]], folder: SpillFolder) -> dict[int, Tensor]:
+        """Writes the storages and maps the file; a tensor over the map for the id of each leaf."""
+        pieces: list[Piece] = []
+        ranges: list[tuple[int, int]] = []
+        places: list[tuple[Storage, int]] = []
+        end = 0
+        for group in groups:
+            start = end
+            for storage in group:
+                end = -(-end // ALIGNMENT) * ALIGNMENT
+                pieces.append(Piece(storage.name, storage.nbytes, end, _reader(storage)))
+                places.append((storage, end))
+                end += storage.nbytes
+            end = -(-end // PAGE) * PAGE
+            ranges.append((start, end))
+        if not places:
+            return {}
+        self._folder = folder
+        self._file = file = folder.write(self.name, pieces, end, {"format": "pt"})
+        try:
+            pages = _C.SpillMap(file.fd, file.offset, end)
+        except OSError as error:
+            file.close()
+            raise self._said(error, None, "map") from error
+        self._map = pages
+        for index, (start, stop) in enumerate(ranges):
+            if stop > start:
+                self._parts.append(_Part(pages, start, stop, index))
+        bases: dict[int, Tensor] = {}
+        for storage, at in places:
+            flat = torch.frombuffer(pages, dtype=torch.uint8, count=storage.nbytes, offset=at)
+            for leaf in storage.leaves:
+                bases[id(leaf)] = _shown(leaf.tensor, flat, storage.start)
+        return bases
+
+    def _lay_out(self, count: int) -> None:
+        """Sizes of the segments, as if they lay one after the other."""
+        end = 0
+        for index in range(count):
+            start = end
+            end += sum(-(-(p.end - p.start) // PAGE) * PAGE for p in self._of(index))
+            self.segments.append((start, end))
+        self.nbytes = end
+
+    def _take(
+        self, leaves: list[Leaf], groups: list[list[Storage]], bases: dict[int, Tensor]
+    ) -> None:
+        """Points the tensors at the home; all or none."""
+        segment_of = {
+            id(leaf): index
+            for index, group in enumerate(groups)
+            for storage in group
+            for leaf in storage.leaves
+        }
+        pointed: list[tuple[Tensor, Tensor]] = []
+        try:
+            for leaf in leaves:
+                base = bases.get(id(leaf))
+                if base is None:  # without elements
+                    continue
+                before = leaf.tensor.detach()
+                if before.data_ptr() != base.data_ptr():
+                    _point(leaf.tensor, base)
+                    pointed.append((leaf.tensor, before))
+                self._members[leaf.name] = Member(leaf.name, base, segment_of[id(leaf)])
+                self._names[id(leaf.tensor)] = leaf.name
+        except BaseException:
+            for tensor, before in pointed:
+                _point(tensor, before)
+            self.close()
+            raise
+
+    def _leave_file(self, part: _Part) -> int:
+        """After a fork the child reads our file: changes go into a copy of it."""
+        file, folder, pages = self._file, self._folder, self._map
+        if file is None or folder is None or pages is None or not pages.writable:
+            return 0
+        if not pages.changed(part.start, part.end):
+            return 0
+        fresh = folder.copy(file)
+        try:
+            written = pages.move(fresh.fd)
+        except BaseException:
+            fresh.close()
+            raise
+        self._file, self._forks = fresh, forks()
+        file.close()
+        return written
+
+    def _said(self, error: OSError, part: _Part | None, verb: str) -> Exception:
+        """The error as one that says whose weights, and what to do."""
+        if error.errno == errno.ESTALE:
+            user_file = None if part is None else part.user_file
+            where = "their spill file" if user_file is None else user_file.path
+            return PoolFileChanged(
+                f"expected the weights of {self.name} in {where} as they were mapped, the file was "
+                "cut, written or replaced since; load the model again"
+            )
+        if error.errno == errno.ENOMEM:
+            return MemoryError(
+                f"expected memory to {verb} the weights of {self.name}, {self.nbytes} bytes, the "
+                "kernel has none for this process (see ulimit -v and vm.max_map_count)"
+            )
+        return type(error)(
+            error.errno,
+            f"expected to {verb} the weights of {self.name}: {error.strerror}; what was changed "
+            "in them is still in memory",
+        )
+
+
+# --- tensors over memory --------------------------------------------------------------------------
+
+
+def _reader(storage: Storage) -> Any:
+    """How the file's writer gets at the bytes; a device's are copied when they are asked for."""
+
+    def memory() -> tuple[int, object]:
+        if storage.device.type == "cpu":
+            return storage.address, storage
+        torch_storage = storage.leaves[0].tensor.untyped_storage()
+        flat = torch.empty(0, dtype=torch.uint8, device=storage.device)
+        flat = flat.set_(torch_storage, storage.start, (storage.nbytes,), (1,)).cpu()
+        return flat.data_ptr(), flat
+
+    return memory
+
+
+def _shown(tensor: Tensor, flat: Tensor, start: int) -> Tensor:
+    """A tensor like this one over other bytes, which begin at byte ``start`` of its storage."""
+    size = tensor.element_size()
+    offset = (tensor.storage_offset() * size - start) // size
+    with torch._C.DisableTorchFunctionSubclass():
+        made: Tensor = torch.empty(0, dtype=tensor.dtype)
+        made.set_(flat.untyped_storage(), offset, tensor.shape, tensor.stride())
+        if tensor.is_conj():
+            made = made.conj()
+        if tensor.is_neg():
+            made = torch._neg_view(made)
+    return made
+
+
+def _point(tensor: Tensor, at: Tensor) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        tensor.data = at
+
+
+def _copied(base: Tensor, fresh: dict[int, Tensor]) -> Tensor:
+    """The same view of a copy of its storage; tensors of one storage share the copy."""
+    storage = base.untyped_storage()
+    if storage._cdata not in fresh:
+        flat = torch.empty(0, dtype=torch.uint8)
+        fresh[storage._cdata] = flat.set_(storage, 0, (storage.nbytes(),), (1,)).clone()
+    return _shown(base, fresh[storage._cdata], 0)
+
+
+def _found(module: nn.Module, name: str) -> Tensor | None:
+    """What the module has under this name now."""
+    path, *inner = name.split("::")
+    owner: Any = module
+    *parts, last = path.split(".")
+    for part in parts:
+        owner = owner._modules.get(part)
+        if owner is None:
+            return None
+    value = owner._parameters.get(last)
+    if value is None:
+        value = owner._buffers.get(last)
+    if value is None:
+        value = vars(owner).get(last)
+    for attribute in inner:
+        value = getattr(value, attribute, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def _grouped(
+    storages: list[Storage], segments: Sequence[Iterable[Tensor]] | None
+) -> list[list[Storage]]:
+    """The storages by segment, in order; what no segment names comes last."""
+    if segments is None:
+        return [storages]
+    of = {id(leaf.tensor): index for index, one in enumerate(storages) for leaf in one.leaves}
+    taken: set[int] = set()
+    groups: list[list[Storage]] = []
+    for segment in segments:
+        group = []
+        for tensor in segment:
+            for leaf in _leaves_in(tensor):
+                index = of.get(id(leaf))
+                if index is not None and index not in taken:
+                    taken.add(index)
+                    group.append(storages[index])
+        groups.append(group)
+    rest = [one for index, one in enumerate(storages) if index not in taken]
+    return [*groups, rest]
+
+
+def _leaves_in(tensor: Tensor) -> list[Tensor]:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [
+        leaf
+        for attribute in tensor.__tensor_flatten__()[0]
+        for leaf in _leaves_in(getattr(tensor, attribute))
+    ]
