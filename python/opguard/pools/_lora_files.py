@@ -36,14 +36,20 @@ KOHYA = {
     "lycoris": ("unet", "transformer"),
 }
 _KOHYA = re.compile(rf"^({'|'.join(sorted(KOHYA, key=len, reverse=True))})_(.+)$")
-_ROLES: tuple[tuple[re.Pattern[str], dict[str, str]], ...] = (
-    (re.compile(r"^(.+)\.lora_([AB])(?:\.([^.]+))?\.weight$"), {"A": "down", "B": "up"}),
-    (re.compile(r"^(.+)\.lora_B()(?:\.([^.]+))?\.bias$"), {"": "bias"}),
-    (re.compile(r"^(.+)\.lora_embedding_([AB])(?:\.([^.]+))?$"), {"A": "down", "B": "up"}),
-    (re.compile(r"^(.+)\.lora_(down|up|mid)()\.weight$"), {}),
-    (re.compile(r"^(.+)\.lora(?:_linear_layer)?\.(down|up)()\.weight$"), {}),
-    (re.compile(r"^(.+\.to_(?:q|k|v|out))_lora\.(down|up)()\.weight$"), {}),
-    (re.compile(r"^(.+)\.(alpha)()$"), {}),
+# (key, role by what the key says, what kind of key); groups: module, role, adapter's name.
+_ROLES: tuple[tuple[re.Pattern[str], dict[str, str], str], ...] = (
+    (re.compile(r"^(.+)\.lora_([AB])(?:\.([^.]+))?\.weight$"), {"A": "down", "B": "up"}, ""),
+    (re.compile(r"^(.+)\.lora_B()(?:\.([^.]+))?\.bias$"), {"": "bias"}, ""),
+    (
+        re.compile(r"^(.+)\.lora_embedding_([AB])(?:\.([^.]+))?$"),
+        {"A": "down", "B": "up"},
+        "embedding",
+    ),
+    (re.compile(r"^(.+)\.lora_(down|up|mid)\.weight$"), {}, ""),
+    (re.compile(r"^(.+)\.lora(?:_linear_layer)?\.(down|up)\.weight$"), {}, ""),
+    (re.compile(r"^(.+\.to_(?:q|k|v|out))_lora\.(down|up)\.weight$"), {}, "old"),
+    (re.compile(r"^(.+\.to_(?:q|k|v|out))_lora\.(alpha)$"), {}, "old"),
+    (re.compile(r"^(.+)\.(alpha)$"), {}, ""),
 )
 _WHOLE = re.compile(r"^(.+?)(?:\.base_layer|\.modules_to_save(?:\.[^.]+)?)\.(weight|bias)$")
 _OTHER = (
@@ -282,13 +288,13 @@ def _entries(
     replacements = []
     for key in sorted(tensors):
         tensor = _checked(key, tensors[key], where)
-        for number, (pattern, names) in enumerate(_ROLES):
+        for pattern, names, kind in _ROLES:
             found = pattern.match(key)
             if not found:
                 continue
             role = str(names.get(found[2], found[2]))
             path, component, flat, peft = _placed(found[1])
-            path = _old_name(path) if number == 5 else path
+            path = _old_name(path) if kind == "old" else path
             entry = entries.setdefault((component, path), _Entry(path, component, flat, peft))
             if role in entry.tensors:
                 raise ValueError(
@@ -296,7 +302,7 @@ def _entries(
                     "one place; save each adapter to a file of its own"
                 )
             entry.tensors[role], entry.keys[role] = tensor, key
-            entry.embedding |= number == 2
+            entry.embedding |= kind == "embedding"
             break
         else:
             whole = _replaced(key, saved)

@@ -148,7 +148,8 @@ def _in_module(root: nn.Module, whats: Sequence[Pair | Replacement], where: str)
     label = type(root).__name__
     inside = _Places(root, label, where)
     found = [inside.find(what, what.path) for what in whats]
-    if all(found):
+    prefixes = {what.component for what in whats if isinstance(what, Pair)} - {""}
+    if all(found) and len(prefixes) < 2:
         return [place for place in found if place is not None]
     named = {_component(what) for what in whats} - {()}
     if named and all(any(isinstance(getattr(root, n, None), nn.Module) for n in names)
