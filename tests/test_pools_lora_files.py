@@ -384,6 +384,16 @@ class Odd(nn.Module):
         self.weight = nn.Parameter(torch.zeros(5, 8))
 
 
+class Turned(Odd):
+    in_features, out_features = 8, 5
+
+
+def resized():
+    model = net()
+    model.head.weight = nn.Parameter(torch.zeros(6, 8), requires_grad=False)
+    return model
+
+
 def changed(path, module):
     model = net()
     setattr(model, path, module)
@@ -404,6 +414,8 @@ MODELS = {
     "kind": (lambda: changed("head", nn.LayerNorm(8)), state(),
              r"came torch\.nn\.modules\.norm\w*\.LayerNorm"),
     "custom": (lambda: changed("head", Odd()), state(), r"came .*Odd; leave it out"),
+    "custom linear": (lambda: changed("head", Turned()), state(), r"Turned, .*mode='hook'"),
+    "resized": (resized, state(), r"5 x 8 at head .* came \[6, 8\]"),
     "meta": (lambda: net().to("meta"), state(), "a meta tensor; load the model first"),
     "parametrized": (
         lambda: changed("head", nn.utils.parametrizations.weight_norm(nn.Linear(8, 5))), state(),

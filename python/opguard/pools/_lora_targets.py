@@ -18,6 +18,7 @@ __all__ = ["CONVS", "Target", "checked_pair", "targets_of"]
 
 _ADDABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_KNOWN = (nn.Linear, nn.Embedding, *CONVS)
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,16 @@ def _of_pair(place: Place, pair: Pair, scale: float, where: str) -> Iterator[Tar
     parameter = _parameter(place, name, where)
     up, down = pair.up * scale, pair.down
     change = LowRank(down.t(), up.t()) if transposed else LowRank(up, down)
+    if not isinstance(place.module, _KNOWN) and not _is_conv1d(place.module):
+        raise _refused_kind(
+            place, ", whose weight may lie any way round; give mode='hook' to LoraCommit", where
+        )
+    rows, columns = change.left.shape[0], change.right.shape[1]
+    if parameter.shape[0] != rows or parameter.numel() != rows * columns:
+        raise ValueError(
+            f"expected {name} of {rows} x {columns} at {place.path} by the module's own numbers, "
+            f"came {list(parameter.shape)}; set them to what the weight is"
+        )
     yield Target(place.path, parameter, change)
     if pair.bias is None:
         return

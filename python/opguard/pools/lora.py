@@ -138,7 +138,12 @@ class LoraCommit(DeltaCommit):
         if self.mode == "weights":
             super().apply(obj)
             return
-        self._keep(obj, add_sides(self._places(obj), self.scale, self.where))
+        handles = add_sides(self._places(obj), self.scale, self.where)
+        try:
+            self._keep(obj, handles)
+        except BaseException:
+            drop_sides(handles)
+            raise
 
     def revert(self, obj: Any) -> None:
         """Points the parameters back at the base, bit by bit what they were."""
