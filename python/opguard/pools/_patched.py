@@ -1,20 +1,35 @@
 """Pointing a module's parameters at patched tensors, and back.
 
-A patched tensor is always computed from the base with every patch of the stack, so it does not
-depend on what was applied before, and taking a patch back is pointing back: bit-exact.
+A patched tensor is always computed from the base with every patch below it, so it does not depend
+on what was applied before, and taking a patch back is pointing back: bit-exact. The parameters stay
+the same objects, and nothing is written into the base.
 """
 
 from __future__ import annotations
 
+import threading
+import warnings
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from opguard.pools import _stacks
+from opguard.pools._arenas import Chunk, put_chunk, rounded, take_chunk
 from opguard.pools.commits import CommitABC
+from opguard.pools.errors import PatchFailed
 
-__all__ = ["Delta", "DeltaCommit"]
+__all__ = ["Delta", "DeltaCommit", "PatchedWeightsChanged"]
+
+_TILE = 1 << 18
+# How many have the tensor beside its Python object: newer torch tells. Where it does not, a patch
+# is not refused under a live graph, and its backward raises.
+_use_count: Callable[[Tensor], int] | None = getattr(Tensor, "_use_count", None)
+_WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 class Delta(Protocol):
@@ -32,10 +47,32 @@ class Delta(Protocol):
     def __call__(self, source: Tensor, out: Tensor) -> None: ...
 
 
+class PatchedWeightsChanged(UserWarning):
+    """Patched weights were written to while the patch was applied.
+
+    Taking the patch back puts the base there again, bit by bit; what was written is kept here.
+
+    Attributes:
+        tensors: the patched weights as they were left, by name.
+    """
+
+    def __init__(self, message: str, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(message)
+        self.tensors = dict(tensors)
+
+
 class DeltaCommit(CommitABC):
     """A commit that adds to parameters: says what, never writes into them.
 
-    ``apply`` and ``revert`` are done here; several on one stack are computed as one.
+    ``apply`` and ``revert`` are done here; several on one stack are computed as one. Where weights
+    are written to under the patch, taking it back warns with `PatchedWeightsChanged`, which has
+    them. Seen is what moves the parameter's version; ``.data.add_`` and NumPy do not.
+
+    Raises, when applied:
+        TypeError: a parameter that cannot be pointed at a patched tensor: quantized, sparse, on
+            the meta device, of integers.
+        ValueError: a parameter whose memory others share in part, or that is held by a live
+            autograd graph, whose backward would read the patched weights.
     """
 
     undoes_itself = True
@@ -50,8 +87,384 @@ class DeltaCommit(CommitABC):
 
     def apply(self, obj: Any) -> None:
         """Points the parameters at patched tensors."""
-        raise NotImplementedError
+        with torch.inference_mode(False), torch.no_grad():
+            deltas = self.deltas(obj)
+            chunks = _chunks(obj, deltas)
+        try:
+            with _plainly():
+                patch = _Patch(obj, deltas, chunks)
+        except BaseException:
+            _free(obj, chunks)
+            raise
+        try:
+            self._keep(obj, patch)
+        except ValueError:
+            self._take_back(patch)
+            raise
 
     def revert(self, obj: Any) -> None:
         """Points the parameters back."""
-        raise NotImplementedError
+        self._take_back(self._kept_for(obj))
+        self._forget(obj)
+
+    @staticmethod
+    def _take_back(patch: _Patch) -> None:
+        with _plainly():
+            patch.take_back()
+        _free(patch.obj, patch.chunks)
+
+    def squash(self, commits: Sequence[CommitABC]) -> CommitABC:
+        """All of them as one: each weight is computed and rounded once."""
+        return _Together(commits)
+
+
+class _Together(DeltaCommit):
+    def __init__(self, commits: Sequence[CommitABC]) -> None:
+        self._commits = commits
+
+    def deltas(self, obj: Any) -> Mapping[Tensor, Delta]:
+        found: dict[Tensor, list[Delta]] = {}
+        for commit in self._commits:
+            assert isinstance(commit, DeltaCommit)
+            try:
+                deltas = commit.deltas(obj)
+            except Exception as error:
+                raise PatchFailed(
+                    f"{commit!r} could not be applied to {type(obj).__name__}, which is as it was "
+                    f"before: {type(error).__name__}: {error}",
+                    commit,
+                ) from error
+            for parameter, delta in deltas.items():
+                found.setdefault(parameter, []).append(delta)
+        return {p: d[0] if len(d) == 1 else _Chain(d) for p, d in found.items()}
+
+
+class _Chain:
+    """Several deltas of one parameter, one after the other."""
+
+    def __init__(self, deltas: Sequence[Delta]) -> None:
+        self.deltas = list(deltas)
+
+    def __call__(self, source: Tensor, out: Tensor) -> None:
+        for delta in self.deltas:
+            delta(source, out)
+            source = out
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    with _lock, torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+# --- what is patched now --------------------------------------------------------------------------
+
+# Computing is under the lock: a parameter may belong to several objects that are patched at a time.
+_lock = threading.RLock()
+_states: dict[int, _State] = {}
+
+
+class _Level:
+    """What one patch made of one weight."""
+
+    __slots__ = ("delta", "patch", "tensor", "versions")
+
+    def __init__(self, patch: _Patch, delta: Delta, tensor: Tensor) -> None:
+        self.patch, self.delta, self.tensor = patch, delta, tensor
+        self.versions: list[int | None] = []
+
+
+class _State:
+    """A weight while it is patched: the parameters that are this memory, and its levels."""
+
+    __slots__ = ("base", "levels", "parameters")
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.parameters = parameters
+        self.base = parameters[0].data
+        self.levels: list[_Level] = []
+
+    @property
+    def top(self) -> Tensor:
+        return self.levels[-1].tensor if self.levels else self.base
+
+
+class _Patch:
+    """What one commit did to one object: the weights it patched, and their memory."""
+
+    def __init__(
+        self,
+        obj: Any,
+        deltas: Mapping[Tensor, Delta],
+        chunks: dict[torch.device, Chunk],
+    ) -> None:
+        self.obj, self.chunks = obj, chunks
+        groups = _groups(obj, deltas)
+        self.states = [_states.get(id(group[0])) or _State(group) for group in groups]
+        levels: list[_Level] = []
+        moves: list[tuple[Tensor, Tensor, Tensor]] = []
+        for state, delta in zip(self.states, deltas.values(), strict=True):
+            tensor = chunks[state.base.device].cut(state.base)
+            below = [level.delta for level in state.levels]
+            _compute(state.base, [*below, delta], tensor)
+            levels.append(_Level(self, delta, tensor))
+            moves += [(parameter, state.top, tensor) for parameter in state.parameters]
+        _point_all(moves)
+        for state, level in zip(self.states, levels, strict=True):
+            level.versions = [_version(parameter) for parameter in state.parameters]
+            state.levels.append(level)
+            _states.update((id(parameter), state) for parameter in state.parameters)
+
+    def take_back(self) -> None:
+        """Points back; what was written to the patched weights meanwhile is reported."""
+        moves: list[tuple[Tensor, Tensor, Tensor]] = []
+        anew: list[tuple[Tensor, Tensor]] = []
+        changed: dict[int, Tensor] = {}
+        for state in self.states:
+            at = next(i for i, level in enumerate(state.levels) if level.patch is self)
+            level = state.levels[at]
+            if level is state.levels[-1]:
+                below = state.levels[at - 1].tensor if at else state.base
+                for parameter, version in zip(state.parameters, level.versions, strict=True):
+                    here = _is_at(parameter, level.tensor)
+                    if not here or _version(parameter) != version:
+                        changed[id(parameter)] = parameter.data
+                    moves.append((parameter, parameter.data, below))
+            else:
+                anew += _without(state, at)
+        names = {id(tensor): name for name, tensor in _tensors(self.obj)} if changed else {}
+        _point_all(moves)
+        for tensor, values in anew:
+            tensor.copy_(values)
+        for state in self.states:
+            state.levels = [level for level in state.levels if level.patch is not self]
+            for parameter in state.parameters:
+                if not state.levels:
+                    del _states[id(parameter)]
+            if state.levels:
+                state.levels[-1].versions = [_version(p) for p in state.parameters]
+        if changed:
+            _report(self.obj, {names.get(key, "?"): value for key, value in changed.items()})
+        self.states = []
+
+
+def _chunks(obj: Any, deltas: Mapping[Tensor, Delta]) -> dict[torch.device, Chunk]:
+    """Memory for the patched tensors, one chunk a device."""
+    needs: dict[torch.device, int] = {}
+    for parameter in deltas:
+        if isinstance(parameter, Tensor):
+            nbytes = rounded(parameter.numel() * parameter.element_size())
+            needs[parameter.device] = needs.get(parameter.device, 0) + nbytes
+    chunks: dict[torch.device, Chunk] = {}
+    try:
+        for device, nbytes in needs.items():
+            chunks[device] = take_chunk(obj, nbytes, device)
+    except BaseException:
+        _free(obj, chunks)
+        raise
+    return chunks
+
+
+def _free(obj: Any, chunks: dict[torch.device, Chunk]) -> None:
+    for chunk in chunks.values():
+        put_chunk(obj, chunk)
+
+
+def _without(state: _State, at: int) -> list[tuple[Tensor, Tensor]]:
+    """The levels above one that goes, and their values without it."""
+    below = [level.delta for level in state.levels[:at]]
+    found = []
+    for level in state.levels[at + 1 :]:
+        below.append(level.delta)
+        values = torch.empty_like(level.tensor)
+        _compute(state.base, below, values)
+        found.append((level.tensor, values))
+    return found
+
+
+def _report(obj: Any, tensors: dict[str, Tensor]) -> None:
+    warning = PatchedWeightsChanged(
+        f"expected nobody to write to the patched weights of {type(obj).__name__}, and "
+        f"{', '.join(sorted(tensors)[:3])} changed: the base is back as it was, and what was "
+        "written is in this warning's tensors; leave the block before changing weights",
+        tensors,
+    )
+    _stacks.later(partial(warnings.warn, warning, stacklevel=4))
+
+
+# --- computing and pointing -----------------------------------------------------------------------
+
+
+def _compute(base: Tensor, deltas: Sequence[Delta], out: Tensor) -> None:
+    """``out`` = the base and all deltas, in float32 or wider, rounded once."""
+    if base.dtype in _WIDE:
+        source = base
+        for delta in deltas:
+            delta(source, out)
+            source = out
+        return
+    flat = [part for delta in deltas for part in getattr(delta, "deltas", [delta])]
+    by_rows = base.dim() > 0 and all(hasattr(delta, "rows") for delta in flat)
+    rows = base.shape[0] if base.dim() else 1
+    step = max(1, _TILE * rows // max(base.numel(), 1)) if by_rows else rows
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        whole = step >= rows
+        wide = (base if whole else base[start:stop]).to(torch.float32)
+        for delta in flat:
+            (delta if whole else delta.rows(start, stop))(wide, wide)
+        (out if whole else out[start:stop]).copy_(wide)
+
+
+def _point_all(moves: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Points each parameter from one tensor at another: all of them or none."""
+    done = 0
+    try:
+        for parameter, _, there in moves:
+            _point(parameter, there)
+            done += 1
+    except BaseException:
+        for parameter, back, _ in moves[: done + 1]:
+            _point(parameter, back)
+        raise
+
+
+def _point(parameter: Tensor, at: Tensor) -> None:
+    if _held(parameter) and _version(parameter) is not None:
+        # A backward that needs what the parameter was would silently read the other tensor.
+        torch.autograd.graph.increment_version(parameter)
+    with torch._C.DisableTorchFunctionSubclass():
+        parameter.data = at
+
+
+def _held(parameter: Tensor) -> bool:
+    """Whether a live graph, or a view, has this parameter; where torch does not say: perhaps."""
+    return _use_count is None or _use_count(parameter) > 1
+
+
+def _version(tensor: Tensor) -> int | None:
+    try:
+        return int(tensor._version)
+    except RuntimeError:  # made in inference mode: nothing counts
+        return None
+
+
+def _is_at(parameter: Tensor, tensor: Tensor) -> bool:
+    same = parameter.data_ptr() == tensor.data_ptr() and parameter.shape == tensor.shape
+    return same and parameter.dtype == tensor.dtype and parameter.device == tensor.device
+
+
+# --- which tensors --------------------------------------------------------------------------------
+
+
+def _modules(obj: Any) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(obj, nn.Module):
+        yield "", obj
+        return
+    for name, value in list(vars(obj).items()) if hasattr(obj, "__dict__") else ():
+        if isinstance(value, nn.Module):
+            yield name, value
+
+
+def _tensors(obj: Any) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers with their names; tied ones once a name."""
+    for prefix, root in _modules(obj):
+        for path, module in root.named_modules(prefix=prefix):
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        yield f"{path}.{name}" if path else name, tensor
+
+
+def _groups(obj: Any, deltas: Mapping[Tensor, Delta]) -> list[list[Tensor]]:
+    """For each parameter, itself and the others that are the same memory, after all checks."""
+    names = {}
+    ranges: list[_Range] = []
+    for name, tensor in _tensors(obj):
+        if id(tensor) not in names:
+            names[id(tensor)] = name
+            if type(tensor.data) is Tensor and tensor.layout is torch.strided:
+                ranges.append((*_range(tensor), tensor))
+    for parameter in deltas:
+        if id(parameter) not in names and isinstance(parameter, Tensor):
+            names[id(parameter)] = f"a tensor of shape {tuple(parameter.shape)}"
+            ranges.append((*_range(parameter), parameter))
+        _check(parameter, names)
+    shared = _clusters(ranges)
+    return [_sharing(parameter, shared, names, deltas) for parameter in deltas]
+
+
+_Range = tuple[int, int, Tensor]
+
+
+def _clusters(ranges: list[_Range]) -> dict[int, list[_Range]]:
+    """For the id of each tensor that shares memory, all that overlap, also through others."""
+    shared: dict[int, list[_Range]] = {}
+    cluster: list[_Range] = []
+    end = 0
+    for one in sorted(ranges, key=lambda one: (one[2].device.index or 0, one[:2])):
+        if one[0] == one[1]:
+            continue
+        if cluster and (one[0] >= end or one[2].device != cluster[0][2].device):
+            cluster = []
+        cluster.append(one)
+        end = max(end, one[1]) if len(cluster) > 1 else one[1]
+        if len(cluster) > 1:
+            shared.update((id(member[2]), cluster) for member in cluster)
+    return shared
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    if tensor.is_meta or not tensor.numel():
+        return 0, 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _check(parameter: Tensor, names: Mapping[int, str]) -> None:
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"expected a parameter for each delta, got {type(parameter).__name__}")
+    name = names[id(parameter)]
+    kind = parameter.data
+    if type(kind) is not Tensor or kind.layout is not torch.strided or kind.is_meta:
+        what = "a meta tensor" if kind.is_meta else f"{type(kind).__name__} ({kind.layout})"
+        raise TypeError(
+            f"expected {name} to be a plain tensor, got {what}: patch such a layer with a forward "
+            "hook"
+        )
+    if not (kind.is_floating_point() or kind.is_complex()):
+        raise TypeError(f"expected {name} to be of a floating dtype, got {kind.dtype}")
+    state = _states.get(id(parameter))
+    if state is not None and not _is_at(parameter, state.top):
+        raise ValueError(
+            f"expected {name} where the patch below points it, and it was moved or converted "
+            "meanwhile: leave that block first"
+        )
+    if _use_count is not None and _held(parameter):
+        raise ValueError(
+            f"expected {name} to be in no autograd graph, and a live graph or a view holds it, "
+            "whose backward would read the patched weights: run backward or drop its output first"
+        )
+
+
+def _sharing(
+    parameter: Tensor,
+    shared: Mapping[int, list[_Range]],
+    names: Mapping[int, str],
+    deltas: Mapping[Tensor, Delta],
+) -> list[Tensor]:
+    group = [parameter]
+    mine = (*_range(parameter), parameter.shape, parameter.stride(), parameter.dtype)
+    for start, end, other in shared.get(id(parameter), ()):
+        if other is parameter:
+            continue
+        same = (start, end, other.shape, other.stride(), other.dtype) == mine
+        if not same or other in deltas:
+            what = "and both have a delta" if same else "in part"
+            raise ValueError(
+                f"{names[id(parameter)]} and {names[id(other)]} share memory {what}: tied weights "
+                "take one delta for all of them, and views cannot be patched"
+            )
+        group.append(other)
+    return group

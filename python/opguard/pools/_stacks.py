@@ -9,7 +9,6 @@ is never forgotten.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import weakref
 from collections import deque
@@ -17,15 +16,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import uuid4
 
+from opguard.pools._turns import Owner, Turn, current_owner, locked, renew_lock
 from opguard.pools._undoing import Snapshot
 from opguard.pools.commits import CommitABC
-from opguard.pools.errors import Deadlock, LeaseTimeout, PatchFailed
+from opguard.pools.errors import PatchFailed
 
 __all__ = [
     "Entry",
-    "Owner",
     "PatchedObject",
-    "current_owner",
     "has_record",
     "later",
     "on_forget",
@@ -33,12 +31,8 @@ __all__ = [
     "run_later",
 ]
 
-# A finalizer may run at any line of the thread that holds this lock: it never waits for it, see
-# _Locked and _orphan.
-_lock = threading.Lock()
 _records: dict[int, PatchedObject] = {}
 _orphans: deque[PatchedObject] = deque()
-_waits: dict[tuple[int, int], PatchedObject] = {}
 _identities: dict[int, tuple[weakref.ref[Any], str]] = {}
 
 
@@ -73,53 +67,6 @@ def has_record(obj: Any) -> bool:
     return id(obj) in _records
 
 
-class _Locked:
-    """The lock; on leaving, records whose last proxies died meanwhile are looked at."""
-
-    def __enter__(self) -> None:
-        _lock.acquire()
-
-    def __exit__(self, *exc: object) -> None:
-        _lock.release()
-        _look_after_orphans()
-
-
-_locked = _Locked()
-
-
-class Owner:
-    """Who opens blocks: a thread, or a task of asyncio."""
-
-    __slots__ = ("key", "task", "thread")
-
-    def __init__(self, thread: int, task: Any) -> None:
-        self.thread = thread
-        self.task = task
-        self.key = (thread, id(task))
-
-    def __str__(self) -> str:
-        if self.task is not None:
-            return f"task {self.task.get_name()}"
-        names = {t.ident: t.name for t in threading.enumerate()}
-        return f"thread {names.get(self.thread, self.thread)}"
-
-    def is_same(self, other: Owner) -> bool:
-        """Whether both are one thread, or one task."""
-        return self.key == other.key
-
-
-def current_owner() -> Owner:
-    """The task that runs, if one does, else the thread."""
-    asyncio = sys.modules.get("asyncio")
-    task = None
-    if asyncio is not None:
-        try:
-            task = asyncio.current_task()
-        except RuntimeError:  # no loop runs in this thread
-            task = None
-    return Owner(threading.get_ident(), task)
-
-
 class Entry:
     """One open block: the stack it wants on the object, and where it was opened."""
 
@@ -127,14 +74,6 @@ class Entry:
 
     def __init__(self, owner: Owner, stack: tuple[CommitABC, ...], line: str) -> None:
         self.owner, self.stack, self.line = owner, stack, line
-
-
-class _Waiter:
-    __slots__ = ("granted", "owner", "wake")
-
-    def __init__(self, owner: Owner, wake: Callable[[], object]) -> None:
-        self.owner, self.wake = owner, wake
-        self.granted = False
 
 
 class _Applied:
@@ -159,143 +98,35 @@ class _Applied:
         )
 
 
-class PatchedObject:
+class PatchedObject(Turn):
     """The record of one object."""
 
     def __init__(self, obj: Any) -> None:
+        super().__init__()
         self.obj = obj
         self.identity = _identity(obj)
         self.applied: list[_Applied] = []
         self.resting: tuple[CommitABC, ...] = ()
         self.entries: list[Entry] = []
         self.proxies = 0
-        self.owner: Owner | None = None
-        self._holds = 0
-        self._waiters: deque[_Waiter] = deque()
 
     @property
     def stack(self) -> tuple[CommitABC, ...]:
         """The commits that are on the object now, bottom first."""
         return tuple(commit for applied in self.applied for commit in applied.commits)
 
-    # -- who may change the stack ---------------------------------------------------------------
-
-    def _try(self, owner: Owner, waiter: _Waiter | None, blocks_thread: bool) -> bool:
-        """Under the lock: takes the object, or queues ``waiter``; Deadlock if that cannot end."""
-        if self.owner is None:
-            self.owner, self._holds = owner, 1
-            return True
-        if self.owner.is_same(owner):
-            self._holds += 1
-            return True
-        seen: Owner | None = self.owner
-        while seen is not None:
-            if seen.is_same(owner) or (blocks_thread and seen.thread == owner.thread):
-                raise Deadlock(
-                    f"{owner} would wait for {self._described()}, which is held by {self.owner}, "
-                    "which cannot let go before it: leave that block first, or use async with",
-                    self.holders(),
-                )
-            waits_for = _waits.get(seen.key)
-            seen = waits_for.owner if waits_for is not None else None
-        if waiter is not None:
-            self._waiters.append(waiter)
-            _waits[owner.key] = self
-        return False
-
-    def acquire(self, owner: Owner, timeout: float | None) -> None:
-        """Waits until this owner may change the stack; re-entrant.
-
-        Raises:
-            LeaseTimeout: not within ``timeout`` seconds.
-            Deadlock: whoever holds it waits for this thread or task.
-        """
-        gate = threading.Lock()
-        gate.acquire()
-        waiter = _Waiter(owner, gate.release)
-        with _locked:
-            if self._try(owner, waiter, blocks_thread=True):
-                return
-        try:
-            came = gate.acquire(timeout=-1 if timeout is None else max(timeout, 0))
-        except BaseException:
-            self._withdraw(waiter)
-            raise
-        if not came and not self._withdraw(waiter, keep=True):
-            raise self._late(timeout)
-
-    async def acquire_async(self, owner: Owner, timeout: float | None) -> None:
-        """``acquire`` that lets the other tasks of the loop run meanwhile."""
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        came: asyncio.Future[None] = loop.create_future()
-
-        def tell() -> None:
-            if not came.done():
-                came.set_result(None)
-
-        waiter = _Waiter(owner, lambda: loop.call_soon_threadsafe(tell))
-        with _locked:
-            if self._try(owner, waiter, blocks_thread=False):
-                return
-        try:
-            await asyncio.wait_for(came, timeout)
-        except TimeoutError:
-            if not self._withdraw(waiter, keep=True):
-                raise self._late(timeout) from None
-        except BaseException:
-            self._withdraw(waiter)
-            raise
-
-    def _withdraw(self, waiter: _Waiter, keep: bool = False) -> bool:
-        """Stops waiting; True if it was granted meanwhile, which is given back unless ``keep``."""
-        with _locked:
-            _waits.pop(waiter.owner.key, None)
-            if not waiter.granted:
-                self._waiters.remove(waiter)
-                return False
-            if not keep:
-                self._release_locked()
-            return True
-
-    def release(self) -> None:
-        """Gives up one hold; the first who waits gets the object."""
-        with _locked:
-            self._release_locked()
-
-    def _release_locked(self) -> None:
-        self._holds -= 1
-        if self._holds:
-            return
-        self.owner = None
-        while self._waiters and self.owner is None:
-            waiter = self._waiters.popleft()
-            waiter.granted = True
-            _waits.pop(waiter.owner.key, None)
-            self.owner, self._holds = waiter.owner, 1
-            try:
-                waiter.wake()
-            except RuntimeError:  # its event loop is closed
-                self.owner, self._holds = None, 0
-        if self.owner is None and not self.proxies:
-            _orphans.append(self)
-
-    def _described(self) -> str:
+    def described(self) -> str:
+        """What is held, for messages."""
         return f"the patches of {type(self.obj).__name__}"
 
     def holders(self) -> tuple[str, ...]:
         """One line for each open block."""
-        return tuple(f"{e.owner} has {self._described()} since {e.line}" for e in self.entries)
+        return tuple(f"{e.owner} has {self.described()} since {e.line}" for e in self.entries)
 
-    def _late(self, timeout: float | None) -> LeaseTimeout:
-        holders = self.holders()
-        by = holders[-1] if holders else f"{self.owner} is changing {self._described()}"
-        return LeaseTimeout(
-            f"expected to patch {type(self.obj).__name__} within {timeout} s, and {by}: leave that "
-            "block, or wait longer by timeout=",
-            holders,
-        )
+    def on_free(self) -> None:
+        """The last to hold it may have outlived all proxies."""
+        if not self.proxies:
+            _orphans.append(self)
 
     # -- blocks ---------------------------------------------------------------------------------
 
@@ -342,6 +173,7 @@ class PatchedObject:
                 self._apply(applied)
         except BaseException as error:
             self._go_back(before, error)
+            _pending.calls = None
             raise
 
     def _common(self, target: Sequence[CommitABC]) -> int:
@@ -461,7 +293,7 @@ def _identity(obj: Any) -> str:
 
 def record_of(obj: Any, proxy: Any) -> PatchedObject:
     """The record of ``obj``, which ``proxy`` keeps as long as it lives."""
-    with _locked:
+    with locked:
         record = _records.get(id(obj))
         if record is None:
             record = _records[id(obj)] = PatchedObject(obj)
@@ -481,7 +313,7 @@ def _proxy_died(record: PatchedObject) -> None:
 def _look_after_orphans() -> None:
     """Counts proxies that died; takes back what nobody is left to take back."""
     while _deaths or _orphans:
-        if not _lock.acquire(blocking=False):
+        if not locked.try_enter():
             return  # whoever holds the lock comes here after it
         try:
             while _deaths:
@@ -493,7 +325,7 @@ def _look_after_orphans() -> None:
             if mine and record is not None:
                 record.owner, record._holds = current_owner(), 1
         finally:
-            _lock.release()
+            locked.leave_quietly()
         if mine and record is not None:
             _take_back(record)
 
@@ -506,7 +338,7 @@ def _take_back(record: PatchedObject) -> None:
         record.rebase(())
         failed = False
     finally:
-        with _locked:
+        with locked:
             record._holds -= 1
             record.owner = None
             gone = not failed and not record.proxies and not record._waiters
@@ -523,16 +355,14 @@ def _take_back(record: PatchedObject) -> None:
 
 def _after_fork() -> None:
     """In a child: the other threads are gone, with their blocks; what is applied stays noted."""
-    global _lock  # noqa: PLW0603
-    _lock = threading.Lock()
-    _waits.clear()
-    me = threading.get_ident()
+    renew_lock()
     for record in _records.values():
-        record._waiters.clear()
-        if record.owner is not None and record.owner.thread != me:
-            record.owner, record._holds = None, 0
+        had = record.owner
+        record.forked()
+        if had is not record.owner:
             record.entries.clear()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+locked.after = _look_after_orphans

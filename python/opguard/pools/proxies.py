@@ -18,6 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
 
 from opguard.pools import _stacks
+from opguard.pools._turns import Owner, current_owner
 from opguard.pools.commits import CallableCommit, CommitABC
 
 __all__ = ["CommitObjectProxy"]
@@ -110,7 +111,7 @@ class CommitObjectProxy(Generic[T]):
     # -- blocks ---------------------------------------------------------------------------------
 
     def __enter__(self) -> T:
-        owner = _stacks.current_owner()
+        owner = current_owner()
         self._record.acquire(owner, self.timeout)
         return self._opened(owner, _line(sys._getframe(1)))
 
@@ -123,7 +124,7 @@ class CommitObjectProxy(Generic[T]):
         self._closed(error)
 
     async def __aenter__(self) -> T:
-        owner = _stacks.current_owner()
+        owner = current_owner()
         line = _line(sys._getframe(1))
         await self._record.acquire_async(owner, self.timeout)
         return self._opened(owner, line)
@@ -136,7 +137,7 @@ class CommitObjectProxy(Generic[T]):
     ) -> None:
         self._closed(error)
 
-    def _opened(self, owner: _stacks.Owner, line: str) -> T:
+    def _opened(self, owner: Owner, line: str) -> T:
         try:
             entry = _stacks.Entry(owner, self._commits, line)
             self._record.open(entry)
@@ -180,7 +181,7 @@ class CommitObjectProxy(Generic[T]):
         return self._rest(())
 
     def _rest(self, stack: tuple[CommitABC, ...]) -> T:
-        self._record.acquire(_stacks.current_owner(), self.timeout)
+        self._record.acquire(current_owner(), self.timeout)
         try:
             self._record.rest(stack)
         finally:
@@ -193,7 +194,7 @@ class CommitObjectProxy(Generic[T]):
 
         Commits that were made into one with it are struck too.
         """
-        self._record.acquire(_stacks.current_owner(), self.timeout)
+        self._record.acquire(current_owner(), self.timeout)
         try:
             self._record.give_up(commit)
         finally:
