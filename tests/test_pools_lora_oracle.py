@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_models import close, computed, inputs, merged, net, peft_model, saved, state
+from lora_models import close, computed, gpt2, inputs, merged, net, peft_model, saved, state
 from opguard.pools.lora import LoraCommit
 
 peft = pytest.importorskip("peft")
@@ -77,17 +77,6 @@ def test_plain_formula_in_float64():
     ours = computed(base, commit)["head.weight"]
     expected = base.head.weight - 0.5 * 6 / 4 * (b @ a)
     torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-7)
-
-
-def gpt2(**kwargs):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0,
-        eos_token_id=1, **kwargs,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval().requires_grad_(False)
 
 
 def test_gpt2_whose_linear_layers_keep_their_weight_transposed(tmp_path):

@@ -47,6 +47,18 @@ def net(dtype: torch.dtype = torch.float32, seed: int = 0) -> Net:
     return Net().to(dtype).eval().requires_grad_(False)
 
 
+def gpt2(**kwargs: Any) -> Any:
+    """Its head is tied to its embedding, its linear layers are transformers' Conv1D."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0,
+        eos_token_id=1, **kwargs,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval().requires_grad_(False)
+
+
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     torch.manual_seed(9)
     return torch.randint(0, 13, (2, 4)), torch.randn(2, 3, 6, 6).to(dtype)

@@ -17,7 +17,7 @@ __all__ = ["Added", "LowRank", "Whole"]
 # Elements of one tile: the weight is copied from the base into the result and the product added
 # there, so a tile should still be in the second-level cache then. Not a multiple of the threads:
 # the same base has to give the same bits whatever the number of threads is at that moment.
-TILE = 1 << 18
+TILE = 1 << 20
 
 
 def _matrix(tensor: Tensor) -> Tensor | None:
