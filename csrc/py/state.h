@@ -8,6 +8,7 @@
 #include "py/guards.h"
 #include "py/ops.h"
 #include "py/pool_arena.h"
+#include "py/pool_lease.h"
 #include "py/pool_ledger.h"
 #include "py/pool_pages.h"
 #include "py/sanitize.h"
@@ -20,6 +21,7 @@ typedef struct og_state {
     og_flags_state flags;
     og_arena_state arena;
     og_pool_ledger_state pool_ledger;
+    og_pool_lease_state pool_lease;
 } og_state;
 
 /* Borrowed; module is an opguard._C. Never NULL after exec. */

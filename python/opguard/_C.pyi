@@ -1,12 +1,14 @@
 """Types of the C core; its docstrings are in the module itself."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from os import PathLike
-from types import TracebackType
-from typing import Any, Final, TypeVar, final
+from types import CodeType, TracebackType
+from typing import Any, Final, Generic, Literal, SupportsIndex, TypeVar, final
 
 from _typeshed import structseq
 from torch import Tensor
+from typing_extensions import Self
 
 _E = TypeVar("_E", bound=BaseException)
 _T = TypeVar("_T")
@@ -391,3 +393,92 @@ class SpillMap:
     def method(self) -> str: ...
     @property
     def writable(self) -> bool: ...
+
+# --- leases of pools ----------------------------------------------------------------------------
+
+@final
+class Owner:
+    @property
+    def id(self) -> int: ...
+    @property
+    def thread(self) -> int: ...
+    @property
+    def task(self) -> asyncio.Task[Any] | None: ...
+    @property
+    def held(self) -> tuple[tuple[tuple[int, ...], CodeType | None, int], ...]: ...
+
+def pool_owner(ledger: Ledger, /) -> Owner: ...
+def pool_owners(ledger: Ledger, /) -> list[Owner]: ...
+
+@final
+class Seat:
+    units: tuple[int, ...]
+    slow: bool
+    enter_slow: Callable[[Seat, Owner, float | None], tuple[tuple[int, int], ...] | None] | None
+    leave_slow: Callable[[Seat], object] | None
+    enter_async: Callable[[Lease[Any], Owner, float | None], Awaitable[Any]] | None
+    def __new__(
+        cls,
+        ledger: Ledger,
+        units: tuple[int, ...],
+        enter_slow: Callable[[Seat, Owner, float | None], tuple[tuple[int, int], ...] | None]
+        | None = None,
+        leave_slow: Callable[[Seat], object] | None = None,
+    ) -> Self: ...
+    @property
+    def ledger(self) -> Ledger: ...
+    @property
+    def leases(self) -> int: ...
+
+@final
+class Lease(Generic[_T]):
+    def __new__(
+        cls,
+        seat: Seat,
+        value: _T = ...,
+        timeout: float | None = None,
+        after: Callable[[], object] | None = None,
+    ) -> Self: ...
+    @property
+    def seat(self) -> Seat: ...
+    @property
+    def value(self) -> _T: ...
+    @property
+    def timeout(self) -> float | None: ...
+    @property
+    def entered(self) -> int: ...
+    def __enter__(self) -> _T: ...
+    def __exit__(
+        self, type: object = None, value: object = None, traceback: object = None, /
+    ) -> Literal[False]: ...
+    def __aenter__(self) -> Awaitable[_T]: ...
+    def __aexit__(
+        self, type: object = None, value: object = None, traceback: object = None, /
+    ) -> Awaitable[Literal[False]]: ...
+    def adopt(self, owner: Owner, extra: tuple[tuple[int, int], ...] | None = None, /) -> None: ...
+
+@final
+class LeasedForward:
+    seat: Seat | None
+    keeper: Any
+    prepare: (
+        Callable[
+            [tuple[Any, ...], dict[str, Any] | None], tuple[tuple[Any, ...], dict[str, Any] | None]
+        ]
+        | None
+    )
+    timeout: float | None
+    active: bool
+    def __new__(
+        cls,
+        seat: Seat | None,
+        function: Callable[..., Any],
+        module: object = None,
+        keeper: Any = None,
+    ) -> Self: ...
+    @property
+    def __wrapped__(self) -> Callable[..., Any]: ...
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any: ...
+    def __deepcopy__(self, memo: dict[int, Any], /) -> Any: ...
+    def __reduce__(self) -> Any: ...
+    def __reduce_ex__(self, protocol: SupportsIndex, /) -> Any: ...

@@ -1,0 +1,371 @@
+/* opguard._C.Owner: the thread or task that asks for a lease.
+ *
+ * A context variable holds the owner. Contexts are copied into new tasks and
+ * into threads of asyncio.to_thread, so what it holds may be another's: then
+ * the caller gets an owner of its own, below that one while that one holds a
+ * lease, for whoever holds it may wait for what it started. The variable is
+ * never reset: the copy that was set dies with its context. */
+#include "py/pool_ledger.h"
+#include "py/pool_lease.h"
+#include "py/state.h"
+
+#include <structmember.h>
+
+/* asyncio, where somebody imported it: 1, 0 or -1. */
+static int
+find_asyncio(og_pool_lease_state *lease)
+{
+    if (lease->current_task != NULL) {
+        return 1;
+    }
+    PyObject *asyncio =
+        PyDict_GetItemString(PyImport_GetModuleDict(), "asyncio");
+    if (asyncio == NULL) {
+        return 0;
+    }
+    Py_XDECREF(lease->running_loop);
+    lease->running_loop = PyObject_GetAttrString(asyncio, "_get_running_loop");
+    if (lease->running_loop != NULL) {
+        lease->current_task = PyObject_GetAttrString(asyncio, "current_task");
+    }
+    if (lease->current_task != NULL) {
+        return 1;
+    }
+    if (PyErr_ExceptionMatches(PyExc_AttributeError)) {
+        PyErr_Clear(); /* it is being imported: no loop runs */
+        return 0;
+    }
+    return -1;
+}
+
+/* *task: a new reference to the task that runs in this thread, or NULL. */
+static int
+find_task(og_pool_lease_state *lease, PyObject **task)
+{
+    *task = NULL;
+    int found = find_asyncio(lease);
+    if (found <= 0) {
+        return found;
+    }
+    PyObject *loop = PyObject_CallNoArgs(lease->running_loop);
+    if (loop == NULL) {
+        return -1;
+    }
+    if (loop != Py_None) {
+        *task = PyObject_CallFunctionObjArgs(lease->current_task, loop, NULL);
+    }
+    bool failed = loop != Py_None && *task == NULL;
+    Py_DECREF(loop);
+    if (*task == Py_None) {
+        Py_CLEAR(*task);
+    }
+    return failed ? -1 : 0;
+}
+
+static bool
+is_caller(const OwnerObject *owner, unsigned long thread, PyObject *task)
+{
+    if (owner->thread != thread || (owner->task == NULL) != (task == NULL)) {
+        return false;
+    }
+    return task == NULL || PyWeakref_GetObject(owner->task) == task;
+}
+
+static int
+owner_holds(const OwnerObject *owner)
+{
+    return og_ledger_owner_holds(owner->ledger, owner->id, NULL) > 0;
+}
+
+static OwnerObject *
+owner_alloc(og_pool_lease_state *lease, PyObject *ledger_object,
+            og_ledger *ledger)
+{
+    PyTypeObject *type = (PyTypeObject *)lease->owner_type;
+    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    OwnerObject *self = (OwnerObject *)alloc(type, 0);
+    if (self == NULL) {
+        return NULL;
+    }
+    self->ledger_object = Py_NewRef(ledger_object);
+    self->ledger = ledger;
+    self->older = lease->owners;
+    if (lease->owners != NULL) {
+        lease->owners->newer = self;
+    }
+    lease->owners = self;
+    return self;
+}
+
+/* The caller's owner, made and put into the context. inherited may be NULL. */
+static OwnerObject *
+owner_make(og_pool_lease_state *lease, PyObject *ledger_object,
+           og_ledger *ledger, OwnerObject *inherited, PyObject *task)
+{
+    unsigned long thread = PyThread_get_thread_ident();
+    OwnerObject *self = owner_alloc(lease, ledger_object, ledger);
+    if (self == NULL) {
+        return NULL;
+    }
+    self->thread = thread;
+    int64_t parent = 0;
+    OwnerObject *at = inherited;
+    for (; at != NULL; at = at->beside) {
+        if (at->ledger == ledger && owner_holds(at)) {
+            parent = at->id;
+        }
+    }
+    if (inherited != NULL && inherited->ledger != ledger &&
+        is_caller(inherited, thread, task) && owner_holds(inherited)) {
+        self->beside = (OwnerObject *)Py_NewRef((PyObject *)inherited);
+    }
+    og_error err;
+    if (task != NULL && (self->task = PyWeakref_NewRef(task, NULL)) == NULL) {
+        Py_DECREF((PyObject *)self);
+        return NULL;
+    }
+    if (og_ledger_add_owner(ledger, parent, (int64_t)thread, &self->id, &err) <
+        0) {
+        og_pool_raise(&err);
+        Py_DECREF((PyObject *)self);
+        return NULL;
+    }
+    PyObject *token =
+        PyObject_CallFunctionObjArgs(lease->owner_set, (PyObject *)self, NULL);
+    if (token == NULL) {
+        Py_DECREF((PyObject *)self);
+        return NULL;
+    }
+    Py_DECREF(token);
+    return self;
+}
+
+OwnerObject *
+og_pool_owner_now(og_state *state, PyObject *ledger_object, og_ledger *ledger)
+{
+    og_pool_lease_state *lease = &state->pool_lease;
+    PyObject *task;
+    if (find_task(lease, &task) < 0) {
+        return NULL;
+    }
+    PyObject *got =
+        PyObject_CallFunctionObjArgs(lease->owner_get, Py_None, NULL);
+    OwnerObject *found = NULL;
+    if (got != NULL) {
+        OwnerObject *inherited = got == Py_None ? NULL : (OwnerObject *)got;
+        unsigned long thread = PyThread_get_thread_ident();
+        OwnerObject *at = inherited;
+        for (; at != NULL && found == NULL; at = at->beside) {
+            if (at->ledger == ledger && is_caller(at, thread, task)) {
+                found = (OwnerObject *)Py_NewRef((PyObject *)at);
+            }
+        }
+        if (found == NULL) {
+            found = owner_make(lease, ledger_object, ledger, inherited, task);
+        }
+        Py_DECREF(got);
+    }
+    Py_XDECREF(task);
+    return found;
+}
+
+/* --- the type ------------------------------------------------------------ */
+
+static void
+Owner_dealloc(PyObject *object)
+{
+    OwnerObject *self = (OwnerObject *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    og_state *state = (og_state *)PyType_GetModuleState(type);
+    if (self->weak_list != NULL) {
+        PyObject_ClearWeakRefs(object);
+    }
+    if (self->newer != NULL) {
+        self->newer->older = self->older;
+    }
+    else if (state->pool_lease.owners == self) {
+        state->pool_lease.owners = self->older;
+    }
+    if (self->older != NULL) {
+        self->older->newer = self->newer;
+    }
+    if (self->id > 0) {
+        (void)og_ledger_drop_owner(self->ledger, self->id, NULL);
+    }
+    Py_XDECREF(self->task);
+    Py_XDECREF((PyObject *)self->beside);
+    Py_XDECREF(self->ledger_object);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(object);
+    Py_DECREF(type);
+}
+
+static PyObject *
+Owner_get_task(PyObject *object, void *ignored)
+{
+    (void)ignored;
+    OwnerObject *self = (OwnerObject *)object;
+    PyObject *task =
+        self->task == NULL ? Py_None : PyWeakref_GetObject(self->task);
+    return Py_XNewRef(task);
+}
+
+/* What one entry says, kept while lists are made: that may collect garbage,
+ * and with it leases that are in the owner's list. */
+typedef struct held_row {
+    og_pool_units *units;
+    PyObject *code;
+    int line;
+} held_row;
+
+static PyObject *
+row_as_tuple(const held_row *row)
+{
+    PyObject *units = PyTuple_New((Py_ssize_t)row->units->count);
+    for (size_t i = 0; units != NULL && i < row->units->count; i++) {
+        PyObject *id = PyLong_FromLongLong(row->units->ids[i]);
+        if (id == NULL || PyTuple_SetItem(units, (Py_ssize_t)i, id) < 0) {
+            Py_CLEAR(units);
+        }
+    }
+    PyObject *code = row->code == NULL ? Py_None : row->code;
+    PyObject *result =
+        units == NULL ? NULL : Py_BuildValue("(OOi)", units, code, row->line);
+    Py_XDECREF(units);
+    return result;
+}
+
+static PyObject *
+Owner_get_held(PyObject *object, void *ignored)
+{
+    (void)ignored;
+    OwnerObject *self = (OwnerObject *)object;
+    size_t count = 0, i = 0;
+    for (og_pool_entry *at = self->entries; at != NULL; at = at->next) {
+        count++;
+    }
+    held_row *rows = PyMem_Calloc(count + 1, sizeof *rows);
+    if (rows == NULL) {
+        return PyErr_NoMemory();
+    }
+    for (og_pool_entry *at = self->entries; at != NULL; at = at->next, i++) {
+        rows[i] = (held_row){at->hold.units, Py_XNewRef(at->code), at->line};
+        at->hold.units->uses++;
+    }
+    PyObject *held = PyTuple_New((Py_ssize_t)count);
+    for (i = 0; i < count; i++) {
+        PyObject *row = held == NULL ? NULL : row_as_tuple(rows + i);
+        if (row == NULL || PyTuple_SetItem(held, (Py_ssize_t)i, row) < 0) {
+            Py_CLEAR(held);
+        }
+        og_pool_units_drop(rows[i].units);
+        Py_XDECREF(rows[i].code);
+    }
+    PyMem_Free(rows);
+    return held;
+}
+
+static PyGetSetDef Owner_getset[] = {
+    {"task", Owner_get_task, NULL, "The asyncio task while it is alive.",
+     NULL},
+    {"held", Owner_get_held, NULL,
+     "Leases of `with` blocks, newest first: (units, code, line).", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyMemberDef Owner_members[] = {
+    {"id", T_LONGLONG, offsetof(OwnerObject, id), READONLY,
+     "The ledger's id of it."},
+    {"thread", T_ULONG, offsetof(OwnerObject, thread), READONLY,
+     "threading.get_ident() there."},
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(OwnerObject, weak_list),
+     READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot Owner_slots[] = {
+    {Py_tp_doc, (void *)"A thread or task that asks a ledger for leases."},
+    {Py_tp_members, Owner_members},
+    {Py_tp_getset, Owner_getset},
+    {Py_tp_dealloc, (void *)Owner_dealloc},
+    {0, NULL},
+};
+
+static PyType_Spec Owner_spec = {
+    .name = "opguard._C.Owner",
+    .basicsize = sizeof(OwnerObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE |
+             Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = Owner_slots,
+};
+
+static PyObject *
+pool_owner(PyObject *module, PyObject *ledger)
+{
+    og_state *state = og_state_get(module);
+    og_ledger *core = og_ledger_of(state, ledger);
+    return core == NULL ? NULL
+                        : (PyObject *)og_pool_owner_now(state, ledger, core);
+}
+
+static PyObject *
+pool_owners(PyObject *module, PyObject *ledger)
+{
+    og_state *state = og_state_get(module);
+    og_ledger *core = og_ledger_of(state, ledger);
+    PyObject *all = core == NULL ? NULL : PyList_New(0);
+    /* An append may collect garbage, and with it owners: begin again then
+     * would not end, so the next one is kept alive first. */
+    OwnerObject *at = state->pool_lease.owners;
+    Py_XINCREF((PyObject *)at);
+    while (at != NULL) {
+        if (all != NULL && at->ledger == core &&
+            PyList_Append(all, (PyObject *)at) < 0) {
+            Py_CLEAR(all);
+        }
+        OwnerObject *older = at->older;
+        Py_XINCREF((PyObject *)older);
+        Py_DECREF((PyObject *)at);
+        at = older;
+    }
+    return all;
+}
+
+PyDoc_STRVAR(pool_owner_doc,
+             "pool_owner($module, ledger, /)\n--\n\n"
+             "The Owner of this thread or task in ledger.");
+PyDoc_STRVAR(pool_owners_doc,
+             "pool_owners($module, ledger, /)\n--\n\n"
+             "All Owners of ledger that are alive, the newest first.");
+
+PyMethodDef og_pool_owner_methods[] = {
+    {"pool_owner", pool_owner, METH_O, pool_owner_doc},
+    {"pool_owners", pool_owners, METH_O, pool_owners_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+int
+og_pool_owner_exec(PyObject *module, og_state *state)
+{
+    og_pool_lease_state *lease = &state->pool_lease;
+    lease->owner_type = PyType_FromModuleAndSpec(module, &Owner_spec, NULL);
+    PyObject *contextvars = PyImport_ImportModule("contextvars");
+    PyObject *variable = contextvars == NULL || lease->owner_type == NULL
+                             ? NULL
+                             : PyObject_CallMethod(contextvars, "ContextVar",
+                                                   "s", "opguard.pool_owner");
+    Py_XDECREF(contextvars);
+    if (variable == NULL) {
+        return -1;
+    }
+    lease->owner_get = PyObject_GetAttrString(variable, "get");
+    if (lease->owner_get != NULL) {
+        lease->owner_set = PyObject_GetAttrString(variable, "set");
+    }
+    Py_DECREF(variable);
+    return lease->owner_set == NULL ||
+                   PyModule_AddType(module,
+                                    (PyTypeObject *)lease->owner_type) < 0
+               ? -1
+               : 0;
+}
