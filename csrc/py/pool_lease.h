@@ -111,10 +111,6 @@ og_pool_hold_drop(og_pool_hold *hold);
 PyObject *
 og_pool_done(struct og_state *state, PyObject *value);
 
-/* Raises what err says. */
-void
-og_pool_raise(const og_error *err);
-
 int
 og_pool_seat_exec(PyObject *module, struct og_state *state);
 

@@ -126,7 +126,7 @@ owner_make(og_pool_lease_state *lease, PyObject *ledger_object,
     }
     if (og_ledger_add_owner(ledger, parent, (int64_t)thread, &self->id, &err) <
         0) {
-        og_pool_raise(&err);
+        og_ledger_raise(&err);
         Py_DECREF((PyObject *)self);
         return NULL;
     }

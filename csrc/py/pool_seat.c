@@ -31,18 +31,6 @@ og_pool_hold_drop(og_pool_hold *hold)
     Py_XDECREF((PyObject *)owner);
 }
 
-void
-og_pool_raise(const og_error *err)
-{
-    if (err->status == OG_NO_MEMORY) {
-        PyErr_NoMemory();
-        return;
-    }
-    PyErr_SetString(
-        err->status == OG_BAD_ARGUMENT ? PyExc_ValueError : PyExc_LookupError,
-        err->message);
-}
-
 /* --- counting ------------------------------------------------------------ */
 
 int
@@ -71,7 +59,7 @@ og_pool_try(og_state *state, SeatObject *seat, og_pool_hold *hold)
         og_ledger_enter(seat->ledger, hold->owner->id, hold->units->ids,
                         hold->units->count, 0, &err);
     if (entered < 0) {
-        og_pool_raise(&err);
+        og_ledger_raise(&err);
         og_pool_hold_drop(hold);
         return -1;
     }
@@ -216,7 +204,7 @@ og_pool_give(og_pool_hold *hold)
     own.seat->leases--;
     int result = pump < 0 ? -1 : 0;
     if (pump < 0) {
-        og_pool_raise(&err);
+        og_ledger_raise(&err);
     }
     else if (pump > 0 && own.seat->leave_slow != NULL &&
              own.seat->leave_slow != Py_None) {
