@@ -4,11 +4,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from os import PathLike
 from types import CodeType, TracebackType
-from typing import Any, Final, Generic, Literal, SupportsIndex, TypeVar, final
+from typing import Any, Final, Generic, Literal, Self, SupportsIndex, TypeVar, final
 
 from _typeshed import structseq
 from torch import Tensor
-from typing_extensions import Self
 
 _E = TypeVar("_E", bound=BaseException)
 _T = TypeVar("_T")

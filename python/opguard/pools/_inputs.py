@@ -28,7 +28,7 @@ def input_mover(device: torch.device) -> Mover | None:
     def move(
         args: tuple[Any, ...], kwargs: dict[str, Any] | None
     ) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
-        return move_inputs((args, kwargs), device)
+        return _move(args, device, memo := {}), _move(kwargs, device, memo)
 
     return move
 
@@ -56,31 +56,27 @@ def _move(value: Any, device: torch.device, memo: dict[int, Any]) -> Any:
 
 
 def _is_record(value: Any) -> bool:
-    return (
-        dataclasses.is_dataclass(value)
-        and not isinstance(value, (type, nn.Module))
-        and hasattr(value, "__dict__")
-    )
+    if not dataclasses.is_dataclass(type(value)) or isinstance(value, nn.Module):
+        return False
+    return hasattr(value, "__dict__")
 
 
 def _moved(value: Any, device: torch.device, memo: dict[int, Any]) -> Any:
     if isinstance(value, (torch.Tensor, PackedSequence)):
-        return value.to(device)
+        move: Callable[..., Any] = value.to
+        return move(device)
     if isinstance(value, (tuple, list)):
         items = [_move(item, device, memo) for item in value]
-        if all(new is old for new, old in zip(items, value, strict=True)):
-            return value
-        return _rebuilt(value, items)
-    if isinstance(value, Mapping):
-        pairs = {key: _move(item, device, memo) for key, item in value.items()}
-        if all(pairs[key] is item for key, item in value.items()):
-            return value
-        return _remapped(value, pairs)
-    fields = {key: _move(item, device, memo) for key, item in vars(value).items()}
-    if all(fields[key] is item for key, item in vars(value).items()):
+        same = all(new is old for new, old in zip(items, value, strict=True))
+        return value if same else _rebuilt(value, items)
+    parts = value if isinstance(value, Mapping) else vars(value)
+    moved = {key: _move(part, device, memo) for key, part in parts.items()}
+    if all(moved[key] is part for key, part in parts.items()):
         return value
+    if isinstance(value, Mapping):
+        return _remapped(value, moved)
     made = copy.copy(value)
-    vars(made).update(fields)
+    vars(made).update(moved)
     return made
 
 

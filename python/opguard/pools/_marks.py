@@ -14,6 +14,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
+from functools import partial
 from types import CoroutineType, FunctionType, GeneratorType
 from typing import Any
 
@@ -188,7 +189,7 @@ class Compile:
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         module = self._mark._alive()
-        return type(module).compile.__get__(module)
+        return partial(type(module).compile, module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self._mark.part_of_copy(COMPILE, memo)
@@ -264,9 +265,7 @@ async def _awaited(lease: Any, body: Coroutine[Any, Any, Any]) -> Any:
         body.close()  # where the lease was refused, nobody awaits it
 
 
-async def _async_steps(
-    lease: Any, body: AsyncGenerator[Any, Any]
-) -> AsyncGenerator[Any, Any]:
+async def _async_steps(lease: Any, body: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
     async with lease:
         sent: Any = None
         step = body.asend
