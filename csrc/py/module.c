@@ -3,9 +3,9 @@
 #include "py/state.h"
 
 static const og_family *const families[] = {
-    &og_ops_family,    &og_sanitize_family,    &og_detach_family,
-    &og_guards_family, &og_files_family,       &og_flags_family,
-    &og_arena_family,  &og_pool_ledger_family, &og_pool_pages_family,
+    &og_ops_family,        &og_sanitize_family,    &og_detach_family,
+    &og_guards_family,     &og_files_family,       &og_flags_family,
+    &og_arena_family,      &og_pool_ledger_family, &og_pool_pages_family,
     &og_pool_lease_family,
 };
 
