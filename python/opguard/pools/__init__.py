@@ -9,13 +9,41 @@ from opguard.pools.errors import (
     PoolRefused,
     Unmanageable,
 )
+from opguard.pools.management import (
+    Management,
+    get_management,
+    initialize,
+    setup_default_pools,
+)
+from opguard.pools.modules import TorchModuleWrapper
+from opguard.pools.policies import Candidate
+from opguard.pools.resource_pools import ResourcePool
+from opguard.pools.users import ResourcePoolUser, register_user
+from opguard.pools.wrappers import AutoManageWrapper, auto_manage, free, manage, unmanage
+
+get_resource_management = get_management
 
 __all__ = [
+    "AutoManageWrapper",
+    "Candidate",
     "Deadlock",
     "LeaseTimeout",
+    "Management",
     "PatchFailed",
     "PoolError",
     "PoolFileChanged",
     "PoolRefused",
+    "ResourcePool",
+    "ResourcePoolUser",
+    "TorchModuleWrapper",
     "Unmanageable",
+    "auto_manage",
+    "free",
+    "get_management",
+    "get_resource_management",
+    "initialize",
+    "manage",
+    "register_user",
+    "setup_default_pools",
+    "unmanage",
 ]

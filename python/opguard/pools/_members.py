@@ -1,0 +1,252 @@
+"""Who is managed: objects come, are found again, change their options, and die."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from _thread import allocate_lock
+from collections.abc import Collection, Iterable
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from opguard import _C
+from opguard.pools._books import EVICTING, LOADING, Entry
+from opguard.pools._holders import holder_lines
+from opguard.pools._moving import Moving
+from opguard.pools._requests import BLOCKS_THREAD, Ask, enter, enter_async
+from opguard.pools._waiting import Latch, ThreadWaiter
+from opguard.pools.errors import PoolError, PoolRefused
+from opguard.pools.users import ResourcePoolUser, make_user
+
+__all__ = ["Members"]
+
+logger = logging.getLogger("opguard.pools")
+
+
+class Members(Moving):
+    """The tables of who is managed; the mutex guards them, and no finalizer takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._by_id: dict[int, Entry] = {}
+        self._claims: dict[int, tuple[int, Latch]] = {}
+        self._dead: SimpleQueue[Entry] = SimpleQueue()
+        self._names: dict[str, int] = {}
+        self._mutex = threading.Lock()
+
+    def find(self, obj: object) -> Entry | None:
+        """What was made of ``obj``, if it is managed."""
+        entry = self._by_id.get(id(obj))
+        return entry if entry is not None and entry.ref() is obj else None
+
+    def manage(
+        self,
+        obj: object,
+        *,
+        priority: int | None = None,
+        pin: bool | None = None,
+        name: str | None = None,
+        **options: Any,
+    ) -> Entry:
+        """The entry of ``obj``, made now unless it is managed; what is named holds for both."""
+        self.drain()
+        entry = self.find(obj)
+        while entry is None:
+            entry = self._claimed(obj, name, options)
+        self.update(entry, priority=priority, pin=pin, name=name, **options)
+        return entry
+
+    def _claimed(self, obj: object, name: str | None, options: dict[str, Any]) -> Entry | None:
+        """Make the entry, or wait for the thread that is at it; None: look again."""
+        latch, me = Latch(), threading.get_ident()
+        with self._mutex:
+            thread, theirs = self._claims.setdefault(id(obj), (me, latch))
+        if theirs is not latch:
+            if thread == me:
+                raise PoolError(f"{type(obj).__name__} is being managed further up in this thread")
+            waiter = ThreadWaiter()
+            theirs.join(waiter)
+            waiter.wait(None)
+            return self.find(obj)
+        try:
+            found = self.find(obj)
+            return found or self.add_user(self._user(obj, name, options), obj, name=name)
+        finally:
+            with self._mutex:
+                del self._claims[id(obj)]
+            latch.open()
+
+    def _user(self, obj: object, name: str | None, options: dict[str, Any]) -> ResourcePoolUser:
+        if name is not None:
+            options = {**options, "name": name}
+        return make_user(obj, management=self, **options)
+
+    def add_user(
+        self, user: ResourcePoolUser, obj: object | None = None, *, name: str | None = None
+    ) -> Entry:
+        """Manage ``obj`` (the user's own unless given) by a user made elsewhere."""
+        obj = user.obj if obj is None else obj
+        needs = {self.pool(pool).name: int(nbytes) for pool, nbytes in user.needs().items()}
+        with self._mutex:
+            entry = Entry(obj, user, self._new_name(name or type(obj).__name__))
+            for pool, nbytes in needs.items():
+                unit = self.ledger.add_unit(self.pools[pool]._index, nbytes, 0, 0, user.cost())
+                entry.units[pool] = unit
+                self.entries[unit] = entry
+            entry.seat = self.seat(entry.units.values())
+            self._by_id[entry.key] = entry
+        entry.ref = weakref.ref(obj, _Death(self, entry))
+        self._reclaimer.start()
+        return entry
+
+    def _new_name(self, name: str) -> str:
+        self._names[name] = number = self._names.get(name, 0) + 1
+        taken = {entry.name for entry in self.entries.values()}
+        while number > 1 or name in taken:
+            candidate = f"{name}-{number}" if number > 1 else name
+            if candidate not in taken:
+                return candidate
+            number += 1
+        return name
+
+    def seat(self, units: Iterable[int]) -> Any:
+        """What leases of these units share."""
+        seat = _C.Seat(self.ledger, tuple(units), self.enter_slow, self.leave_slow)
+        seat.enter_async = self.enter_async
+        return seat
+
+    def update(
+        self,
+        entry: Entry,
+        *,
+        priority: int | None = None,
+        pin: bool | None = None,
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Change what ``manage`` was told about it; None leaves as it is."""
+        pump = False
+        for unit in entry.units.values():
+            if priority is not None:
+                pump |= bool(self.ledger.set_unit(unit, "priority", int(priority)))
+            if pin is not None:
+                pump |= bool(self.ledger.set_unit(unit, "pinned", int(bool(pin))))
+        if name is not None and name != entry.name:
+            with self._mutex:
+                entry.name = self._new_name(name)
+        changed = {key: value for key, value in options.items() if value is not None}
+        if changed:
+            entry.user.change(**changed)
+        if pump:
+            self.pump()
+
+    def unmanage(self, obj: object) -> None:
+        """Let go of ``obj``: it works on as an ordinary object, outside any budget.
+
+        Raises:
+            PoolRefused: while it is leased, with who holds it.
+        """
+        entry = self.find(obj)
+        if entry is None:
+            return
+        holders = [(o, u, n) for u in entry.units.values() for o, n in self.ledger.holders(u)]
+        if holders:
+            lines = holder_lines(self, holders)
+            raise PoolRefused(
+                f"expected {entry.name!r} to be in nobody's use, but {'; '.join(lines)}", lines
+            )
+        self._remove(entry)
+        self.drain()
+
+    def enter_slow(self, seat: Any, owner: Any, timeout: float | None) -> None:
+        """What a seat calls where the short road does not do: returns with the lease counted."""
+        enter(Ask(self, owner.id, seat.units, timeout=timeout, flags=BLOCKS_THREAD))
+
+    async def enter_async(self, lease: Any, owner: Any, timeout: float | None) -> Any:
+        """The same for a task, whose loop goes on meanwhile; returns what the lease yields."""
+        ask = Ask(self, owner.id, lease.seat.units, timeout=timeout)
+        await enter_async(ask, lambda: lease.adopt(owner, None))
+        return lease.value
+
+    def leave_slow(self, _seat: Any) -> None:
+        """What a seat calls when a lease ended for which somebody waits. Takes no lock."""
+        self.pump()
+
+    def drain(self) -> bool:
+        """Take leave of objects that died. Not from a finalizer. True: some are still in use."""
+        for _ in range(self._dead.qsize()):
+            try:
+                entry = self._dead.get_nowait()
+            except Empty:
+                break
+            self._bury(entry)
+        return not self._dead.empty()
+
+    def _remove(self, entry: Entry) -> None:
+        pump = [self.ledger.remove_unit(unit) for unit in entry.units.values()]
+        with self._mutex:
+            if self._by_id.get(entry.key) is entry:
+                del self._by_id[entry.key]
+        self._dead.put(entry)
+        if any(pump):
+            self.pump()
+
+    def _bury(self, entry: Entry) -> None:
+        if self._by_id.get(entry.key) is entry:
+            self._remove(entry)
+            return
+        if any(self._busy(unit) for unit in entry.units.values()):
+            self._dead.put(entry)
+            self._reclaimer.wake()
+            return
+        for unit in entry.units.values():
+            self.entries.pop(unit, None)
+            self._told_to_go.discard(unit)
+        with entry.moving:
+            try:
+                entry.user.close()
+            except Exception:
+                logger.exception("could not clear up after %r", entry.name)
+        self.record_all(entry)
+
+    def forked(self, gone: Collection[int]) -> None:
+        """In a forked child: what threads that are not here held, moved or waited for ends.
+
+        Args:
+            gone: idents of the parent's other threads.
+        """
+        self._mutex = threading.Lock()
+        self._reclaimer.forked()
+        self._claims.clear()
+        self._latches.clear()
+        for ticket in self.board.threads():
+            self.ledger.cancel(ticket)
+            self.board.forget(ticket)
+        for unit, entry in self.entries.items():
+            entry.moving = allocate_lock()
+            if self.state(unit) == LOADING:
+                self.ledger.failed(unit)
+            elif self.state(unit) == EVICTING:
+                self.ledger.kept(unit)
+        for owner in _C.pool_owners(self.ledger):
+            if owner.thread in gone:
+                for unit in self.entries:
+                    held = dict(self.ledger.holders(unit)).get(owner.id, 0)
+                    self.ledger.leave(owner.id, (unit,) * held)
+
+    def died(self, entry: Entry) -> None:
+        """The object is gone. Runs in finalizers: queues, and does nothing else."""
+        self._dead.put(entry)
+        self._reclaimer.wake()
+
+
+class _Death:
+    """Called when an object dies; holds its entry, which holds no object."""
+
+    def __init__(self, management: Members, entry: Entry) -> None:
+        self._management = management
+        self._entry = entry
+
+    def __call__(self, _ref: object) -> None:
+        self._management.died(self._entry)

@@ -1,0 +1,173 @@
+"""Bytes in and out: what the users do once the ledger has decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import torch
+
+from opguard.pools._books import READY, Books, Entry
+from opguard.pools._reclaiming import Reclaimer
+from opguard.pools.errors import PoolError
+from opguard.pools.policies import Candidate
+from opguard.pools.resource_pools import ResourcePool
+from opguard.pools.users import ResourcePoolUser
+
+__all__ = ["Moving"]
+
+EVERYTHING = 1 << 60
+
+
+class Moving(Books):
+    """Moves users in and out. Called under no lock but an entry's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told_to_go: set[int] = set()
+        self._rank: Callable[[Candidate], float] | None = None
+        self._reclaimer = Reclaimer(self)
+        self._sweep_next = 0
+
+    def drain(self) -> bool:
+        """Take leave of objects that died. True: some are still in use."""
+        return False
+
+    def free(self, device: torch.device | str | None = None, nbytes: int | None = None) -> int:
+        """Give back idle users, least valuable first. Returns bytes that came free.
+
+        Args:
+            device: of which memory; None is where modules run.
+            nbytes: at least so many, where there are; None is all.
+        """
+        pool = self.pool(str(self.execution_device if device is None else device))
+        wanted = EVERYTHING if nbytes is None else int(nbytes)
+        return self.move_all_out(self.ledger.reclaim(pool._index, wanted, 0))
+
+    def condemn(self, entry: Entry) -> None:
+        """Tell it to go: it does soon, or when the bytes are needed, or stays if entered again."""
+        for unit in entry.units.values():
+            if not self.ledger.condemn(unit):
+                self._told_to_go.add(unit)
+        self._reclaimer.wake()
+
+    def move_all_out(self, units: Sequence[int]) -> int:
+        """Give back what the ledger chose; what would not go stays. Returns bytes."""
+        freed = 0
+        done: list[bool] = []
+        try:
+            for unit in units:
+                nbytes = self.nbytes(unit)
+                if self.move_out(unit, done) is None:
+                    freed += nbytes
+        finally:
+            for unit in units[len(done) :]:
+                self.ledger.kept(unit)
+            self.pump()
+        return freed
+
+    def move_out(self, unit: int, settled: list[bool]) -> Exception | None:
+        """Have a unit's user give its bytes back; ``settled`` gets the ledger's answer.
+
+        Returns:
+            The exception of a user that would not go.
+        """
+        entry = self.entries[unit]
+        with entry.moving:
+            try:
+                written = self._given_back(entry.user)
+            except Exception as error:
+                settled.extend(map(self.ledger.kept, (unit,)))
+                entry.stats.trouble = f"{type(error).__name__}: {error}"
+                return error
+            settled.extend(map(self.ledger.evicted, (unit,)))
+        entry.stats.written_back += written
+        entry.stats.evictions += 1
+        self.record_all(entry)
+        return None
+
+    @staticmethod
+    def _given_back(user: ResourcePoolUser) -> int:
+        try:
+            return user.give_back() or 0
+        except Exception:
+            raise
+        except BaseException:
+            # An interrupt says nothing of how far it came; what is given back twice is nothing.
+            user.give_back()
+            raise
+
+    def move_in(self, unit: int, settled: list[bool]) -> None:
+        """Have a unit's user come in; ``settled`` gets the ledger's answer.
+
+        Raises:
+            Exception: the user's own, with a note that names it.
+        """
+        entry = self.entries[unit]
+        if entry.ref() is None:
+            raise PoolError(
+                f"expected {entry.name!r} to be alive to be brought in; it is gone"
+            )
+        with entry.moving, entry.stats.loading():
+            try:
+                moved = entry.user.bring_in()
+            except Exception as error:
+                error.add_note(f"while bringing in {entry.name!r}")
+                raise
+            except BaseException:
+                with suppress(Exception):
+                    entry.user.give_back()
+                raise
+            settled.extend(map(self.ledger.loaded, (unit,)))
+        self.open_latch(unit)
+        entry.stats.bytes_in += self.nbytes(unit) if moved is None else moved
+        self.record_all(entry)
+        self._sweep_one()
+
+    def reclaim_idle(self) -> bool:
+        """Give back who was told to go, and what is above a budget. True: some are still in use."""
+        above = self.drain()
+        for pool in tuple(self.pools.values()):
+            self.move_all_out(self.ledger.reclaim_condemned(pool._index))
+            above |= self._reclaim_above_budget(pool)
+        for unit in tuple(self._told_to_go):
+            if not self._condemned_in_use(unit):
+                self._told_to_go.discard(unit)
+        return above or bool(self._told_to_go)
+
+    def _reclaim_above_budget(self, pool: ResourcePool) -> bool:
+        budget, used = self.ledger.pool(pool._index)[:2]
+        if used > budget:
+            self.move_all_out(self.ledger.reclaim(pool._index, used - budget, 0))
+            budget, used = self.ledger.pool(pool._index)[:2]
+        return bool(used > budget)
+
+    def _sweep_one(self) -> None:
+        """One absent user gives back what readers without a lease made resident."""
+        entries = tuple(self.entries.values())
+        if len(entries) < 2:
+            return
+        self._sweep_next = (self._sweep_next + 1) % len(entries)
+        entry = entries[self._sweep_next]
+        if not entry.moving.acquire(blocking=False):
+            return
+        try:
+            if all(self.state(unit) == 0 for unit in entry.units.values()):
+                with suppress(Exception):
+                    entry.user.sweep()
+        finally:
+            entry.moving.release()
+
+    def rank(self) -> None:
+        """Ask a callable policy about all who could go. Under no lock; the ledger validates."""
+        if self._rank is None:
+            return
+        for unit, entry in tuple(self.entries.items()):
+            info = self.unit(unit)
+            if info is not None and info.state == READY and not info.leases and not info.pinned:
+                pool = next(p for name, p in self.pools.items() if entry.units.get(name) == unit)
+                candidate = Candidate(
+                    entry.name, pool.name, pool.device, info.nbytes, info.priority,
+                    info.uses, info.tick, info.cost,
+                )  # fmt: skip
+                self.ledger.set_unit(unit, "rank", float(self._rank(candidate)))

@@ -1,0 +1,69 @@
+"""The thread that gives back later what was told to go, so that telling costs microseconds."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from opguard.pools._moving import Moving
+
+__all__ = ["Reclaimer"]
+
+logger = logging.getLogger("opguard.pools")
+# Who comes back within this time finds its pages where they were. Seconds.
+SOON = 0.05
+LATEST = 1.0
+
+
+class Reclaimer:
+    """One daemon thread a management, started with the first user, and none in a forked child.
+
+    ``wake`` may be called by finalizers: a SimpleQueue's put is made for that.
+    """
+
+    def __init__(self, management: Moving) -> None:
+        self._management = management
+        self._calls: SimpleQueue[None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    def start(self) -> None:
+        """Start the thread, unless it runs. Not from a finalizer."""
+        if self._thread is not None:
+            return
+        with self._starting:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="opguard-reclaimer", daemon=True)
+                thread.start()
+                self._thread = thread
+
+    def wake(self) -> None:
+        self._calls.put(None)
+
+    def forked(self) -> None:
+        """In the child: the thread is not there, and its queue may be in any state."""
+        self.__init__(self._management)  # type: ignore[misc]
+
+    def _run(self) -> None:
+        delay: float | None = None
+        while True:
+            self._wait(delay)
+            try:
+                unfinished = self._management.reclaim_idle()
+            except Exception:
+                logger.exception("could not give back what was told to go")
+                unfinished = True
+            delay = min((delay or SOON / 2) * 2, LATEST) if unfinished else None
+
+    def _wait(self, delay: float | None) -> None:
+        try:
+            self._calls.get(timeout=delay)
+        except Empty:
+            return
+        time.sleep(SOON)
+        while not self._calls.empty():
+            self._calls.get()

@@ -1,0 +1,279 @@
+"""One request, from asking the ledger to everything being in; whatever breaks it leaves nothing.
+
+The rules: each transition of the ledger is one call into C, so it happened or it did not; its
+answer goes into a list within the same call (``list.extend(map(...))``), because an interrupt may
+come between any two steps of Python. `Ask.undo` then reads from these lists how far it got.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from opguard.pools._holders import refusal, timed_out
+from opguard.pools._waiting import TaskWaiter, ThreadWaiter, time_left
+
+if TYPE_CHECKING:
+    from opguard.pools._moving import Moving
+
+__all__ = ["Ask", "enter", "enter_async"]
+
+GRANTED, WAIT = 0, 1
+LOADING, READY = 1, 2
+TRY, BLOCKS_THREAD = 1, 2
+
+
+class Answer(NamedTuple):
+    """What the ledger answers to a request, and to a ticket that is taken."""
+
+    verdict: int
+    ticket: int
+    evict: tuple[int, ...]
+    load: tuple[int, ...]
+    pending: tuple[int, ...]
+    holders: tuple[tuple[int, int, int], ...]
+    need: int
+    have: int
+
+
+class Ask:
+    """What is asked for, and how far it got."""
+
+    def __init__(
+        self,
+        management: Moving,
+        owner: int,
+        units: Sequence[int],
+        *,
+        extra: tuple[tuple[int, int], ...] = (),
+        timeout: float | None = None,
+        flags: int = 0,
+    ) -> None:
+        self.management = management
+        self.ledger = management.ledger
+        self.owner = owner
+        self.units = tuple(units)
+        self.extra = extra
+        self.timeout = timeout
+        self.deadline = None if timeout is None else monotonic() + timeout
+        self.flags = flags | (TRY if timeout is not None and timeout <= 0 else 0)
+        self.stuck: list[tuple[str, Exception]] = []
+        self.handed_over = False
+        self._answers: list[Any] = []
+        self._evicted: list[bool] = []
+        self._loaded: list[bool] = []
+
+    @property
+    def answer(self) -> Answer:
+        return Answer._make(self._answers[-1])
+
+    @property
+    def to_move(self) -> bool:
+        return bool(self.answer.evict or self.answer.load)
+
+    def ask(self) -> int:
+        """Ask the ledger. Returns the ticket to wait for, or 0 where it is granted.
+
+        Raises:
+            PoolRefused, Deadlock, LeaseTimeout: what the ledger refuses.
+        """
+        management = self.management
+        management.drain()
+        management.rank()
+        asked = ((self.owner,), (self.units,), (self.extra,), (0,), (self.flags,))
+        self._answers.extend(map(self.ledger.request, *asked))
+        answer = self.answer
+        if answer.verdict == GRANTED:
+            return 0
+        if answer.verdict == WAIT:
+            return answer.ticket
+        raise refusal(self)
+
+    def take(self, ticket: int) -> None:
+        """Take what a wake-up promised.
+
+        Raises:
+            PoolRefused: where what was waited for cannot come any more.
+        """
+        self.management.board.forget(ticket)
+        self._answers.extend(map(self.ledger.take, (ticket,)))
+        if self.answer.verdict != GRANTED:
+            raise refusal(self)
+
+    def move(self) -> bool:
+        """Bring out what has to go and in what is needed. False: something would not go, ask again.
+
+        Raises:
+            Exception: of the user that could not be brought in, with a note that names it.
+        """
+        management, answer = self.management, self.answer
+        stuck = len(self.stuck)
+        for unit in answer.evict:
+            error = management.move_out(unit, self._evicted)
+            if error is not None:
+                self.stuck.append((management.name_of(unit), error))
+        if len(self.stuck) > stuck:
+            return False
+        for unit in answer.load:
+            management.move_in(unit, self._loaded)
+        if any(self._evicted) or any(self._loaded):
+            management.pump()
+        return True
+
+    def undo(self) -> None:
+        """Give back whatever this ask has. Does nothing where there is nothing."""
+        if self.handed_over or not self._answers:
+            return
+        answer, management = self.answer, self.management
+        if answer.verdict == WAIT:
+            management.board.forget(answer.ticket)
+            self.ledger.cancel(answer.ticket)
+        elif answer.verdict == GRANTED:
+            for unit in answer.evict[len(self._evicted) :]:
+                self.ledger.kept(unit)
+            for unit in answer.load[len(self._loaded) :]:
+                self.ledger.failed(unit)
+                management.open_latch(unit)
+            self.ledger.leave(self.owner, self.units, self.extra)
+        self._answers, self._evicted, self._loaded = [], [], []
+        management.pump()
+
+    def loading(self, unit: int) -> bool:
+        return self.management.state(unit) == LOADING
+
+    def ready(self, unit: int) -> bool:
+        return self.management.state(unit) == READY
+
+
+# --- a thread's road ------------------------------------------------------------------------------
+
+
+def enter(ask: Ask) -> None:
+    """Wait for what is asked for and bring it in: counted and there, or raised and nothing."""
+    try:
+        while not _attempt(ask):
+            ask.undo()
+        return
+    except BaseException:
+        ask.undo()
+        raise
+
+
+def _attempt(ask: Ask) -> bool:
+    ticket = ask.ask()
+    if ticket:
+        waiter = ThreadWaiter()
+        if ask.management.board.wait_for(ticket, waiter):
+            _sleep(ask, waiter)
+        ask.take(ticket)
+    return ask.move() and all(_joined(ask, unit) for unit in ask.answer.pending)
+
+
+def _sleep(ask: Ask, waiter: ThreadWaiter) -> None:
+    started = monotonic()
+    try:
+        if not waiter.wait(time_left(ask.deadline)):
+            raise timed_out(ask)
+    finally:
+        ask.management.note_wait(ask.units, monotonic() - started)
+
+
+def _joined(ask: Ask, unit: int) -> bool:
+    """Wait for another's load. False where it failed: the next attempt loads it itself."""
+    while ask.loading(unit):
+        waiter = ThreadWaiter()
+        ask.management.latch(unit).join(waiter)
+        if ask.loading(unit):
+            _sleep(ask, waiter)
+    return ask.ready(unit)
+
+
+# --- a task's road: the same steps, and the moving in a thread of its own -------------------------
+
+
+async def enter_async(ask: Ask, adopt: Callable[[], object]) -> None:
+    """The same without blocking the loop; ``adopt`` is told that it is counted, as its last step.
+
+    Cancelled, it leaves nothing behind either.
+    """
+    try:
+        while not await _attempt_async(ask):
+            ask.undo()
+        adopt()
+        return
+    except BaseException:
+        ask.undo()
+        raise
+
+
+async def _attempt_async(ask: Ask) -> bool:
+    ticket = ask.ask()
+    if ticket:
+        waiter = TaskWaiter()
+        if ask.management.board.wait_for(ticket, waiter):
+            await _sleep_async(ask, waiter)
+        ask.take(ticket)
+    if ask.to_move and not await _Moving(ask).done():
+        return False
+    for unit in ask.answer.pending:
+        if not await _joined_async(ask, unit):
+            return False
+    return True
+
+
+async def _sleep_async(ask: Ask, waiter: TaskWaiter) -> None:
+    started = monotonic()
+    try:
+        if not await waiter.wait(time_left(ask.deadline)):
+            raise timed_out(ask)
+    finally:
+        ask.management.note_wait(ask.units, monotonic() - started)
+
+
+async def _joined_async(ask: Ask, unit: int) -> bool:
+    while ask.loading(unit):
+        waiter = TaskWaiter()
+        ask.management.latch(unit).join(waiter)
+        if ask.loading(unit):
+            await _sleep_async(ask, waiter)
+    return ask.ready(unit)
+
+
+class _Moving:
+    """A task's moving, in a thread of its own: a pool of threads could be full of those who wait.
+
+    Whoever comes second, the thread with its result or the task with its cancellation, cleans up.
+    """
+
+    def __init__(self, ask: Ask) -> None:
+        self._ask = ask
+        self._first: dict[str, str] = {}
+        self._waiter = TaskWaiter()
+        self._outcome: bool | BaseException = False
+
+    async def done(self) -> bool:
+        run = contextvars.copy_context().run
+        threading.Thread(target=run, args=(self._work,), name="opguard-pool", daemon=True).start()
+        try:
+            await self._waiter.wait(None)
+        except BaseException:
+            if self._first.setdefault("who", "task") == "task":
+                self._ask.handed_over = True
+            raise
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+        return self._outcome
+
+    def _work(self) -> None:
+        try:
+            self._outcome = self._ask.move()
+        except BaseException as error:
+            self._outcome = error
+        if self._first.setdefault("who", "thread") == "task":
+            self._ask.handed_over = False
+            self._ask.undo()
+        else:
+            self._waiter.wake()

@@ -1,0 +1,196 @@
+"""Figures: what is counted on the way, and all of it as plain data."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from opguard.pools._books import Entry
+    from opguard.pools.management import Management
+
+__all__ = ["PoolFigures", "Snapshot", "UserFigures", "WaitingRequest", "take_snapshot"]
+
+STATES = ("absent", "loading", "ready", "evicting")
+KEPT_EVENTS = 4096
+
+
+@dataclass(frozen=True)
+class PoolFigures:
+    """One pool: bytes that may be used, are used, and were used at most."""
+
+    name: str
+    device: str
+    budget: int
+    used: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class UserFigures:
+    """One user in one pool.
+
+    Attributes:
+        tier: where it comes from and goes to, in the user's words.
+        state: ``"absent"``, ``"loading"``, ``"ready"`` or ``"evicting"``.
+        nbytes: bytes while it is there.
+        holders: one line for each lease.
+        hits: leases that found it there; ``misses``: times it was brought in.
+        bytes_in: moved in, ``bytes_written_back``: changed and written, both since it is managed.
+        seconds_waited: for bytes, ``seconds_loading``: bringing in.
+        trouble: the last exception that kept it from going, if any.
+    """
+
+    name: str
+    pool: str
+    kind: str
+    tier: str
+    nbytes: int
+    state: str
+    priority: int
+    pinned: bool
+    leases: int
+    holders: tuple[str, ...]
+    hits: int
+    misses: int
+    evictions: int
+    bytes_in: int
+    bytes_written_back: int
+    seconds_waited: float
+    seconds_loading: float
+    trouble: str | None
+
+
+@dataclass(frozen=True)
+class WaitingRequest:
+    """One request in the queue, in order of coming."""
+
+    owner: str
+    wants: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All of it at one time.
+
+    Attributes:
+        events: the last (seconds since the start, name of pool, bytes used), oldest first.
+    """
+
+    policy: str
+    pools: tuple[PoolFigures, ...]
+    users: tuple[UserFigures, ...]
+    waiting: tuple[WaitingRequest, ...]
+    events: tuple[tuple[float, str, int], ...]
+
+
+class Stats:
+    """What is counted of one user. Only who moves it writes; a wait may lose a race, no more."""
+
+    def __init__(self) -> None:
+        self.misses = 0
+        self.evictions = 0
+        self.bytes_in = 0
+        self.written_back = 0
+        self.waited = 0.0
+        self.seconds_loading = 0.0
+        self.trouble: str | None = None
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Around a load."""
+        started = time.perf_counter()
+        try:
+            yield
+            self.misses += 1
+        finally:
+            self.seconds_loading += time.perf_counter() - started
+
+
+class Recorder:
+    """What was used when. Appending to a deque is one step; no lock."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self.events: deque[tuple[float, str, int]] = deque(maxlen=KEPT_EVENTS)
+        self.peaks: dict[str, int] = {}
+
+    def note(self, pool: str, used: int) -> None:
+        self.events.append((time.monotonic() - self._start, pool, used))
+        if used > self.peaks.get(pool, 0):
+            self.peaks[pool] = used
+
+
+def take_snapshot(management: Management) -> Snapshot:
+    """Read everything once. What changes meanwhile may be seen before or after its change."""
+    pools = tuple(
+        PoolFigures(
+            pool.name,
+            str(pool.device),
+            pool.budget,
+            used := pool.used,
+            max(used, management.recorder.peaks.get(pool.name, 0)),
+        )
+        for pool in tuple(management.pools.values())
+    )
+    users = tuple(
+        figures
+        for unit, entry in tuple(management.entries.items())
+        if (figures := _user(management, unit, entry)) is not None
+    )
+    policy = management.policy
+    return Snapshot(
+        policy if isinstance(policy, str) else getattr(policy, "__name__", repr(policy)),
+        pools,
+        users,
+        _waiting(management),
+        tuple(management.recorder.events),
+    )
+
+
+def _user(management: Management, unit: int, entry: Entry) -> UserFigures | None:
+    from opguard.pools._holders import holder_lines
+
+    info = management.unit(unit)
+    if info is None:
+        return None
+    stats = entry.stats
+    held = [(owner, unit, count) for owner, count in management.ledger.holders(unit)]
+    return UserFigures(
+        name=entry.name,
+        pool=next((name for name, u in entry.units.items() if u == unit), ""),
+        kind=type(entry.user).__name__,
+        tier=entry.user.describe(),
+        nbytes=info.nbytes,
+        state=STATES[info.state],
+        priority=info.priority,
+        pinned=bool(info.pinned),
+        leases=info.leases,
+        holders=holder_lines(management, held),
+        hits=max(0, info.uses - stats.misses),
+        misses=stats.misses,
+        evictions=stats.evictions,
+        bytes_in=stats.bytes_in,
+        bytes_written_back=stats.written_back,
+        seconds_waited=stats.waited,
+        seconds_loading=stats.seconds_loading,
+        trouble=stats.trouble,
+    )
+
+
+def _waiting(management: Management) -> tuple[WaitingRequest, ...]:
+    from opguard.pools._holders import owner_name
+
+    return tuple(
+        WaitingRequest(
+            owner_name(management, owner),
+            tuple(management.name_of(unit) for unit in units),
+            need,
+        )
+        for _ticket, owner, units, need in management.ledger.waiting()
+    )

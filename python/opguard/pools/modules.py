@@ -1,0 +1,94 @@
+"""How an nn.Module is a user of pools: its weights live in one map, here or on an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from opguard.pools._homes import Home
+from opguard.pools.users import ResourcePoolUser, register_user
+
+if TYPE_CHECKING:
+    from opguard.pools.management import Management
+
+__all__ = ["TorchModuleWrapper"]
+
+Estimate = int | Callable[..., int]
+
+
+class TorchModuleWrapper(ResourcePoolUser):
+    """A module's storages, written once to a file of ours and read from its private map.
+
+    On the CPU they point at the map for good: given back, the pages are read again from the file
+    by whoever touches them. On an accelerator they point at its memory while the module is in.
+
+    Args:
+        module: the module.
+        inference_memory_estimator: bytes that a call needs beside the weights, or a callable that
+            says so given the module and the call's arguments.
+        name: for the file, and for messages.
+        trust_files: leave storages that lie in a private map of a file of yours (what
+            ``safetensors.torch.load_file`` gives) there, and read that file again.
+        stream: per module, for one larger than its pool; see `opguard.pools.streaming`.
+
+    Raises:
+        Unmanageable: for modules whose weights must not move.
+        OSError: where the file cannot be written; the module is as it was.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        inference_memory_estimator: Estimate | None = None,
+        *,
+        management: Management | None = None,
+        name: str | None = None,
+        trust_files: bool = False,
+    ) -> None:
+        super().__init__(module)
+        if management is None:
+            from opguard.pools.management import get_management
+
+            management = get_management()
+        self.inference_memory_estimator = inference_memory_estimator
+        self._device = management.execution_device
+        self.home: Any = Home.adopt(
+            module, management.folder, name or type(module).__name__, trust_files=trust_files
+        )
+        if self._device.type != "cpu":
+            from opguard.pools._devices import DeviceHome
+
+            self.home = DeviceHome(self.home, self._device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory while it is in: unique storages, in whole pages."""
+        return int(self.home.nbytes)
+
+    @property
+    def execution_device(self) -> torch.device:
+        return self._device
+
+    def needs(self) -> Mapping[str, int]:
+        return {str(self._device): self.nbytes}
+
+    def bring_in(self) -> int:
+        self.home.bring_in()
+        return self.nbytes
+
+    def give_back(self) -> int:
+        return int(self.home.give_back() or 0)
+
+    def sweep(self) -> None:
+        self.home.give_back()
+
+    def close(self) -> None:
+        self.home.close()
+
+    def describe(self) -> str:
+        return "disk" if self._device.type == "cpu" else f"disk, {self._device}"
+
+
+register_user(torch.nn.Module, TorchModuleWrapper)

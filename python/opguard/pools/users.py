@@ -1,0 +1,178 @@
+"""What takes from a pool: the abstract user, and which class manages which type of object."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from opguard.pools.errors import Unmanageable
+
+__all__ = ["ResourcePoolUser", "make_user", "register_user"]
+
+Factory = Callable[..., "ResourcePoolUser"]
+
+
+class ResourcePoolUser(ABC):
+    """Something that takes bytes of pools while it is there, and can go and come back.
+
+    The ledger decides when; a user says how much and moves. Calls of ``bring_in`` and
+    ``give_back`` never overlap for one user, and come from any thread.
+
+    The object is held weakly: when it dies, its bytes are given back and ``close`` is called.
+    """
+
+    def __init__(self, obj: object) -> None:
+        self._obj = weakref.ref(obj)
+
+    @property
+    def obj(self) -> Any:
+        """The object, or None when it is gone."""
+        return self._obj()
+
+    @abstractmethod
+    def needs(self) -> Mapping[str, int]:
+        """Bytes by name of pool, while it is there. Asked once, when it is managed."""
+
+    @abstractmethod
+    def bring_in(self) -> int | None:
+        """Make the object ready for use. Returns bytes moved, if it knows.
+
+        An exception means that nothing was brought in; it reaches whoever asked.
+        """
+
+    @abstractmethod
+    def give_back(self) -> int | None:
+        """Give the bytes back; nobody uses the object now. Returns bytes written back, if any.
+
+        Called again for what was given back already, it does nothing. An exception means that all
+        is as it was: the user stays, and its bytes count on.
+        """
+
+    @property
+    def execution_device(self) -> torch.device:
+        """Where the object runs once it is in."""
+        return torch.device("cpu")
+
+    def cost(self) -> float:
+        """What bringing it in costs, in units of one's own; policy ``"cost"`` weighs by it.
+
+        Users of one pool should use one unit; by default it is bytes.
+        """
+        return float(sum(self.needs().values()))
+
+    def sweep(self) -> None:  # noqa: B027
+        """Give back what readers outside any lease brought in. Never called while it is in use."""
+
+    def change(self, **options: Any) -> None:
+        """Options named in a later ``manage`` of the object. Those it had are not told again.
+
+        Raises:
+            ValueError: for what cannot change any more.
+        """
+        for key, value in options.items():
+            if getattr(self, ALIASES.get(key, key), value) != value:
+                setattr(self, ALIASES.get(key, key), value)
+
+    def close(self) -> None:  # noqa: B027
+        """Give up what it owns: the object is dead or not managed any more."""
+
+    def describe(self) -> str:
+        """One or two words for reports: where it is from and goes to."""
+        return type(self).__name__
+
+
+# What a factory may call an option of ``manage``, and what it may leave out.
+ALIASES = {"inference": "inference_memory_estimator"}
+OPTIONAL = {"name", "management"}
+
+_factories: dict[type, Factory] = {}
+_lazy: dict[tuple[str, str], Callable[[], Factory]] = {}
+_lock = threading.Lock()
+
+
+def register_user(kind: type, factory: Factory) -> None:
+    """Objects of type ``kind``, and of types derived from it, are managed by ``factory(obj)``.
+
+    Args:
+        kind: a type. The nearest type in the object's method resolution order decides.
+        factory: a class derived from `ResourcePoolUser`, or what returns one. It is called with
+            the object and, as keywords, those of ``manage``'s options that it names.
+
+    Registering a type again replaces what was there.
+    """
+    if not isinstance(kind, type):
+        raise TypeError(f"expected a type to register, got {type(kind).__name__}")
+    if not callable(factory):
+        raise TypeError(f"expected a callable that makes a user, got {type(factory).__name__}")
+    with _lock:
+        _factories[kind] = factory
+
+
+def register_lazily(module: str, name: str, load: Callable[[], Factory]) -> None:
+    """The same for a type of a library that is not imported for this: found by its name.
+
+    Args:
+        module: root of the module the type is from, as ``"diffusers"``.
+        name: the type's name; any module below the root may define it.
+        load: imports and returns the factory when the first such object comes.
+    """
+    with _lock:
+        _lazy[module, name] = load
+
+
+def _candidates(kind: type) -> Iterator[Factory]:
+    for base in kind.__mro__:
+        if base in _factories:
+            yield _factories[base]
+        key = (base.__module__.partition(".")[0], base.__name__)
+        if key in _lazy:
+            yield _lazy[key]()
+
+
+def _accepted(factory: Factory, kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options as the factory's keywords; one that it does not take is an error."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # of C: it says itself what it does not take
+        return options
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return options
+    named = {
+        ALIASES[key] if ALIASES.get(key) in parameters else key: options[key] for key in options
+    }
+    unknown = [key for key in named if key not in parameters and key not in OPTIONAL]
+    if unknown:
+        raise TypeError(
+            f"expected options of {kind} among {sorted(parameters)}, got {unknown[0]!r}, which "
+            f"{getattr(factory, '__name__', factory)} does not take"
+        )
+    return {key: value for key, value in named.items() if key in parameters}
+
+
+def make_user(obj: object, **options: Any) -> ResourcePoolUser:
+    """The user for ``obj``, from the class registered for its type.
+
+    Raises:
+        Unmanageable: where no class is registered, or the object refuses.
+    """
+    factory = next(_candidates(type(obj)), None)
+    if factory is None:
+        known = ", ".join(sorted(kind.__name__ for kind in _factories)) or "none"
+        raise Unmanageable(
+            f"expected an object of a registered type ({known}), got {type(obj).__name__}; "
+            "register_user(type, factory) teaches a type"
+        )
+    named = {key: value for key, value in options.items() if value is not None}
+    user = factory(obj, **_accepted(factory, type(obj).__name__, named))
+    if not isinstance(user, ResourcePoolUser):
+        raise TypeError(
+            f"expected the factory for {type(obj).__name__} to return a ResourcePoolUser, "
+            f"got {type(user).__name__}"
+        )
+    return user

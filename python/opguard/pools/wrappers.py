@@ -1,0 +1,228 @@
+"""What users call: manage an object, hold it while it is used, let it go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Thread
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from opguard import _C
+from opguard.pools._books import READY, Entry
+from opguard.pools.errors import PoolRefused
+from opguard.pools.management import Management, get_management
+
+if TYPE_CHECKING:
+    from opguard.pools.users import ResourcePoolUser
+
+__all__ = ["AutoManageWrapper", "auto_manage", "free", "manage", "unmanage"]
+
+Offload = Literal["lazy", "exit"]
+
+
+class AutoManageWrapper:
+    """A handle on a managed object. It keeps the object alive; the pools do not."""
+
+    def __init__(self, obj: object, management: Management | None = None, **options: Any) -> None:
+        """Manages ``obj`` as `manage` does, with its options."""
+        self._management = management or get_management()
+        self._entry = self._management.manage(obj, **options)
+        self._obj = obj
+        self._loads: list[Any] = []
+
+    @property
+    def obj(self) -> Any:
+        """The object."""
+        return self._obj
+
+    @property
+    def name(self) -> str:
+        """What reports and messages call it."""
+        return self._entry.name
+
+    @property
+    def entry(self) -> Entry:
+        """What the management keeps of it: its units and figures."""
+        return self._entry
+
+    @property
+    def seat(self) -> Any:
+        """What its leases share; for hooks."""
+        return self._entry.seat
+
+    @property
+    def user(self) -> ResourcePoolUser:
+        """Its user of the pools."""
+        return self._entry.user
+
+    @property
+    def loaded(self) -> bool:
+        """Whether all of it is there now."""
+        units = self._entry.seat.units
+        return all(self._management.state(unit) == READY for unit in units)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it stays once it is in, whoever else needs the bytes. May be set."""
+        return any(self._info("pinned"))
+
+    @pinned.setter
+    def pinned(self, pin: bool) -> None:
+        self._management.update(self._entry, pin=pin)
+
+    @property
+    def priority(self) -> int:
+        """Who has more goes later. May be set."""
+        return int(max(self._info("priority"), default=0))
+
+    @priority.setter
+    def priority(self, priority: int) -> None:
+        self._management.update(self._entry, priority=priority)
+
+    def _info(self, field: str) -> list[Any]:
+        infos = (self._management.unit(unit) for unit in self._entry.units.values())
+        return [getattr(info, field) for info in infos if info is not None]
+
+    def get_execution_device(self) -> torch.device:
+        """Where it runs, and where its inputs belong."""
+        return self._entry.user.execution_device
+
+    def lease(self, timeout: float | None = None) -> Any:
+        """``with handle.lease() as handle:`` brings it in and keeps it there; also ``async with``.
+
+        Args:
+            timeout: seconds to wait for bytes others hold; None as long as it takes, 0 not at all.
+
+        Raises:
+            PoolRefused, Deadlock, LeaseTimeout: on entry, where the bytes cannot be had.
+        """
+        return _C.Lease(self._entry.seat, self, timeout)
+
+    def load(self, timeout: float | None = None) -> AutoManageWrapper:
+        """Bring it in and keep it until `offload`, as often as this was called."""
+        lease = self.lease(timeout)
+        lease.__enter__()
+        self._loads.append(lease)
+        return self
+
+    def offload(self) -> None:
+        """Undo one `load`; when nothing holds it any more, tell it to go.
+
+        Telling costs microseconds. Its bytes are given back soon after, or when somebody needs
+        them, and count as used until then.
+        """
+        try:
+            lease = self._loads.pop()
+        except IndexError:
+            lease = None
+        if lease is not None:
+            lease.__exit__(None, None, None)
+        if not self._loads:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Tell it to go once nobody holds it."""
+        self._management.condemn(self._entry)
+
+    def prefetch(self) -> None:
+        """Begin to bring it in, in the background, if that takes nothing from anybody in use."""
+        if not self.loaded:
+            Thread(target=self._prefetch, name="opguard-prefetch", daemon=True).start()
+
+    def _prefetch(self) -> None:
+        try:
+            with self.lease(0):
+                pass
+        except PoolRefused:  # not now: whoever needs it will wait for it
+            return
+
+    def __repr__(self) -> str:
+        state = "loaded" if self.loaded else "not loaded"
+        return f"<{type(self).__name__} {self.name!r}: {state}>"
+
+
+def manage(
+    obj: Any,
+    *,
+    priority: int | None = None,
+    pin: bool | None = None,
+    name: str | None = None,
+    inference: int | Callable[..., int] | None = None,
+    trust_files: bool | None = None,
+    stream: bool | None = None,
+) -> AutoManageWrapper:
+    """Let the pools move ``obj``: afterwards it takes no memory until it is used.
+
+    Managing it again gives a handle on the same user; what is named then holds from then on.
+
+    Args:
+        obj: an nn.Module, a pipeline, or anything `register_user` was told of; or a handle.
+        priority: who has more goes later; 0 unless named.
+        pin: once it is in, it stays; False unless named.
+        name: for messages and reports; else its type's name.
+        inference: bytes a call needs beside the weights, or a callable that says so.
+        trust_files: read weights again from the user's own file they are mapped from, instead of
+            writing them once to a file of ours. The file must not be changed meanwhile; that is
+            looked at whenever they are brought in.
+        stream: per module, for one larger than its pool; None decides by size.
+
+    Raises:
+        Unmanageable: where its weights must not move, with the reason.
+        OSError: where the weights cannot be written; ``obj`` is as it was.
+    """
+    options: dict[str, Any] = {
+        "priority": priority,
+        "pin": pin,
+        "name": name,
+        "inference": inference,
+        "trust_files": trust_files,
+        "stream": stream,
+    }
+    named = {key: value for key, value in options.items() if value is not None}
+    if isinstance(obj, AutoManageWrapper):
+        obj._management.update(obj._entry, **named)
+        return obj
+    return AutoManageWrapper(obj, **named)
+
+
+def unmanage(obj: Any) -> None:
+    """Let go of ``obj`` or a handle's object: it works on as an ordinary one, outside any budget.
+
+    Raises:
+        PoolRefused: while it is in use, with who holds it.
+    """
+    if isinstance(obj, AutoManageWrapper):
+        obj = obj.obj
+    get_management().unmanage(obj)
+
+
+def auto_manage(obj: Any, *, offload: Offload = "lazy", timeout: float | None = None) -> Any:
+    """``with auto_manage(obj) as handle:`` brings it in and keeps it there; also ``async with``.
+
+    Leases are counted: what is used in several places, threads or tasks stays until the last of
+    them has left, by an exception or not.
+
+    Args:
+        obj: what `manage` takes, managed here if it is not; or a handle.
+        offload: ``"lazy"``: it stays until its bytes are needed. ``"exit"``: it is told to go.
+        timeout: seconds to wait for bytes others hold; None as long as it takes, 0 not at all.
+
+    Raises:
+        PoolRefused, Deadlock, LeaseTimeout: on entry, with figures and who holds what.
+    """
+    if offload not in ("lazy", "exit"):
+        raise ValueError(f"expected offload 'lazy' or 'exit', got {offload!r}")
+    handle = obj if isinstance(obj, AutoManageWrapper) else manage(obj)
+    after = None if offload == "lazy" else handle.let_go
+    return _C.Lease(handle.seat, handle, timeout, after)
+
+
+def free(device: torch.device | str | None = None, nbytes: int | None = None) -> int:
+    """Give back what is in nobody's use, least valuable first. Returns bytes that came free.
+
+    Args:
+        device: of which memory; None is where modules run.
+        nbytes: at least so many, where there are; None is all.
+    """
+    return get_management().free(device, nbytes)
