@@ -30,6 +30,7 @@ def fresh_pools(
     try:
         yield own
     finally:
+        own.stop()
         for entry in set(own.entries.values()):
             with contextlib.suppress(Exception):
                 entry.user.close()

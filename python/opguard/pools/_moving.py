@@ -29,6 +29,10 @@ class Moving(Books):
         self._reclaimer = Reclaimer(self)
         self._sweep_next = 0
 
+    def stop(self) -> None:
+        """End the thread that gives back later. The next object that is managed starts it again."""
+        self._reclaimer.stop()
+
     def drain(self) -> bool:
         """Take leave of objects that died. True: some are still in use."""
         return False
@@ -105,9 +109,7 @@ class Moving(Books):
         """
         entry = self.entries[unit]
         if entry.ref() is None:
-            raise PoolError(
-                f"expected {entry.name!r} to be alive to be brought in; it is gone"
-            )
+            raise PoolError(f"expected {entry.name!r} to be alive to be brought in; it is gone")
         with entry.moving, entry.stats.loading():
             try:
                 moved = entry.user.bring_in()

@@ -27,7 +27,7 @@ class Reclaimer:
 
     def __init__(self, management: Moving) -> None:
         self._management = management
-        self._calls: SimpleQueue[None] = SimpleQueue()
+        self._calls: SimpleQueue[bool] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
 
@@ -42,7 +42,15 @@ class Reclaimer:
                 self._thread = thread
 
     def wake(self) -> None:
-        self._calls.put(None)
+        self._calls.put(True)
+
+    def stop(self) -> None:
+        """End the thread, if it runs; the next ``start`` starts another."""
+        with self._starting:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            self._calls.put(False)
+            thread.join()
 
     def forked(self) -> None:
         """In the child: the thread is not there, and its queue may be in any state."""
@@ -51,7 +59,8 @@ class Reclaimer:
     def _run(self) -> None:
         delay: float | None = None
         while True:
-            self._wait(delay)
+            if not self._wait(delay):
+                return
             try:
                 unfinished = self._management.reclaim_idle()
             except Exception:
@@ -59,11 +68,15 @@ class Reclaimer:
                 unfinished = True
             delay = min((delay or SOON / 2) * 2, LATEST) if unfinished else None
 
-    def _wait(self, delay: float | None) -> None:
+    def _wait(self, delay: float | None) -> bool:
+        """Until called, or until the time is over. False: it is to end."""
         try:
-            self._calls.get(timeout=delay)
+            if not self._calls.get(timeout=delay):
+                return False
         except Empty:
-            return
+            return True
         time.sleep(SOON)
         while not self._calls.empty():
-            self._calls.get()
+            if not self._calls.get():
+                return False
+        return True

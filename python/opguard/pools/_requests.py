@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -130,7 +131,8 @@ class Ask:
         answer, management = self.answer, self.management
         if answer.verdict == WAIT:
             management.board.forget(answer.ticket)
-            self.ledger.cancel(answer.ticket)
+            with suppress(ValueError):  # ended already: nobody could be woken for it
+                self.ledger.cancel(answer.ticket)
         elif answer.verdict == GRANTED:
             for unit in answer.evict[len(self._evicted) :]:
                 self.ledger.kept(unit)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from opguard.pools._budgets import readable
 from opguard.pools._homes import Home
+from opguard.pools.errors import PoolError
 from opguard.pools.users import ResourcePoolUser, register_user
 
 if TYPE_CHECKING:
@@ -53,14 +56,14 @@ class TorchModuleWrapper(ResourcePoolUser):
 
             management = get_management()
         self.inference_memory_estimator = inference_memory_estimator
+        self._trusted = trust_files
         self._device = management.execution_device
         self.home: Any = Home.adopt(
             module, management.folder, name or type(module).__name__, trust_files=trust_files
         )
         if self._device.type != "cpu":
-            from opguard.pools._devices import DeviceHome
-
-            self.home = DeviceHome(self.home, self._device)
+            devices: Any = import_module("opguard.pools._devices")
+            self.home = devices.DeviceHome(self.home, self._device)
 
     @property
     def nbytes(self) -> int:
@@ -76,10 +79,18 @@ class TorchModuleWrapper(ResourcePoolUser):
 
     def bring_in(self) -> int:
         self.home.bring_in()
+        self.home.raise_if_broken()
         return self.nbytes
 
     def give_back(self) -> int:
-        return int(self.home.give_back() or 0)
+        written = int(self.home.give_back() or 0)
+        left = self.home.changed() if self._trusted else 0
+        if left:
+            raise PoolError(
+                f"expected weights in the user's file to be unchanged, {readable(left)} of "
+                f"{type(self.obj).__name__} are not, and stay in memory; leave trust_files out"
+            )
+        return written
 
     def sweep(self) -> None:
         self.home.give_back()
