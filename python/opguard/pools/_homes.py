@@ -131,6 +131,20 @@ class Home:
 
     # --- coming and going -------------------------------------------------------------------------
 
+    def check(self, segment: int | None = None) -> None:
+        """A look at the files, reading nothing of them.
+
+        Raises:
+            PoolFileChanged: one is not as it was mapped.
+        """
+        for part in self._of(segment):
+            try:
+                part.pages.check()
+                if part.user_file is not None:
+                    part.user_file.check()
+            except OSError as error:
+                raise self._said(error, part, "read") from error
+
     def bring_in(self, segment: int | None = None) -> None:
         """Reads the pages in, after a look at whether the file is as it was.
 
@@ -196,6 +210,15 @@ class Home:
     def map(self) -> _C.SpillMap | None:
         """The map of our file; None where all weights are in the user's."""
         return self._map
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module while it lives."""
+        return self._module()
+
+    def member(self, name: str) -> Member:
+        """One of `members` by its name."""
+        return self._members[name]
 
     @property
     def members(self) -> list[Member]:

@@ -1,0 +1,24 @@
+"""An accelerator on a machine without one: torch's CPU tensors over the emulated CUDA driver."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "torchfree"))
+
+from emulated import OUT_OF_MEMORY as OUT_OF_MEMORY
+from emulated import Emulated as Emulated
+
+from opguard import _C
+from opguard.pools._accelerators import DriverAccelerator
+
+UNIT = 1 << 16
+RING = 1 << 16
+
+
+def emulated_accelerator(emulated: Emulated) -> DriverAccelerator:
+    """Kernels of this accelerator are torch's CPU kernels, run at once by the calling thread."""
+    return DriverAccelerator(torch.device("cpu"), _C.DeviceDriver(emulated.path, ring=RING), kind=1)
