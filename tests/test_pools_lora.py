@@ -52,6 +52,24 @@ def test_rows_are_rows_of_the_whole_and_bits_are_the_same_again():
         torch.testing.assert_close(whole, pieces)
 
 
+@pytest.mark.parametrize("shape", [(1024, 1024), (1000, 77), (333, 4096), (1030, 300)])
+def test_bits_do_not_depend_on_the_number_of_threads(shape):
+    torch.manual_seed(0)
+    source = torch.randn(shape)
+    delta = LowRank(torch.randn(shape[0], 16), torch.randn(16, shape[1]))
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(torch.empty_like(source))
+            delta(source, found[-1])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def test_strided_weights():
     torch.manual_seed(0)
     delta = LowRank(torch.randn(6, 2), torch.randn(2, 36))

@@ -64,7 +64,7 @@ _OTHER = (
 
 @dataclass
 class Pair:
-    """Two matrices for one module, scaled by the file's alpha.
+    """Two matrices for one module, scaled by the file's alpha and the user's scale.
 
     Attributes:
         path: the module's path; with ``_`` for every dot where ``flat``.
@@ -388,7 +388,10 @@ def _digest(tensors: Mapping[str, Tensor], pairs: list[Pair], scales: list[float
 
 
 def _pairs(
-    entries: Mapping[tuple[str, str], _Entry], config: dict[str, Any] | None, where: str
+    entries: Mapping[tuple[str, str], _Entry],
+    config: dict[str, Any] | None,
+    extra: float,
+    where: str,
 ) -> Iterator[tuple[Pair, float | None]]:
     for entry in entries.values():
         up, down, kernel = _matrices(entry, where)
@@ -398,7 +401,7 @@ def _pairs(
             check_rank(own, entry_path, rank, entry.keys["down"], where)
         scale = _scale(entry, rank, own, where)
         wide = torch.promote_types(up.dtype, down.dtype)
-        factor = 1.0 if scale is None else scale
+        factor = extra * (1.0 if scale is None else scale)
         bias = entry.tensors.get("bias")
         pair = Pair(
             path=entry.path, component=entry.component, flat=entry.flat, peft=entry.peft,
@@ -417,8 +420,8 @@ def _check_settings(config: Mapping[str, Any], where: str) -> None:
         check_config(own, f"{where} ({part})")
 
 
-def read(source: object, config: object = None) -> Adapter:
-    """A LoRA from a file, an adapter folder or a state dict.
+def read(source: object, config: object = None, scale: float = 1.0) -> Adapter:
+    """A LoRA from a file, an adapter folder or a state dict, multiplied by ``scale``.
 
     Raises:
         ValueError, TypeError: what is in it is not a plain LoRA, is damaged or contradicts itself;
@@ -430,13 +433,13 @@ def read(source: object, config: object = None) -> Adapter:
         raise ValueError(f"expected LoRA matrices in {where}, came no tensor; give another file")
     _check_settings(settings or {}, where)
     entries, replacements = _entries(tensors, (settings or {}).get("modules_to_save"), where)
-    made = list(_pairs(entries, settings, where))
+    made = list(_pairs(entries, settings, scale, where))
     pairs = [pair for pair, _ in made]
-    scales = [1.0 if scale is None else scale for _, scale in made]
+    scales = [1.0 if alpha is None else alpha for _, alpha in made]
     return Adapter(
         where=where,
         pairs=pairs,
         replacements=replacements,
         digest=_digest(tensors, pairs, scales),
-        assumed=sum(scale is None for _, scale in made),
+        assumed=sum(alpha is None for _, alpha in made),
     )

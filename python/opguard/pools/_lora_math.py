@@ -14,10 +14,11 @@ from torch import Tensor
 
 __all__ = ["Added", "LowRank", "Whole"]
 
-# Elements of one tile: the weight is copied from the base into the result and the product added
-# there, so a tile should still be in the second-level cache then. Not a multiple of the threads:
-# the same base has to give the same bits whatever the number of threads is at that moment.
-TILE = 1 << 20
+# Elements of one tile a thread: the weight is copied from the base into the result and the product
+# added there, so a tile should still be in the second-level cache then. Tiles are whole blocks of
+# rows, so that each element is computed alike however many threads there are at that moment.
+TILE = 1 << 18
+BLOCK = 64
 
 
 def _matrix(tensor: Tensor) -> Tensor | None:
@@ -35,7 +36,11 @@ def _matrix(tensor: Tensor) -> Tensor | None:
 def _add_product(source: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
     """``out = source + left @ right`` over matrices."""
     rows, columns = source.shape
-    step = max(16, TILE // max(columns, 1))
+    step = TILE * torch.get_num_threads() // max(columns, 1)
+    step = max(BLOCK, step - step % BLOCK)
+    if rows <= step:
+        torch.addmm(source, left, right, out=out)
+        return
     for begin in range(0, rows, step):
         tile = slice(begin, begin + step)
         torch.addmm(source[tile], left[tile], right, out=out[tile])
@@ -53,7 +58,6 @@ class LowRank:
     left: Tensor
     right: Tensor
 
-    @torch.no_grad()
     def __call__(self, source: Tensor, out: Tensor) -> None:
         left = self.left.to(source.device, source.dtype)
         right = self.right.to(source.device, source.dtype)
@@ -73,7 +77,6 @@ class Whole:
 
     tensor: Tensor
 
-    @torch.no_grad()
     def __call__(self, source: Tensor, out: Tensor) -> None:
         out.copy_(self.tensor)
 

@@ -29,10 +29,9 @@ _CONVS = {
 class _Side:
     """The hook of one module: ``output + up(down(input))`` in fp32, in the output's dtype."""
 
-    def __init__(self, module: nn.Module, pair: Pair, scale: float) -> None:
-        self.up, self.down = pair.up * scale, pair.down
-        self.bias = None if pair.bias is None else pair.bias * scale
-        self.kernel = pair.kernel
+    def __init__(self, pair: Pair) -> None:
+        self.up, self.down = pair.up, pair.down
+        self.bias = pair.bias
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves the matrices to where the module runs; they stay there."""
@@ -63,7 +62,7 @@ class _Side:
         return (output.to(wide) + added).to(output.dtype)
 
 
-def add_sides(places: Sequence[Place], scale: float, where: str) -> list[RemovableHandle]:
+def add_sides(places: Sequence[Place], where: str) -> list[RemovableHandle]:
     """Hooks on all modules, or an exception and none."""
     sides: list[tuple[nn.Module, Callable[..., Any]]] = []
     for place in places:
@@ -79,7 +78,7 @@ def add_sides(places: Sequence[Place], scale: float, where: str) -> list[Removab
                 f"{place.what.key!r} of {where}; leave mode out"
             )
         checked_pair(place, where)
-        sides.append((place.module, _Side(place.module, place.what, scale)))
+        sides.append((place.module, _Side(place.what)))
     handles: list[RemovableHandle] = []
     try:
         for module, side in sides:

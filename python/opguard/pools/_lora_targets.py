@@ -136,10 +136,10 @@ def checked_pair(place: Place, where: str) -> tuple[str, bool]:
     return name, transposed
 
 
-def _of_pair(place: Place, pair: Pair, scale: float, where: str) -> Iterator[Target]:
+def _of_pair(place: Place, pair: Pair, where: str) -> Iterator[Target]:
     name, transposed = checked_pair(place, where)
     parameter = _parameter(place, name, where)
-    up, down = pair.up * scale, pair.down
+    up, down = pair.up, pair.down
     change = LowRank(down.t(), up.t()) if transposed else LowRank(up, down)
     if not isinstance(place.module, _KNOWN) and not _is_conv1d(place.module):
         raise _refused_kind(
@@ -163,15 +163,15 @@ def _of_pair(place: Place, pair: Pair, scale: float, where: str) -> Iterator[Tar
             f"{list(pair.bias.shape)} beside {pair.key!r} of {where}; this LoRA was made for "
             "another model"
         )
-    column = (pair.bias * scale).unsqueeze(1)
+    column = pair.bias.unsqueeze(1)
     yield Target(place.path, bias, LowRank(column, column.new_ones(1, 1)))
 
 
-def targets_of(place: Place, scale: float, where: str) -> Iterator[Target]:
+def targets_of(place: Place, where: str) -> Iterator[Target]:
     """The parameters that one place changes, once all that could be wrong with it was looked at."""
     what = place.what
     if isinstance(what, Pair):
-        yield from _of_pair(place, what, scale, where)
+        yield from _of_pair(place, what, where)
         return
     assert isinstance(what, Replacement)
     parameter = _parameter(place, what.name, where)

@@ -72,7 +72,7 @@ class LoraCommit(DeltaCommit):
             raise ValueError(f"expected mode 'weights' or 'hook', came {mode!r}; choose one")
         if tied not in ("refuse", "add"):
             raise ValueError(f"expected tied 'refuse' or 'add', came {tied!r}; choose one")
-        adapter = read(source, config)
+        adapter = read(source, config, float(scale))
         self.scale, self.component, self.mode, self.tied = float(scale), component, mode, tied
         self.where = adapter.where
         self.name = name or adapter.where
@@ -113,7 +113,7 @@ class LoraCommit(DeltaCommit):
             return {}
         found: dict[object, list[Target]] = {}
         for place in self._places(obj):
-            for target in targets_of(place, self.scale, self.where):
+            for target in targets_of(place, self.where):
                 found.setdefault(_memory(target.parameter), []).append(target)
         return {group[0].parameter: self._one(group) for group in found.values()}
 
@@ -138,7 +138,7 @@ class LoraCommit(DeltaCommit):
         if self.mode == "weights":
             super().apply(obj)
             return
-        handles = add_sides(self._places(obj), self.scale, self.where)
+        handles = add_sides(self._places(obj), self.where)
         try:
             self._keep(obj, handles)
         except BaseException:
