@@ -391,8 +391,7 @@ def test_a_stream_can_wait_instead_of_the_thread(folder):
 
 def test_a_full_device_leaves_the_model_at_home(folder):
     case = Case("arena", folder)
-    free = (64 << 20) - case.emulated.count("used")
-    other = case.home.accelerator.place([0, free - case.home.nbytes + UNIT])
+    other = case.home.accelerator.place([0, (64 << 20) - case.home.nbytes + UNIT])
     other.take(1)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA_ERROR_OUT_OF_MEMORY"):
         case.home.bring_in()
@@ -450,7 +449,6 @@ def test_a_tensor_that_was_taken_keeps_the_model_there(folder):
 
 def test_the_file_is_looked_at_before_the_pinned_copy_is_used(folder):
     case = Case("arena", folder)
-    used = case.emulated.count("used")
     case.home.bring_in()
     case.home.give_back()
     (path,) = [p for p in folder.path.rglob("*") if p.is_file() and p.stat().st_size > UNIT]
@@ -459,7 +457,7 @@ def test_the_file_is_looked_at_before_the_pinned_copy_is_used(folder):
     with pytest.raises(PoolFileChanged):
         case.home.bring_in()
     assert not case.home._there
-    assert case.emulated.count("used") == used
+    assert case.emulated.count("used") == 0
 
 
 def test_a_full_disk_keeps_the_change_on_the_device(case, monkeypatch):

@@ -20,10 +20,9 @@ UNIT = 1 << 16
 def emulated():
     gc.collect()
     made = Emulated()
-    before = made.left()
     yield made
     gc.collect()
-    assert made.left() == before
+    assert not made.left()
     assert made.count("misuse") == 0
 
 
@@ -161,7 +160,7 @@ def test_a_full_gpu_is_a_memory_error_and_changes_nothing(C):
     driver = C.DeviceDriver(emulated.path)
     first, second = C.DeviceArena(driver, 2 * UNIT), C.DeviceArena(driver, 2 * UNIT)
     first.map(0, 2 * UNIT)
-    assert driver.memory() == (UNIT, 3 * UNIT)
+    assert driver.memory()[0] == UNIT
     with pytest.raises(MemoryError, match=r"making memory on GPU 0: CUDA_ERROR_OUT_OF_MEMORY"):
         second.map(0, 2 * UNIT)
     assert second.mapped == 0
@@ -198,9 +197,9 @@ def test_every_driver_call_may_fail(C, code):
     """The n-th call fails, for every n: an exception, and nothing is left behind."""
     emulated = Emulated()
     script_of_everything(C, emulated)
-    gc.collect()
-    failed, before = 0, emulated.left()
+    failed = 0
     for nth in range(1, 400):
+        gc.collect()
         emulated = Emulated()
         emulated.fail("*", nth, code)
         try:
@@ -212,10 +211,8 @@ def test_every_driver_call_may_fail(C, code):
         gc.collect()
         left = emulated.left()
         # What fails while it frees leaves that, at most a device with its ring and four events.
-        more = {name: left.get(name, 0) - before.get(name, 0) for name in left}
-        assert sum(count for name, count in more.items() if name != "used") <= 6, (nth, more)
+        assert sum(count for name, count in left.items() if name != "used") <= 6, (nth, left)
         assert emulated.count("misuse") == 0, nth
-        before = left
     assert failed > 40
 
 
@@ -301,11 +298,9 @@ def test_no_driver_no_gpu_no_maps(C, emulated):
     assert driver.granularity == 0
     with pytest.raises(RuntimeError, match="maps memory"):
         C.DeviceArena(driver, 1)
-    Emulated()
 
 
 def test_capsules_keep_the_arena(C, emulated):
-    before = emulated.count("reserved")
     arena = C.DeviceArena(C.DeviceDriver(emulated.path), UNIT)
     capsules = [arena.dlpack(0, UNIT, 1), arena.dlpack(UNIT, 0, 1)]
     for wrong in ((-1, 1), (0, UNIT + 1), (UNIT + 1, 0)):
@@ -313,9 +308,9 @@ def test_capsules_keep_the_arena(C, emulated):
             arena.dlpack(*wrong, 1)
     del arena
     gc.collect()
-    assert emulated.count("reserved") == before + 1
+    assert emulated.count("reserved") == 1
     del capsules
-    assert emulated.count("reserved") == before
+    assert emulated.count("reserved") == 0
 
 
 SCRIPT = """
