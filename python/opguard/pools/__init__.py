@@ -16,6 +16,7 @@ from opguard.pools.management import (
     setup_default_pools,
 )
 from opguard.pools.modules import TorchModuleWrapper
+from opguard.pools.pipelines import DiffusersPipelineWrapper
 from opguard.pools.policies import Candidate
 from opguard.pools.resource_pools import ResourcePool
 from opguard.pools.users import ResourcePoolUser, register_user
@@ -27,6 +28,7 @@ __all__ = [
     "AutoManageWrapper",
     "Candidate",
     "Deadlock",
+    "DiffusersPipelineWrapper",
     "LeaseTimeout",
     "Management",
     "PatchFailed",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from _thread import allocate_lock
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,19 @@ class Entry:
         self.stats = Stats()
         # Held while bytes move; waited for only by who moves them.
         self.moving = allocate_lock()
+
+    def leaves(self) -> Iterator[Entry]:
+        """Itself, or the entries it is made of: those that have units."""
+        members = self.user.members
+        if not members:
+            yield self
+        for member in members:
+            yield from member.leaves()
+
+    @property
+    def all_units(self) -> tuple[int, ...]:
+        """Its units, or those of what it is made of."""
+        return tuple(unit for leaf in self.leaves() for unit in leaf.units.values())
 
     def __repr__(self) -> str:
         return f"<{self.name!r}: {self.user.describe()}>"

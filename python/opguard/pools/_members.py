@@ -127,7 +127,7 @@ class Members(Moving):
     ) -> None:
         """Change what ``manage`` was told about it; None leaves as it is."""
         pump = False
-        for unit in entry.units.values():
+        for unit in entry.all_units:
             if priority is not None:
                 pump |= bool(self.ledger.set_unit(unit, "priority", int(priority)))
             if pin is not None:
@@ -150,7 +150,7 @@ class Members(Moving):
         entry = self.find(obj)
         if entry is None:
             return
-        holders = [(o, u, n) for u in entry.units.values() for o, n in self.ledger.holders(u)]
+        holders = [(o, u, n) for u in entry.all_units for o, n in self.ledger.holders(u)]
         if holders:
             lines = holder_lines(self, holders)
             raise PoolRefused(

@@ -50,7 +50,7 @@ class Moving(Books):
 
     def condemn(self, entry: Entry) -> None:
         """Tell it to go: it does soon, or when the bytes are needed, or stays if entered again."""
-        for unit in entry.units.values():
+        for unit in entry.all_units:
             if not self.ledger.condemn(unit):
                 self._told_to_go.add(unit)
         self._reclaimer.wake()

@@ -11,6 +11,7 @@ import torch
 from opguard.pools._budgets import readable
 from opguard.pools._homes import Home
 from opguard.pools.errors import PoolError
+from opguard.pools.streaming import StreamedModule, outgrows
 from opguard.pools.users import ResourcePoolUser, register_user
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ class TorchModuleWrapper(ResourcePoolUser):
         name: for the file, and for messages.
         trust_files: leave storages that lie in a private map of a file of yours (what
             ``safetensors.torch.load_file`` gives) there, and read that file again.
-        stream: per module, for one larger than its pool; see `opguard.pools.streaming`.
 
     Raises:
         Unmanageable: for modules whose weights must not move.
@@ -102,4 +102,27 @@ class TorchModuleWrapper(ResourcePoolUser):
         return "disk" if self._device.type == "cpu" else f"disk, {self._device}"
 
 
-register_user(torch.nn.Module, TorchModuleWrapper)
+def module_user(
+    module: torch.nn.Module,
+    *,
+    management: Management,
+    stream: bool | None = None,
+    inference_memory_estimator: Estimate | None = None,
+    name: str | None = None,
+    trust_files: bool = False,
+) -> ResourcePoolUser:
+    """A module as a whole, or in blocks: where ``stream`` says so, or it outgrows the budget."""
+    kind: Any = TorchModuleWrapper
+    if outgrows(module, management) if stream is None else stream:
+        kind = StreamedModule
+    user: ResourcePoolUser = kind(
+        module,
+        inference_memory_estimator,
+        management=management,
+        name=name,
+        trust_files=trust_files,
+    )
+    return user
+
+
+register_user(torch.nn.Module, module_user)

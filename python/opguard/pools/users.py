@@ -7,11 +7,14 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from opguard.pools.errors import Unmanageable
+
+if TYPE_CHECKING:
+    from opguard.pools._books import Entry
 
 __all__ = ["ResourcePoolUser", "make_user", "register_user"]
 
@@ -81,6 +84,15 @@ class ResourcePoolUser(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Give up what it owns: the object is dead or not managed any more."""
+
+    @property
+    def members(self) -> tuple[Entry, ...]:
+        """What it is made of, where its bytes are those of other users; they are told instead."""
+        return ()
+
+    def seat(self, own: Any) -> Any:
+        """What a lease on it takes: the seat of its own units, or one of its members' units."""
+        return own
 
     def describe(self) -> str:
         """One or two words for reports: where it is from and goes to."""

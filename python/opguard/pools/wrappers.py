@@ -12,6 +12,7 @@ from opguard import _C
 from opguard.pools._books import READY, Entry
 from opguard.pools.errors import PoolRefused
 from opguard.pools.management import Management, get_management
+from opguard.pools.pipelines import keepers_of, weakly
 
 if TYPE_CHECKING:
     from opguard.pools.users import ResourcePoolUser
@@ -27,7 +28,8 @@ class AutoManageWrapper:
     def __init__(self, obj: object, management: Management | None = None, **options: Any) -> None:
         """Manages ``obj`` as `manage` does, with its options."""
         self._management = management or get_management()
-        self._entry = self._management.manage(obj, **options)
+        self._kept = weakly(obj)
+        self._entry = self._management.manage(self._kept, **options)
         self._obj = obj
         self._loads: list[Any] = []
 
@@ -49,7 +51,7 @@ class AutoManageWrapper:
     @property
     def seat(self) -> Any:
         """What its leases share; for hooks."""
-        return self._entry.seat
+        return self._entry.user.seat(self._entry.seat)
 
     @property
     def user(self) -> ResourcePoolUser:
@@ -59,8 +61,7 @@ class AutoManageWrapper:
     @property
     def loaded(self) -> bool:
         """Whether all of it is there now."""
-        units = self._entry.seat.units
-        return all(self._management.state(unit) == READY for unit in units)
+        return all(self._management.state(unit) == READY for unit in self._entry.all_units)
 
     @property
     def pinned(self) -> bool:
@@ -81,7 +82,7 @@ class AutoManageWrapper:
         self._management.update(self._entry, priority=priority)
 
     def _info(self, field: str) -> list[Any]:
-        infos = (self._management.unit(unit) for unit in self._entry.units.values())
+        infos = (self._management.unit(unit) for unit in self._entry.all_units)
         return [getattr(info, field) for info in infos if info is not None]
 
     def get_execution_device(self) -> torch.device:
@@ -97,7 +98,7 @@ class AutoManageWrapper:
         Raises:
             PoolRefused, Deadlock, LeaseTimeout: on entry, where the bytes cannot be had.
         """
-        return _C.Lease(self._entry.seat, self, timeout)
+        return _C.Lease(self.seat, self, timeout)
 
     def load(self, timeout: float | None = None) -> AutoManageWrapper:
         """Bring it in and keep it until `offload`, as often as this was called."""
@@ -194,7 +195,8 @@ def unmanage(obj: Any) -> None:
     """
     if isinstance(obj, AutoManageWrapper):
         obj = obj.obj
-    get_management().unmanage(obj)
+    for each in (obj, *keepers_of(obj)):
+        get_management().unmanage(each)
 
 
 def auto_manage(obj: Any, *, offload: Offload = "lazy", timeout: float | None = None) -> Any:
