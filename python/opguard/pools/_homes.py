@@ -30,6 +30,8 @@ from opguard.pools.errors import PoolError, PoolFileChanged
 
 __all__ = ["Home", "Member"]
 
+BLOCK = 2 << 20  # what one entry of a page table maps at most
+
 
 @dataclass(frozen=True)
 class Member:
@@ -40,11 +42,13 @@ class Member:
         base: a tensor over the home, of the same shape and strides, whatever the module's own
             points at now.
         segment: index into ``Home.segments``.
+        address: of the first element at home; ``base`` itself goes elsewhere by share_memory.
     """
 
     name: str
     base: Tensor
     segment: int
+    address: int
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Home:
         self._file: SpillFile | None = None
         self._folder: SpillFolder | None = None
         self._map: _C.SpillMap | None = None
+        self._here: set[int] = set()  # segments that were brought in
         self._forks = forks()
         self._lock = threading.Lock()
 
@@ -113,8 +118,8 @@ class Home:
             Unmanageable: weights that must not be moved; the message has the reason.
             OSError: the file cannot be written.
         """
+        refuse(module)
         leaves = leaves_of(module)
-        refuse(module, leaves)
         self = cls(module, name)
         storages = storages_of(leaves)
         with torch.inference_mode(False), torch.no_grad():
@@ -151,7 +156,8 @@ class Home:
         Raises:
             PoolFileChanged: it is not.
         """
-        for part in self._of(segment):
+        parts = self._of(segment)
+        for part in parts:
             try:
                 part.pages.check()
                 if part.user_file is not None:
@@ -159,6 +165,10 @@ class Home:
                 part.pages.populate(part.start, part.end)
             except OSError as error:
                 raise self._said(error, part, "read") from error
+        self._here.update(part.segment for part in parts)
+        if segment is not None:
+            for part in parts:
+                self._trim(part)
 
     def give_back(self, segment: int | None = None) -> int:
         """Writes what was changed to the file and gives all pages to the kernel.
@@ -173,8 +183,10 @@ class Home:
             PoolFileChanged: the file was cut or written by somebody else.
         """
         written = 0
+        parts = self._of(segment)
+        self._here.difference_update(part.segment for part in parts)
         with self._lock:
-            for part in self._of(segment):
+            for part in parts:
                 try:
                     if self._forks != forks() and part.pages is self._map:
                         written += self._leave_file(part)
@@ -257,7 +269,7 @@ class Home:
         return [
             member.name
             for member, tensor in self.tensors()
-            if tensor.numel() and tensor.data_ptr() != member.base.data_ptr()
+            if tensor.numel() and tensor.data_ptr() != member.address
         ]
 
     def release(self) -> None:
@@ -281,6 +293,15 @@ class Home:
 
     def _of(self, segment: int | None) -> list[_Part]:
         return [part for part in self._parts if segment is None or part.segment == segment]
+
+    def _trim(self, part: _Part) -> None:
+        """Gives back what the kernel mapped beside the part: it does so by blocks of up to 2 MiB."""
+        for other in self._parts:
+            if other.pages is part.pages and other.segment not in self._here:
+                start = max(other.start, part.start - BLOCK)
+                end = min(other.end, part.end + BLOCK)
+                if start < end:
+                    other.pages.give_back(start, end)
 
     def _trusted(self, groups: list[list[Storage]]) -> list[Storage]:
         """The storages that lie in a user's file already, and parts for their pages."""
@@ -312,7 +333,7 @@ class Home:
             ranges.append((start, end))
         if not places:
             return {}
-        self._folder = folder
+        self._folder, self.nbytes = folder, end
         self._file = file = folder.write(self.name, pieces, end, {"format": "pt"})
         try:
             pages = _C.SpillMap(file.fd, file.offset, end)
@@ -359,7 +380,9 @@ class Home:
                 if before.data_ptr() != base.data_ptr():
                     _point(leaf.tensor, base)
                     pointed.append((leaf.tensor, before))
-                self._members[leaf.name] = Member(leaf.name, base, segment_of[id(leaf)])
+                self._members[leaf.name] = Member(
+                    leaf.name, base, segment_of[id(leaf)], base.data_ptr()
+                )
                 self._names[id(leaf.tensor)] = leaf.name
         except BaseException:
             for tensor, before in pointed:
@@ -426,7 +449,8 @@ def _shown(tensor: Tensor, flat: Tensor, start: int) -> Tensor:
     """A tensor like this one over other bytes, which begin at byte ``start`` of its storage."""
     size = tensor.element_size()
     offset = (tensor.storage_offset() * size - start) // size
-    with torch._C.DisableTorchFunctionSubclass():
+    # Pointed at another kind, an inference tensor would become half of each.
+    with torch.inference_mode(tensor.is_inference()), torch._C.DisableTorchFunctionSubclass():
         made: Tensor = torch.empty(0, dtype=tensor.dtype)
         made.set_(flat.untyped_storage(), offset, tensor.shape, tensor.stride())
         if tensor.is_conj():
@@ -437,7 +461,7 @@ def _shown(tensor: Tensor, flat: Tensor, start: int) -> Tensor:
 
 
 def _point(tensor: Tensor, at: Tensor) -> None:
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch.inference_mode(tensor.is_inference()), torch._C.DisableTorchFunctionSubclass():
         tensor.data = at
 
 
@@ -456,14 +480,13 @@ def _found(module: nn.Module, name: str) -> Tensor | None:
     owner: Any = module
     *parts, last = path.split(".")
     for part in parts:
-        owner = owner._modules.get(part)
-        if owner is None:
+        if part not in owner._modules:
             return None
-    value = owner._parameters.get(last)
-    if value is None:
-        value = owner._buffers.get(last)
-    if value is None:
-        value = vars(owner).get(last)
+        owner = owner._modules[part]
+    value = vars(owner).get(last)
+    for kind in (owner._buffers, owner._parameters):
+        if last in kind:
+            value = kind[last]
     for attribute in inner:
         value = getattr(value, attribute, None)
     return value if isinstance(value, Tensor) else None

@@ -208,7 +208,7 @@ def _frozen(module: nn.Module) -> str | None:
     return None
 
 
-def refuse(module: object, leaves: list[Leaf] | None = None) -> None:
+def refuse(module: object) -> None:
     """Unmanageable, with the reason, if the module's weights must not be moved."""
     kind = type(module).__name__
     if not isinstance(module, nn.Module):
@@ -218,7 +218,7 @@ def refuse(module: object, leaves: list[Leaf] | None = None) -> None:
     frozen = _frozen(module)
     if frozen is not None:
         raise Unmanageable(f"expected weights that can be moved, {kind} has none: {frozen}")
-    for leaf in leaves_of(module) if leaves is None else leaves:
+    for leaf in leaves_of(module):
         why = _why_not(leaf.tensor)
         if why is not None:
             raise Unmanageable(
