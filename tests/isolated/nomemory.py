@@ -368,6 +368,28 @@ def scenarios_of(C: ModuleType) -> None:
 
         return calling
 
+    first, second = (os.memfd_create("pages") for _ in range(2))
+
+    @scenario
+    def pool_pages() -> Callable[[], object]:
+        for fd in (first, second):
+            os.ftruncate(fd, 12288)
+
+        def calling() -> object:
+            pages = C.SpillMap(first, 4096, 8192)
+            memoryview(pages)[5000] = 1
+            pages.check()
+            pages.populate(0, 4096)
+            pages.changed()
+            pages.write_back()
+            pages.give_back()
+            pages.resident()
+            pages.move(second)
+            pages.fileno()
+            return pages.address, pages.nbytes, pages.method, pages.broken, pages.writable
+
+        return calling
+
     @scenario
     def a_new_module() -> Callable[[], object]:
         spec = C.__spec__

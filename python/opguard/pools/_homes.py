@@ -12,6 +12,7 @@ adopted.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 import weakref
@@ -295,13 +296,16 @@ class Home:
         return [part for part in self._parts if segment is None or part.segment == segment]
 
     def _trim(self, part: _Part) -> None:
-        """Gives back what the kernel mapped beside the part: it does so by blocks of up to 2 MiB."""
+        """Gives back what the kernel, which maps blocks, has mapped beside the part."""
+        if self._forks != forks():
+            return
         for other in self._parts:
             if other.pages is part.pages and other.segment not in self._here:
                 start = max(other.start, part.start - BLOCK)
                 end = min(other.end, part.end + BLOCK)
                 if start < end:
-                    other.pages.give_back(start, end)
+                    with contextlib.suppress(OSError):  # their own coming and going will tell
+                        other.pages.give_back(start, end)
 
     def _trusted(self, groups: list[list[Storage]]) -> list[Storage]:
         """The storages that lie in a user's file already, and parts for their pages."""

@@ -1,0 +1,213 @@
+"""SpillMap on its own: what goes to the file, what stays, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import faulthandler
+import gc
+import os
+import signal
+import threading
+import warnings
+
+import pytest
+
+PAGE = os.sysconf("SC_PAGESIZE")
+METHODS = ["scan", "pagemap", "compare"]
+
+
+@pytest.fixture
+def file(tmp_path):
+    with open(tmp_path / "weights", "w+b", buffering=0) as opened:
+        opened.write(bytes(range(256)) * (4 * PAGE // 256))
+        yield opened
+
+
+def content(file) -> bytes:
+    return os.pread(file.fileno(), 1 << 20, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_changed_pages_go_to_the_file_and_no_others(C, file, method):
+    before = content(file)
+    pages = C.SpillMap(file.fileno(), PAGE, 3 * PAGE, method)
+    view = memoryview(pages)
+    assert (pages.nbytes, len(view), pages.method) == (3 * PAGE, 3 * PAGE, method)
+    assert view == before[PAGE:]
+    assert pages.changed() == 0
+    view[PAGE + 5] = 77
+    assert content(file) == before
+    assert pages.changed() == pages.changed(PAGE, 2 * PAGE) == PAGE
+    assert pages.changed(0, PAGE) == 0
+    assert pages.write_back(0, PAGE) == 0
+    assert pages.give_back() == PAGE
+    assert pages.changed() == 0
+    assert view[PAGE + 5] == 77
+    assert content(file) == before[: 2 * PAGE + 5] + b"M" + before[2 * PAGE + 6 :]
+    pages.check()
+
+
+def test_resident_pages(C, file):
+    pages = C.SpillMap(file.fileno(), 0, 4 * PAGE)
+    assert pages.resident() == 0
+    pages.populate(PAGE, 2 * PAGE)
+    assert pages.resident() >= PAGE
+    pages.populate()
+    assert pages.resident() == 4 * PAGE
+    assert pages.give_back(0, PAGE) == 0
+    assert pages.resident() == 3 * PAGE
+    pages.give_back()
+    assert pages.resident() == 0
+
+
+def test_the_best_way_is_chosen_and_others_by_name(C, file):
+    assert C.SpillMap(file.fileno(), 0, PAGE).method in ("scan", "pagemap")
+    with pytest.raises(ValueError, match="expected method to be scan, pagemap or compare"):
+        C.SpillMap(file.fileno(), 0, PAGE, "guess")
+
+
+def test_arguments(C, file):
+    fd = file.fileno()
+    for wrong in ((fd,), (fd, 0, "1"), ("x", 0, 1)):
+        with pytest.raises(TypeError):
+            C.SpillMap(*wrong)
+    for wrong in ((fd, 0, 0), (fd, -PAGE, PAGE), (fd, 0, -1)):
+        with pytest.raises(ValueError, match="expected nbytes above 0"):
+            C.SpillMap(*wrong)
+    for wrong, code in (
+        ((fd, 1, PAGE), errno.EINVAL),
+        ((fd, 0, 2**62), errno.ESTALE),
+        ((fd, 0, 2**63 - 1), errno.EINVAL),
+        ((fd, 0, 5 * PAGE), errno.ESTALE),
+        ((9999, 0, PAGE), errno.EBADF),
+        ((fd, 0, PAGE, None, 17), errno.EINVAL),
+    ):
+        with pytest.raises(OSError, match=r"\[Errno") as caught:
+            C.SpillMap(*wrong)
+        assert caught.value.errno == code
+    pages = C.SpillMap(fd, 0, PAGE)
+    for name in ("populate", "changed", "resident", "write_back", "give_back"):
+        with pytest.raises(TypeError, match="expected start and end, or neither"):
+            getattr(pages, name)(1)
+        with pytest.raises(ValueError, match="expected 0 <= start <= end"):
+            getattr(pages, name)(2, 1)
+        with pytest.raises(TypeError):
+            getattr(pages, name)("a", 1)
+        getattr(pages, name)(PAGE * 9, PAGE * 10)
+    with pytest.raises(TypeError):
+        pages.move("x")
+
+
+def test_a_view_keeps_the_map(C, file):
+    view = memoryview(C.SpillMap(file.fileno(), 0, PAGE))
+    file.close()
+    gc.collect()
+    view[0] = 9
+    assert bytes(view[:3]) == b"\x09\x01\x02"
+
+
+def test_a_map_that_is_somebody_elses(C, file):
+    """Its pages can be given back; nothing is written, and what was changed stays."""
+    import mmap
+
+    before = content(file)
+    theirs = mmap.mmap(file.fileno(), 4 * PAGE, access=mmap.ACCESS_COPY)
+    theirs[PAGE] = 200
+    with open("/proc/self/maps") as lines:
+        address = next(int(line.split("-")[0], 16) for line in lines if file.name in line)
+    pages = C.SpillMap(file.fileno(), 0, 4 * PAGE, None, address)
+    assert not pages.writable
+    assert pages.changed() == PAGE
+    assert pages.give_back() == 0
+    assert pages.changed() == pages.resident() == PAGE
+    with pytest.raises(OSError, match="Read-only"):
+        pages.write_back()
+    with pytest.raises(OSError, match="Read-only"):
+        pages.move(file.fileno())
+    del pages
+    assert theirs[PAGE] == 200
+    assert content(file) == before
+    theirs.close()
+
+
+def test_a_file_that_is_cut_is_an_exception(C, file):
+    pages, other = (C.SpillMap(file.fileno(), 0, 4 * PAGE) for _ in range(2))
+    view = memoryview(pages)
+    view[0] = 50
+    os.ftruncate(file.fileno(), PAGE)
+    for step in (pages.check, other.check, other.populate, pages.give_back):
+        with pytest.raises(OSError, match=r"\[Errno") as caught:
+            step()
+        assert caught.value.errno == errno.ESTALE
+    assert not pages.broken
+    assert view[3 * PAGE] == 0
+    assert pages.broken
+    assert not other.broken
+    assert view[0] == 50
+    assert len(content(file)) == PAGE
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_faulthandler_beside_ours(C, file, tmp_path, order):
+    """Whichever was installed last: our maps are mended, its own faults are told of."""
+    with open(tmp_path / "told", "w+") as told, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                if order == "before":
+                    faulthandler.enable(told)
+                pages = C.SpillMap(file.fileno(), 0, 4 * PAGE)
+                if order == "after":
+                    faulthandler.enable(told)
+                os.ftruncate(file.fileno(), 0)
+                status = 0 if memoryview(pages)[PAGE] == 0 and pages.broken else 2
+                os.kill(os.getpid(), signal.SIGBUS)  # somebody else's: ends the process
+            finally:
+                os._exit(status or 3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGBUS
+        if order == "before":
+            told.seek(0)
+            assert "Fatal Python error: Bus error" in told.read()
+
+
+def test_another_file_after_a_fork(C, file, tmp_path):
+    pages = C.SpillMap(file.fileno(), 0, 4 * PAGE)
+    before = content(file)
+    view = memoryview(pages)
+    view[1] = 99
+    with open(tmp_path / "copy", "w+b", buffering=0) as copy:
+        copy.write(before)
+        assert pages.move(copy.fileno()) == PAGE
+        assert pages.resident() == 0
+        assert view[1] == 99
+        view[2] = 98
+        pages.give_back()
+        assert content(copy)[:4] == bytes([0, 99, 98, 3])
+    assert content(file) == before
+    pages.check()
+
+
+def test_threads_that_come_and_go_together(C, file):
+    """Giving back, populating and checking at once never says that the file has changed."""
+    pages = C.SpillMap(file.fileno(), 0, 4 * PAGE)
+    view, failed = memoryview(pages), []
+
+    def work(start: int) -> None:
+        try:
+            for i in range(60):
+                view[start + 7] = i
+                pages.populate(start, start + PAGE)
+                pages.check()
+                pages.give_back(start, start + PAGE)
+                assert view[start + 7] == i
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(i * PAGE,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
