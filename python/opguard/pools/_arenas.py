@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opguard.pools import _stacks
+from opguard.pools import _managed, _stacks
 
 __all__ = ["Chunk", "drop_chunks", "put_chunk", "rounded", "take_chunk"]
 
@@ -38,7 +38,8 @@ class Chunk:
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.nbytes, self.device = nbytes, device
-        self.lease: Any = None
+        self.seat: Any = None
+        self._lease: Any = None
         self._flat: Tensor | None = None
         self._used = 0
 
@@ -50,6 +51,21 @@ class Chunk:
     def give_back(self) -> None:
         """Drops the memory; tensors cut from it keep it as long as they live."""
         self._flat = None
+
+    def hold(self) -> None:
+        """Brings it in, through its pool where one counts it."""
+        if self.seat is None:
+            self.bring_in()
+            return
+        lease = _managed.lease_of_seat(self.seat)
+        lease.__enter__()
+        self._lease = lease
+
+    def let_go(self) -> None:
+        """Nobody uses it now."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.__exit__(None, None, None)
 
     def cut(self, like: Tensor) -> Tensor:
         """An uninitialised tensor of the same shape, dtype and, where dense, strides."""
@@ -77,15 +93,24 @@ def _allocated(nbytes: int, device: torch.device) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes)
 
 
-def take_chunk(obj: Any, nbytes: int, device: torch.device) -> Chunk:
-    """A chunk of at least ``nbytes`` for patching ``obj``, brought in.
+def take_chunk(obj: Any, nbytes: int, device: torch.device, counted: bool) -> Chunk:
+    """A chunk of at least ``nbytes`` for patching ``obj``, in memory.
+
+    Args:
+        counted: whether its bytes are of the device's pool.
 
     Raises:
-        PoolRefused: the object is managed, and its pool cannot have these bytes.
+        PoolRefused: the pool cannot have these bytes.
     """
     with _lock:
         free = _free.get(id(obj), [])
-        fitting = [c for c in free if c.device == device and nbytes <= c.nbytes <= nbytes / _FITS]
+        fitting = [
+            chunk
+            for chunk in free
+            if chunk.device == device
+            and nbytes <= chunk.nbytes <= nbytes / _FITS
+            and (chunk.seat is not None) == counted
+        ]
         chunk = min(fitting, key=lambda c: c.nbytes, default=None)
         if chunk is not None:
             free.remove(chunk)
@@ -93,18 +118,22 @@ def take_chunk(obj: Any, nbytes: int, device: torch.device) -> Chunk:
                 del _free[id(obj)]
     if chunk is None:
         chunk = Chunk(nbytes, device)
-    chunk.bring_in()
+        if counted:
+            chunk.seat = _managed.seat_of_chunk(chunk)
+    chunk.hold()
     return chunk
 
 
 def put_chunk(obj: Any, chunk: Chunk) -> None:
     """Takes a chunk back; it stays warm if the object has a proxy and nobody holds its tensors."""
     clean = chunk.reset()
+    if not clean or not _stacks.has_record(obj):
+        chunk.give_back()
+        chunk.let_go()
+        return
     with _lock:
-        if clean and _stacks.has_record(obj):
-            _free.setdefault(id(obj), []).append(chunk)
-            return
-    chunk.give_back()
+        _free.setdefault(id(obj), []).append(chunk)
+    chunk.let_go()
 
 
 def drop_chunks(obj: Any) -> None:

@@ -11,14 +11,14 @@ import threading
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from opguard.pools import _stacks
+from opguard.pools import _managed, _stacks
 from opguard.pools._arenas import Chunk, put_chunk, rounded, take_chunk
 from opguard.pools.commits import CommitABC
 from opguard.pools.errors import PatchFailed
@@ -87,31 +87,27 @@ class DeltaCommit(CommitABC):
 
     def apply(self, obj: Any) -> None:
         """Points the parameters at patched tensors."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), ExitStack() as undo:
             deltas = self.deltas(obj)
-            chunks = _chunks(obj, deltas)
-        try:
-            with _plainly():
+            leases = _managed.lease_owners(deltas)
+            if leases is not None:
+                undo.push(leases)
+            chunks = _chunks(obj, deltas, leases is not None)
+            undo.callback(_free, obj, chunks)
+            with _lock:
                 patch = _Patch(obj, deltas, chunks)
-        except BaseException:
-            _free(obj, chunks)
-            raise
-        try:
+                undo.callback(patch.take_back)
             self._keep(obj, patch)
-        except ValueError:
-            self._take_back(patch)
-            raise
+            patch.rest = undo.pop_all()
 
     def revert(self, obj: Any) -> None:
         """Points the parameters back."""
-        self._take_back(self._kept_for(obj))
+        patch: _Patch = self._kept_for(obj)
+        if not patch.taken_back:
+            with _lock, torch.inference_mode(False), torch.no_grad():
+                patch.take_back()
         self._forget(obj)
-
-    @staticmethod
-    def _take_back(patch: _Patch) -> None:
-        with _plainly():
-            patch.take_back()
-        _free(patch.obj, patch.chunks)
+        patch.rest.close()
 
     def squash(self, commits: Sequence[CommitABC]) -> CommitABC:
         """All of them as one: each weight is computed and rounded once."""
@@ -149,12 +145,6 @@ class _Chain:
         for delta in self.deltas:
             delta(source, out)
             source = out
-
-
-@contextmanager
-def _plainly() -> Iterator[None]:
-    with _lock, torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 # --- what is patched now --------------------------------------------------------------------------
@@ -199,6 +189,8 @@ class _Patch:
         chunks: dict[torch.device, Chunk],
     ) -> None:
         self.obj, self.chunks = obj, chunks
+        self.taken_back = False
+        self.rest = ExitStack()
         groups = _groups(obj, deltas)
         self.states = [_states.get(id(group[0])) or _State(group) for group in groups]
         levels: list[_Level] = []
@@ -217,6 +209,8 @@ class _Patch:
 
     def take_back(self) -> None:
         """Points back; what was written to the patched weights meanwhile is reported."""
+        if self.taken_back:
+            return
         moves: list[tuple[Tensor, Tensor, Tensor]] = []
         anew: list[tuple[Tensor, Tensor]] = []
         changed: dict[int, Tensor] = {}
@@ -245,10 +239,10 @@ class _Patch:
                 state.levels[-1].versions = [_version(p) for p in state.parameters]
         if changed:
             _report(self.obj, {names.get(key, "?"): value for key, value in changed.items()})
-        self.states = []
+        self.states, self.taken_back = [], True
 
 
-def _chunks(obj: Any, deltas: Mapping[Tensor, Delta]) -> dict[torch.device, Chunk]:
+def _chunks(obj: Any, deltas: Mapping[Tensor, Delta], counted: bool) -> dict[torch.device, Chunk]:
     """Memory for the patched tensors, one chunk a device."""
     needs: dict[torch.device, int] = {}
     for parameter in deltas:
@@ -258,7 +252,7 @@ def _chunks(obj: Any, deltas: Mapping[Tensor, Delta]) -> dict[torch.device, Chun
     chunks: dict[torch.device, Chunk] = {}
     try:
         for device, nbytes in needs.items():
-            chunks[device] = take_chunk(obj, nbytes, device)
+            chunks[device] = take_chunk(obj, nbytes, device, counted)
     except BaseException:
         _free(obj, chunks)
         raise

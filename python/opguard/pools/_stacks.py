@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import uuid4
 
-from opguard.pools._turns import Owner, Turn, current_owner, locked, renew_lock
+from opguard.pools._turns import Owner, Turn, current_owner, locked
 from opguard.pools._undoing import Snapshot
 from opguard.pools.commits import CommitABC
 from opguard.pools.errors import PatchFailed
@@ -70,10 +70,12 @@ def has_record(obj: Any) -> bool:
 class Entry:
     """One open block: the stack it wants on the object, and where it was opened."""
 
-    __slots__ = ("line", "owner", "stack")
+    __slots__ = ("lease", "leased", "line", "owner", "stack")
 
     def __init__(self, owner: Owner, stack: tuple[CommitABC, ...], line: str) -> None:
         self.owner, self.stack, self.line = owner, stack, line
+        self.lease: Any = None
+        self.leased = False
 
 
 class _Applied:
@@ -355,7 +357,7 @@ def _take_back(record: PatchedObject) -> None:
 
 def _after_fork() -> None:
     """In a child: the other threads are gone, with their blocks; what is applied stays noted."""
-    renew_lock()
+    locked.renew()
     for record in _records.values():
         had = record.owner
         record.forked()

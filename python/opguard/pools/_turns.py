@@ -13,9 +13,9 @@ from opguard.pools.errors import Deadlock, LeaseTimeout
 
 __all__ = ["Owner", "Turn", "current_owner", "locked"]
 
-# A finalizer may run at any line of the thread that holds this lock, so it never waits for it: it
-# leaves a note, and whoever lets go of the lock looks at the notes.
-_lock = threading.Lock()
+# A finalizer may run at any line of the thread that holds this lock. One that only counts leaves a
+# note, and whoever lets go of the lock looks at the notes; one that leaves a block enters again.
+_lock = threading.RLock()
 _waits: dict[tuple[int, int], Turn] = {}
 
 
@@ -24,21 +24,40 @@ class Locked:
 
     def __init__(self) -> None:
         self.after: Callable[[], None] = lambda: None
+        self._depth = 0
 
     def __enter__(self) -> None:
         _lock.acquire()
+        self._depth += 1
 
     def __exit__(self, *exc: object) -> None:
+        self._depth -= 1
+        outermost = not self._depth
         _lock.release()
-        self.after()
+        if outermost:
+            self.after()
 
     def try_enter(self) -> bool:
-        """Takes the lock if it is free; then ``leave_quietly``."""
-        return _lock.acquire(blocking=False)
+        """Takes the lock if nobody has it, not even this thread; then ``leave_quietly``."""
+        if not _lock.acquire(blocking=False):
+            return False
+        if self._depth:
+            _lock.release()
+            return False
+        self._depth = 1
+        return True
 
     def leave_quietly(self) -> None:
         """Lets go without looking at notes."""
+        self._depth -= 1
         _lock.release()
+
+    def renew(self) -> None:
+        """In a forked child, where another thread may have held it."""
+        global _lock  # noqa: PLW0603
+        _lock = threading.RLock()
+        _waits.clear()
+        self._depth = 0
 
 
 locked = Locked()
@@ -219,10 +238,3 @@ class Turn:
         self._waiters.clear()
         if self.owner is not None and self.owner.thread != threading.get_ident():
             self.owner, self._holds = None, 0
-
-
-def renew_lock() -> None:
-    """In a forked child, where another thread may have held it."""
-    global _lock  # noqa: PLW0603
-    _lock = threading.Lock()
-    _waits.clear()

@@ -9,12 +9,18 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 from uuid import uuid4
 
 from torch import nn
 
-__all__ = ["AttributeCommit", "CallableCommit", "CommitABC", "ForwardHookCommit"]
+__all__ = [
+    "AttributeCommit",
+    "CallableCommit",
+    "CommitABC",
+    "CommitWithAutoManage",
+    "ForwardHookCommit",
+]
 
 
 class CommitABC(ABC):
@@ -29,7 +35,7 @@ class CommitABC(ABC):
             made into one by ``squash``.
     """
 
-    undoes_itself: ClassVar[bool] = False
+    undoes_itself: bool = False
     squash_key: Hashable | None = None
 
     @property
@@ -273,3 +279,52 @@ class ForwardHookCommit(CommitABC):
     def __repr__(self) -> str:
         name = getattr(self.hook, "__qualname__", None) or type(self.hook).__qualname__
         return f"<ForwardHookCommit {name} on {self.path or 'forward'} {self.uuid[:8]}>"
+
+
+class CommitWithAutoManage(CommitABC):
+    """Keeps a managed object in memory while it is applied, and applies another commit meanwhile.
+
+    For patches that run a model of their own: ``CommitWithAutoManage(controlnet, commit)``.
+
+    Args:
+        managed: what ``manage`` takes, managed here if it is not; or its handle.
+        commit: what is applied to the proxy's object while ``managed`` is there.
+        timeout: seconds to wait for the bytes of ``managed``; None as long as it takes.
+    """
+
+    def __init__(
+        self, managed: Any, commit: CommitABC | None = None, *, timeout: float | None = None
+    ) -> None:
+        self.managed, self.commit, self.timeout = managed, commit, timeout
+        self.undoes_itself = commit is None or commit.undoes_itself
+
+    def apply(self, obj: Any) -> None:
+        """Brings ``managed`` in, then applies the commit."""
+        from opguard.pools.wrappers import manage
+
+        lease = manage(self.managed).lease(self.timeout)
+        self._keep(obj, lease)
+        try:
+            with lease:
+                if self.commit is not None:
+                    self.commit.apply(obj)
+                lease.__enter__()
+        except BaseException:
+            self._forget(obj)
+            raise
+
+    def revert(self, obj: Any) -> None:
+        """Takes the commit back, then lets ``managed`` go."""
+        lease = self._kept_for(obj)
+        if self.commit is not None:
+            self.commit.revert(obj)
+        self._forget(obj)
+        lease.__exit__(None, None, None)
+
+    def release_revert_resource(self, obj: Any) -> None:
+        """Forgets what the commit needs, and lets ``managed`` go."""
+        lease = self._kept_for(obj)
+        if self.commit is not None:
+            self.commit.release_revert_resource(obj)
+        self._forget(obj)
+        lease.__exit__(None, None, None)

@@ -13,12 +13,13 @@ stack back. One thread, or one task of asyncio, has an object's blocks at a time
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
 
-from opguard.pools import _stacks
-from opguard.pools._turns import Owner, current_owner
+from opguard.pools import _managed, _stacks
+from opguard.pools._turns import current_owner
 from opguard.pools.commits import CallableCommit, CommitABC
 
 __all__ = ["CommitObjectProxy"]
@@ -111,9 +112,15 @@ class CommitObjectProxy(Generic[T]):
     # -- blocks ---------------------------------------------------------------------------------
 
     def __enter__(self) -> T:
-        owner = current_owner()
-        self._record.acquire(owner, self.timeout)
-        return self._opened(owner, _line(sys._getframe(1)))
+        entry = _stacks.Entry(current_owner(), self._commits, _line(sys._getframe(1)))
+        self._record.acquire(entry.owner, self.timeout)
+        with self._undone(entry):
+            entry.lease = self._lease()
+            if entry.lease is not None:
+                entry.lease.__enter__()
+            self._opened(entry)
+        _stacks.run_later()
+        return self.base
 
     def __exit__(
         self,
@@ -124,10 +131,15 @@ class CommitObjectProxy(Generic[T]):
         self._closed(error)
 
     async def __aenter__(self) -> T:
-        owner = current_owner()
-        line = _line(sys._getframe(1))
-        await self._record.acquire_async(owner, self.timeout)
-        return self._opened(owner, line)
+        entry = _stacks.Entry(current_owner(), self._commits, _line(sys._getframe(1)))
+        await self._record.acquire_async(entry.owner, self.timeout)
+        with self._undone(entry):
+            entry.lease = self._lease()
+            if entry.lease is not None:
+                await entry.lease.__aenter__()
+            self._opened(entry)
+        _stacks.run_later()
+        return self.base
 
     async def __aexit__(
         self,
@@ -137,28 +149,45 @@ class CommitObjectProxy(Generic[T]):
     ) -> None:
         self._closed(error)
 
-    def _opened(self, owner: Owner, line: str) -> T:
+    def _lease(self) -> Any:
+        """What holds a managed object in memory for a block, not entered; None for others."""
+        return _managed.block_lease(self.base, self.timeout)
+
+    @contextmanager
+    def _undone(self, entry: _stacks.Entry) -> Iterator[None]:
+        """Where entering fails, gives back what was taken for it."""
         try:
-            entry = _stacks.Entry(owner, self._commits, line)
-            self._record.open(entry)
-            self._entries.append(entry)
+            yield
         except BaseException:
-            self._record.release()
+            self._left(entry)
             raise
-        _stacks.run_later()
-        return self.base
+
+    def _opened(self, entry: _stacks.Entry) -> None:
+        entry.leased = entry.lease is not None
+        with _managed.waiting(self.timeout):
+            self._record.open(entry)
+        self._entries.append(entry)
+
+    def _left(self, entry: _stacks.Entry) -> None:
+        try:
+            if entry.leased:
+                entry.lease.__exit__(None, None, None)
+        finally:
+            self._record.release()
 
     def _closed(self, error: BaseException | None) -> None:
         if not self._entries:
             raise RuntimeError(f"{self!r} is left without having been entered")
+        entry = self._entries.pop()
         try:
-            self._record.close(self._entries.pop())
+            with _managed.waiting(self.timeout):
+                self._record.close(entry)
         except Exception as failed:
             if error is None or isinstance(error, Exception):
                 raise
             error.add_note(str(failed))  # an interrupt must arrive as one
         finally:
-            self._record.release()
+            self._left(entry)
         _stacks.run_later()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -183,7 +212,8 @@ class CommitObjectProxy(Generic[T]):
     def _rest(self, stack: tuple[CommitABC, ...]) -> T:
         self._record.acquire(current_owner(), self.timeout)
         try:
-            self._record.rest(stack)
+            with _managed.waiting(self.timeout):
+                self._record.rest(stack)
         finally:
             self._record.release()
         _stacks.run_later()
