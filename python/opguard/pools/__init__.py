@@ -1,5 +1,13 @@
 """Many models, little memory: which model is on which device now, and what is patched into it."""
 
+from opguard.pools._patched import DeltaCommit, PatchedWeightsChanged
+from opguard.pools.commits import (
+    AttributeCommit,
+    CallableCommit,
+    CommitABC,
+    CommitWithAutoManage,
+    ForwardHookCommit,
+)
 from opguard.pools.errors import (
     Deadlock,
     LeaseTimeout,
@@ -18,6 +26,7 @@ from opguard.pools.management import (
 from opguard.pools.modules import TorchModuleWrapper
 from opguard.pools.pipelines import DiffusersPipelineWrapper
 from opguard.pools.policies import Candidate
+from opguard.pools.proxies import AutoManageCommitObjectProxy, CommitObjectProxy
 from opguard.pools.resource_pools import ResourcePool
 from opguard.pools.users import ResourcePoolUser, register_user
 from opguard.pools.wrappers import AutoManageWrapper, auto_manage, free, manage, unmanage
@@ -25,13 +34,22 @@ from opguard.pools.wrappers import AutoManageWrapper, auto_manage, free, manage,
 get_resource_management = get_management
 
 __all__ = [
+    "AttributeCommit",
+    "AutoManageCommitObjectProxy",
     "AutoManageWrapper",
+    "CallableCommit",
     "Candidate",
+    "CommitABC",
+    "CommitObjectProxy",
+    "CommitWithAutoManage",
     "Deadlock",
     "DiffusersPipelineWrapper",
+    "DeltaCommit",
+    "ForwardHookCommit",
     "LeaseTimeout",
     "Management",
     "PatchFailed",
+    "PatchedWeightsChanged",
     "PoolError",
     "PoolFileChanged",
     "PoolRefused",

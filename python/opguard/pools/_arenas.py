@@ -120,7 +120,13 @@ def take_chunk(obj: Any, nbytes: int, device: torch.device, counted: bool) -> Ch
         chunk = Chunk(nbytes, device)
         if counted:
             chunk.seat = _managed.seat_of_chunk(chunk)
-    chunk.hold()
+    try:
+        chunk.hold()
+    except BaseException:
+        with _lock:
+            if _stacks.has_record(obj):
+                _free.setdefault(id(obj), []).append(chunk)
+        raise
     return chunk
 
 

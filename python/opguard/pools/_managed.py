@@ -63,7 +63,9 @@ def lease_owners(parameters: Iterable[Tensor]) -> ExitStack | None:
         for entry in dict.fromkeys(tuple(management.entries.values())):
             module = entry.ref()
             if isinstance(module, nn.Module) and any(id(p) in wanted for p in _tensors(module)):
-                leases.enter_context(block_lease(module, _timeout.get()))
+                lease = block_lease(module, _timeout.get())
+                lease.__enter__()
+                leases.push(lease)
                 found = True
     except BaseException:
         leases.close()

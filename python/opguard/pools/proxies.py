@@ -13,16 +13,19 @@ stack back. One thread, or one task of asyncio, has an object's blocks at a time
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from opguard.pools import _managed, _stacks
 from opguard.pools._turns import current_owner
 from opguard.pools.commits import CallableCommit, CommitABC
+from opguard.pools.users import ResourcePoolUser, register_user
 
-__all__ = ["CommitObjectProxy"]
+__all__ = ["AutoManageCommitObjectProxy", "CommitObjectProxy"]
 
 T = TypeVar("T")
 _Self = TypeVar("_Self", bound="CommitObjectProxy[Any]")
@@ -229,6 +232,85 @@ class CommitObjectProxy(Generic[T]):
             self._record.give_up(commit)
         finally:
             self._record.release()
+
+
+class AutoManageCommitObjectProxy(CommitObjectProxy[T]):
+    """A proxy whose object is managed: in memory from entry to exit, and free to go after it.
+
+    Any proxy of an object that is managed does that; this one has it managed.
+
+    Args:
+        base: what ``manage`` takes; or a handle.
+        commits: bottom first.
+        timeout: seconds to wait, for other blocks and for bytes.
+        options: of ``manage``, as ``priority`` and ``pin``.
+
+    Attributes:
+        am: the handle.
+    """
+
+    def __init__(
+        self,
+        base: T,
+        commits: Iterable[CommitABC] = (),
+        *,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> None:
+        from opguard.pools.wrappers import manage
+
+        if isinstance(base, CommitObjectProxy):
+            raise TypeError(
+                "expected the object itself, got a proxy of it: use proxy.clone(), or proxy.base"
+            )
+        self.am = manage(base, **options)
+        super().__init__(self.am.obj, commits, timeout=timeout)
+
+    def _lease(self) -> Any:
+        return self.am.lease(self.timeout)
+
+
+class _ProxyUser(ResourcePoolUser):
+    """A proxy that is managed: its bytes are its object's."""
+
+    def __init__(self, proxy: CommitObjectProxy[Any], *, management: Any = None) -> None:
+        from opguard.pools.wrappers import AutoManageWrapper
+
+        super().__init__(proxy)
+        self._handle = AutoManageWrapper(proxy.base, management)
+
+    def needs(self) -> Mapping[str, int]:
+        return {}
+
+    def bring_in(self) -> int:
+        return 0
+
+    def give_back(self) -> int:
+        return 0
+
+    @property
+    def execution_device(self) -> torch.device:
+        return self._handle.get_execution_device()
+
+    @property
+    def members(self) -> tuple[Any, ...]:
+        """Whose bytes it uses."""
+        return (self._handle.entry,)
+
+    def seat(self, own: Any) -> Any:
+        """A lease on the proxy is one on its object."""
+        del own
+        return self._handle.seat
+
+    def change(self, **options: Any) -> None:
+        """Options of a managed proxy are its object's."""
+        self._handle.user.change(**options)
+
+    def describe(self) -> str:
+        return "patched"
+
+
+register_user(CommitObjectProxy, _ProxyUser)
 
 
 def _checked(commits: tuple[CommitABC, ...]) -> tuple[CommitABC, ...]:
