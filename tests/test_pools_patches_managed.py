@@ -20,9 +20,10 @@ from opguard.pools import (
     LeaseTimeout,
     PatchFailed,
     PoolRefused,
+    auto_manage,
     manage,
 )
-from pools_kit import MIB, fresh_pools, tiny
+from pools_kit import MIB, fresh_pools, tiny, until
 
 
 class Doubles(DeltaCommit):
@@ -242,6 +243,39 @@ def test_threads_that_patch_several_models_keep_the_budget(pools):
     for model, weight in zip(models, weights, strict=True):
         assert torch.equal(model[0].weight, weight)
     assert sum(leases(manage(model)) for model in models) == 0
+
+
+def test_a_managed_proxy_is_its_object_with_the_commits(pools):
+    model = tiny(2)
+    proxy = CommitObjectProxy(model, [Doubles()])
+    handle, own = manage(proxy), manage(model)
+    assert handle.obj is proxy
+    assert pools.pool("cpu").used == 0
+    with handle.lease():
+        assert own.loaded
+        assert handle.loaded
+        assert leases(own) == 1
+    weight = model[0].weight.clone()
+    for thing in (proxy, handle):
+        with auto_manage(thing, offload="exit") as inside:
+            assert inside.obj is proxy
+            assert own.loaded
+            assert torch.equal(model[0].weight, weight * 2)
+        assert leases(own) == 0
+        assert torch.equal(model[0].weight, weight)
+    until(lambda: not own.loaded)
+
+    async def main():
+        async with auto_manage(proxy, timeout=5):
+            assert torch.equal(model[0].weight, weight * 2)
+
+    asyncio.run(main())
+    handle.priority = 4
+    assert own.priority == 4
+    assert leases(own) == 0
+    with pytest.raises(KeyError), auto_manage(proxy):
+        raise KeyError
+    assert torch.equal(model[0].weight, weight)
 
 
 # --- bytes ----------------------------------------------------------------------------------------

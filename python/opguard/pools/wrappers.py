@@ -10,9 +10,11 @@ import torch
 
 from opguard import _C
 from opguard.pools._books import READY, Entry
+from opguard.pools._patched_block import PatchedBlock
 from opguard.pools.errors import PoolRefused
 from opguard.pools.management import Management, get_management
 from opguard.pools.pipelines import keepers_of, weakly
+from opguard.pools.proxies import CommitObjectProxy
 
 if TYPE_CHECKING:
     from opguard.pools.users import ResourcePoolUser
@@ -206,7 +208,8 @@ def auto_manage(obj: Any, *, offload: Offload = "lazy", timeout: float | None = 
     them has left, by an exception or not.
 
     Args:
-        obj: what `manage` takes, managed here if it is not; or a handle.
+        obj: what `manage` takes, managed here if it is not; or a handle. A CommitObjectProxy has
+            its commits applied for the block.
         offload: ``"lazy"``: it stays until its bytes are needed. ``"exit"``: it is told to go.
         timeout: seconds to wait for bytes others hold; None as long as it takes, 0 not at all.
 
@@ -217,6 +220,8 @@ def auto_manage(obj: Any, *, offload: Offload = "lazy", timeout: float | None = 
         raise ValueError(f"expected offload 'lazy' or 'exit', got {offload!r}")
     handle = obj if isinstance(obj, AutoManageWrapper) else manage(obj)
     after = None if offload == "lazy" else handle.let_go
+    if isinstance(handle.obj, CommitObjectProxy):
+        return PatchedBlock(handle, timeout, after)
     return _C.Lease(handle.seat, handle, timeout, after)
 
 
