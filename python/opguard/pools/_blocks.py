@@ -105,9 +105,9 @@ def _has_forward(module: nn.Module) -> bool:
     return getattr(type(module), "forward", None) is not nn.Module.forward
 
 
-def _may_be_cut(module: nn.Module) -> bool:
-    # What is compiled runs as one: nothing inside it is called as the module it is.
-    return not isinstance(module, UNCUT) and "_orig_mod" not in module._modules
+def _may_be_cut(module: nn.Module, *, is_root: bool) -> bool:
+    # What is compiled runs as one, unless that is all there is.
+    return not isinstance(module, UNCUT) and (is_root or "_orig_mod" not in module._modules)
 
 
 @dataclass
@@ -127,7 +127,7 @@ class _Cutter:
         self.seen.add(id(module))
         fits = sum(storages.values()) <= self.chunk and _has_forward(module)
         children = [child for child in module.children() if all_storages(child)]
-        if fits or not children or not _may_be_cut(module):
+        if fits or not children or not _may_be_cut(module, is_root=not around):
             self.found.append((name, module, set(storages), around))
             return
         own = set(own_storages(module))

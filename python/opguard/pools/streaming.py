@@ -92,7 +92,7 @@ class BlockForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stream, number = self._stream, self._number
         try:
-            with _C.Lease(stream.seat(number), None, None):
+            with _C.Lease(stream.block_seat(number), None, None):
                 stream.entered(number)
                 if self._own is not None:
                     return self._own(*args, **kwargs)
@@ -309,7 +309,7 @@ class StreamedModule(ResourcePoolUser):
         self._forwards = [
             BlockForward(each, number, self)
             for number, block in enumerate(self.cut.blocks)
-            if (each := block.module()) is not None
+            if block.segments and (each := block.module()) is not None
         ]
 
     def _placed(self, home: Any) -> Any:
@@ -378,7 +378,7 @@ class StreamedModule(ResourcePoolUser):
 
     # What its blocks call
 
-    def seat(self, number: int) -> Any:
+    def block_seat(self, number: int) -> Any:
         """What leases of that block share."""
         return self._seats[number]
 
