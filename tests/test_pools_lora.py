@@ -224,7 +224,8 @@ def pipeline_files(tmp_path_factory):
     StableDiffusionPipeline.save_lora_weights(folder, **layers, **metadata)
     today = folder / "pytorch_lora_weights.safetensors"
     kohya = convert_state_dict_to_kohya(load_file(today))
-    kohya = {k: v * 2.5 if "alpha" in k else v for k, v in kohya.items()}
+    kohya = {k: v * 5 // 2 if "alpha" in k else v for k, v in kohya.items()}
+    assert any(v.dtype == torch.int64 for v in kohya.values())  # as diffusers writes alpha
     save_file({k: v.contiguous() for k, v in kohya.items()}, folder / "kohya.safetensors")
     return parts, fused, {"diffusers": today, "kohya": folder / "kohya.safetensors"}
 

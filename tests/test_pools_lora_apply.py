@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_models import close, computed, gpt2, inputs, merged, net, peft_model, saved, state
+from opguard import pools
 from opguard.pools.errors import PatchFailed
 from opguard.pools.lora import LoraCommit
 from opguard.pools.proxies import CommitObjectProxy
@@ -190,3 +191,24 @@ def test_caches_may_key_by_model_and_contents():
     model = net()
     keys = [CommitObjectProxy(model).clone_and_add_commit(loras(1)[0]).key for _ in range(2)]
     assert keys[0] == keys[1]
+
+
+def test_evicting_a_patched_model_keeps_base_and_patch():
+    model = net()
+    before, (commit,) = bits(model), loras(1)
+    expected = computed(model, commit)
+    pools.setup_default_pools(budgets={"cpu": "1MiB"})
+    handle = pools.manage(model)
+    proxy = CommitObjectProxy(model).clone_and_add_commit(commit)
+    try:
+        with proxy:
+            with pools.auto_manage(model):
+                close(model.state_dict(), expected, rtol=0, atol=0)
+            handle.offload()
+            with pools.auto_manage(model):
+                close(model.state_dict(), expected, rtol=0, atol=0)
+        handle.offload()
+        assert same(model, before)
+    finally:
+        pools.unmanage(model)
+    assert same(model, before)

@@ -17,6 +17,7 @@ from opguard.pools.errors import (
     PoolRefused,
     Unmanageable,
 )
+from opguard.pools.lora import LoraCommit
 from opguard.pools.management import (
     Management,
     get_management,
@@ -47,6 +48,7 @@ __all__ = [
     "DiffusersPipelineWrapper",
     "ForwardHookCommit",
     "LeaseTimeout",
+    "LoraCommit",
     "Management",
     "PatchFailed",
     "PatchedWeightsChanged",

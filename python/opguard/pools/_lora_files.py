@@ -222,6 +222,8 @@ def _open(source: object, config: object) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _checked(key: str, tensor: Tensor, where: str) -> Tensor:
+    if key.endswith(".alpha") and not tensor.is_floating_point() and not tensor.is_complex():
+        tensor = tensor.double()  # some tools write the rank itself
     if tensor.dtype not in FLOATS:
         raise TypeError(
             f"expected float tensors in {where}, came {tensor.dtype} at {key!r}; "
@@ -242,8 +244,8 @@ def _placed(path: str) -> tuple[str, str, bool, bool]:
     kohya = _KOHYA.match(path)
     if kohya and "." not in path:
         return kohya[2], kohya[1], True, False
-    path = path.replace(".processor", "")
-    return path, "", False, False
+    # diffusers wrote peft's prefix behind its own for some time.
+    return path.replace(".processor", "").replace(f".{PEFT}", "."), "", False, False
 
 
 def _old_name(path: str) -> str:
