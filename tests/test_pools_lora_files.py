@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -467,52 +465,3 @@ def test_identity_is_of_contents():
 def test_model_of_the_tests_has_each_kind():
     kinds = {type(m) for m in Net().modules()}
     assert {nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d} <= kinds
-
-
-# --- anything at all ------------------------------------------------------------------------------
-
-PARTS = (
-    ("", "base_model.model.", "unet.", "lora_unet_", "lora_te_", "transformer."),
-    ("head", "layers.0.q_proj", "layers_0_q_proj", "conv", "embed", "nothing", "", "head.base_layer"),
-    (
-        "lora_A.weight", "lora_B.weight", "lora_A.default.weight", "lora_up.weight", "alpha",
-        "lora_down.weight", "lora_mid.weight", "lora_B.bias", "lora_embedding_A", "weight",
-        "lora_embedding_B", "modules_to_save.weight", "lora.down.weight", "to_q_lora.up.weight",
-    ),
-)  # fmt: skip
-SHAPES = ((2, 8), (5, 2), (8, 2), (2, 3, 3, 3), (8, 2, 1, 1), (2, 13), (), (0, 8), (5,), (8, 8))
-DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.int64, torch.complex64, torch.bool)
-SETTINGS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "modules_to_save", "bias", "unet.r")
-VALUES = (None, 0, 1, True, "x", [], {"head": 2}, [1], math.nan, -1, {"(": 1}, 2.5)
-
-
-def test_whatever_is_given_is_applied_or_refused_in_one_sentence():
-    made, outcomes = random.Random(3), {"applied": 0, "refused": 0}
-    for _ in range(600):
-        tensors = {
-            "base_model.model.head.lora_A.weight": torch.ones(2, 8),
-            "base_model.model.head.lora_B.weight": torch.ones(made.choice((5, 5, 6)), 2),
-        }
-        for _ in range(made.choice((0, 1, 2))):
-            prefix, module, role = (made.choice(part) for part in PARTS)
-            tensor = torch.ones(made.choice(SHAPES)).to(made.choice(DTYPES))
-            tensors[f"{prefix}{module}.{role}"] = tensor
-        config = {made.choice(SETTINGS): made.choice(VALUES)} if made.random() < 0.5 else None
-        model = net()
-        before = {n: t.clone() for n, t in model.state_dict().items()}
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a missing alpha
-                commit = LoraCommit(tensors, config=config, mode=made.choice(("weights", "hook")))
-            commit.apply(model)
-            commit.revert(model)
-            outcomes["applied"] += 1
-        except (ValueError, TypeError, LookupError) as error:
-            outcomes["refused"] += 1
-            text = str(error)
-            assert text.startswith("expected ")
-            assert "; " in text
-            assert "\n" not in text
-        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-        assert not any(m._forward_hooks for m in model.modules())
-    assert min(outcomes.values()) > 20, outcomes
