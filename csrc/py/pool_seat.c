@@ -67,29 +67,39 @@ og_pool_try(og_state *state, SeatObject *seat, og_pool_hold *hold)
     return entered;
 }
 
-/* How often the owner of hold has the first of its units. */
+#define FEW 32
+
+/* How often the owner of hold has the first of its units. Needs no memory
+ * unless very many hold it. */
 static int64_t
 count_held(const og_pool_hold *hold)
 {
     const og_ledger *ledger = hold->owner->ledger;
+    og_pool_holder few[FEW], *holders = few, *many = NULL;
     size_t count = 0;
-    if (hold->units->count == 0 ||
-        og_ledger_holders(ledger, hold->units->ids[0], NULL, 0, &count, NULL) <
-            0) {
+    if (hold->units->count == 0) {
         return 0;
     }
-    og_pool_holder *holders = PyMem_Calloc(count + 1, sizeof *holders);
-    int64_t found = 0;
-    if (holders != NULL &&
-        og_ledger_holders(ledger, hold->units->ids[0], holders, count, &count,
-                          NULL) >= 0) {
-        for (size_t i = 0; i < count; i++) {
-            if (holders[i].owner == hold->owner->id) {
-                found = holders[i].count;
-            }
+    int64_t unit = hold->units->ids[0], found = 0;
+    if (og_ledger_holders(ledger, unit, few, FEW, &count, NULL) < 0) {
+        return 0;
+    }
+    if (count > FEW) {
+        many = PyMem_Calloc(count, sizeof *many);
+        if (many == NULL ||
+            og_ledger_holders(ledger, unit, many, count, &count, NULL) < 0) {
+            count = FEW;
+        }
+        else {
+            holders = many;
         }
     }
-    PyMem_Free(holders);
+    for (size_t i = 0; i < count; i++) {
+        if (holders[i].owner == hold->owner->id) {
+            found = holders[i].count;
+        }
+    }
+    PyMem_Free(many);
     return found;
 }
 

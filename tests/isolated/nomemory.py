@@ -402,6 +402,108 @@ def scenarios_of(C: ModuleType) -> None:
         return calling
 
 
+def lease_scenarios(C: ModuleType) -> None:
+    def pool_seat() -> tuple[object, object]:
+        ledger = C.Ledger()
+        pool = ledger.add_pool(1000)
+        C.pool_owner(ledger)  # ContextVar.set without memory for its token takes CPython down
+
+        def enter(seat: object, owner: object, timeout: object) -> object:
+            for unit in ledger.request(owner.id, seat.units).load:
+                ledger.loaded(unit)
+            return ((pool, 0),)
+
+        return ledger, C.Seat(ledger, (ledger.add_unit(pool, 10), ledger.add_unit(pool, 20)), enter)
+
+    def pool_is_free(ledger: object, seat: object) -> None:
+        left = [ledger.unit(unit).leases for unit in seat.units]
+        if any(left) or seat.leases:
+            raise AssertionError(f"leases left: {left}, {seat.leases}")
+
+    @scenario
+    def pool_lease() -> Callable[[], object]:
+        ledger, seat = pool_seat()
+
+        def calling() -> object:
+            try:
+                lease = C.Lease(seat, "value", None, list)
+                with lease, lease:
+                    C.pool_owner(ledger).held
+                    C.pool_owners(ledger)
+            finally:
+                _testcapi.remove_mem_hooks()
+                pool_is_free(ledger, seat)
+
+        return calling
+
+    @scenario
+    def pool_lease_of_tasks() -> Callable[[], object]:
+        ledger, seat = pool_seat()
+        with C.Lease(seat):
+            pass
+
+        async def use() -> None:
+            async with C.Lease(seat):
+                pass
+
+        def calling() -> object:
+            try:
+                return use().send(None)
+            except StopIteration:
+                return None
+            finally:
+                _testcapi.remove_mem_hooks()
+                pool_is_free(ledger, seat)
+
+        return calling
+
+    @scenario
+    def pool_lease_adopted() -> Callable[[], object]:
+        ledger, seat = pool_seat()
+        with C.Lease(seat):
+            pass
+        owner = C.pool_owner(ledger)
+
+        def calling() -> object:
+            lease = C.Lease(seat)
+            ledger.enter(owner.id, seat.units)
+            lease.adopt(owner, ((0, 0),))
+            lease.__exit__(None, None, None)
+
+        return calling
+
+    @scenario
+    def pool_forward() -> Callable[[], object]:
+        class Model:
+            def forward(self, *args: object, **kwargs: object) -> object:
+                return args, kwargs
+
+        ledger, seat = pool_seat()
+        model = Model()
+
+        def calling() -> object:
+            try:
+                forward = C.LeasedForward(seat, Model.forward, model)
+                forward.prepare = lambda args, kwargs: (args, kwargs)
+                forward.__wrapped__.__name__
+                return forward(1, 2, x=3), forward.__code__, forward.seat
+            finally:
+                _testcapi.remove_mem_hooks()
+                pool_is_free(ledger, seat)
+
+        return calling
+
+    @scenario
+    def pool_seats() -> Callable[[], object]:
+        ledger, seat = pool_seat()
+
+        def calling() -> object:
+            seat.units = (*seat.units[:1], *seat.units[1:])
+            return C.Seat(ledger, seat.units, None, None).units
+
+        return calling
+
+
 def main(names: list[str]) -> int:
     faulthandler.enable()
     # A generator that is freed without memory says so by this hook; that is CPython's to tell.
@@ -409,6 +511,7 @@ def main(names: list[str]) -> int:
     C = load_extension()
     bind(C)
     scenarios_of(C)
+    lease_scenarios(C)
     failed = []
     for name, make in SCENARIOS.items():
         if not names or name in names:
