@@ -174,6 +174,7 @@ take_leases(og_ledger *ledger, og_ticket *ticket)
         ticket->how[i] = HOW_READY;
         if (unit->state == OG_UNIT_ABSENT) {
             og_unit_become(ledger, unit, OG_UNIT_LOADING);
+            ledger->upset = ledger->upset || unit->pinned; /* it stays */
             ticket->how[i] = HOW_LOAD;
         }
         else if (unit->state == OG_UNIT_LOADING) {

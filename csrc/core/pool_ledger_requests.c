@@ -315,12 +315,9 @@ refuse_hopeless(og_ledger *ledger)
     }
 }
 
-size_t
-og_ledger_pump(og_ledger *ledger, int64_t tick)
+static void
+grant_waiting(og_ledger *ledger, int64_t tick)
 {
-    if (ledger->upset) {
-        refuse_hopeless(ledger);
-    }
     uint64_t held_up = 0;
     for (uint32_t at = ledger->queue.first; at != 0;) {
         og_ticket *ticket = &ledger->tickets[at];
@@ -335,6 +332,17 @@ og_ledger_pump(og_ledger *ledger, int64_t tick)
             held_up |= ticket->pools;
         }
     }
+}
+
+size_t
+og_ledger_pump(og_ledger *ledger, int64_t tick)
+{
+    do {
+        if (ledger->upset) {
+            refuse_hopeless(ledger);
+        }
+        grant_waiting(ledger, tick); /* which may upset who still waits */
+    } while (ledger->upset && ledger->queue.count > 0);
     return ledger->news.count;
 }
 
