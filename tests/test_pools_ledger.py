@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import ledger_model as model
+from checkout import TESTS
 from opguard import _C
 
 INDEX = st.integers(0, 1000)
@@ -283,3 +287,10 @@ TestLedger.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
+
+
+def test_the_ledger_keeps_nothing():
+    """Blocks by slope: owners, units, leases, tickets and answers that are over are gone."""
+    script = TESTS / "isolated" / "leak_ledger.py"
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -391,6 +391,41 @@ def scenarios_of(C: ModuleType) -> None:
         return calling
 
     @scenario
+    def ledger() -> Callable[[], object]:
+        books = C.Ledger()
+        books.add_pool(100)
+        one, two = books.add_owner(0, 1), books.add_owner(0, 2)
+        units = tuple(books.add_unit(0, size) for size in (20, 20, 20, 40))
+        held = books.request(one, units[:3], ((0, 10),))
+        for unit in held.load:
+            books.loaded(unit)
+        seen = books.pool(0)
+
+        def calling() -> object:
+            C.Ledger().add_pool(1)
+            books.drop_owner(books.add_owner(one))
+            books.remove_unit(books.add_unit(0, 5))
+            books.enter(one, units[:1])
+            books.leave(one, units[:1])
+            books.holders(units[0])
+            books.units(0)
+            books.request(two, units[2:], (), 0, C.POOL_TRY)
+            ticket = books.request(two, units[3:], ((0, 20),)).ticket
+            try:
+                books.waiting()
+                books.leave(one, units[:3], ((0, 10),))
+                books.pump()
+                books.reclaim(0, 0)
+            finally:
+                books.cancel(ticket)
+            granted = books.request(one, units[:3], ((0, 10),))
+            assert granted.verdict == C.POOL_GRANTED
+            assert books.pool(0) == seen
+            return C.Ledger
+
+        return calling
+
+    @scenario
     def a_new_module() -> Callable[[], object]:
         spec = C.__spec__
 
