@@ -145,9 +145,10 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.evicted(name)
             self.model.become(name, model.ABSENT)
         else:
-            self.ledger.kept(name)
+            (self.ledger.spared if name % 2 else self.ledger.kept)(name)
             self.model.become(name, model.READY)
-            unit.kept = self.model.upset = True
+            unit.kept = name % 2 == 0
+            self.model.upset = self.model.upset or unit.kept
 
     @rule(tick=st.sampled_from([0, 9]))
     def pump(self, tick: int) -> None:

@@ -184,6 +184,10 @@ og_ledger_evicted(og_ledger *ledger, int64_t unit, og_error *err);
 int
 og_ledger_kept(og_ledger *ledger, int64_t unit, og_error *err);
 
+/* READY again like kept, but nobody tried to evict it: it may be chosen. */
+int
+og_ledger_spared(og_ledger *ledger, int64_t unit, og_error *err);
+
 /* Idle units worth at least bytes, or as much as there is, become EVICTING;
  * returns how many, never more than the pool has units. They are read by
  * og_ledger_chosen, at once: the next call of any kind may forget them. */

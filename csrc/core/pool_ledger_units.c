@@ -326,10 +326,6 @@ move(og_ledger *ledger, int64_t id, og_pool_state from, og_pool_state to,
                        "ticket, nobody has yet",
                        (long long)id);
     }
-    if (from == OG_UNIT_EVICTING && to == OG_UNIT_READY) {
-        unit->kept = true;
-        ledger->upset = true;
-    }
     og_unit_become(ledger, unit, to);
     og_unit_settle(ledger, unit);
     return og_should_pump(ledger, true);
@@ -355,6 +351,20 @@ og_ledger_evicted(og_ledger *ledger, int64_t unit, og_error *err)
 
 int
 og_ledger_kept(og_ledger *ledger, int64_t unit, og_error *err)
+{
+    int pump = og_ledger_spared(ledger, unit, err);
+    og_unit *found = pump < 0 ? NULL : og_find_unit(ledger, unit);
+    if (found == NULL) { /* an error, or it was removed meanwhile */
+        return pump;
+    }
+    og_unit_hide(ledger, found);
+    found->kept = true;
+    ledger->upset = true;
+    return og_should_pump(ledger, true);
+}
+
+int
+og_ledger_spared(og_ledger *ledger, int64_t unit, og_error *err)
 {
     return move(ledger, unit, OG_UNIT_EVICTING, OG_UNIT_READY, err);
 }

@@ -224,6 +224,7 @@ STEP(loaded, og_ledger_loaded)
 STEP(failed, og_ledger_failed)
 STEP(evicted, og_ledger_evicted)
 STEP(kept, og_ledger_kept)
+STEP(spared, og_ledger_spared)
 
 static PyObject *
 choose(PyObject *self, int64_t pool, int64_t bytes, bool condemned)
@@ -348,6 +349,7 @@ static PyMethodDef Ledger_methods[] = {
     OWN(failed, failed, "A load has failed; True: pump."),
     OWN(evicted, evicted, "Its bytes are given back; True: pump."),
     OWN(kept, kept, "Its user kept its bytes; True: pump."),
+    OWN(spared, spared, "Nobody tried to evict it; True: pump."),
     OWN(reclaim, reclaim, "Idle units worth nbytes, now EVICTING."),
     OWN(reclaim_condemned, reclaim_condemned,
         "Idle condemned units, now EVICTING."),

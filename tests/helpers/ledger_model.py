@@ -301,6 +301,11 @@ class Model:
         same = {o for o in self.holding() if self.owners[o].thread == thread}
         return bool(ticket.flags & BLOCKS_THREAD and thread and same)
 
+    def is_stopped(self, ticket: Ticket) -> bool:
+        thread = self.owners[ticket.owner].thread
+        stopped = {self.owners[t.owner].thread for t in self.queue if t.flags & BLOCKS_THREAD}
+        return bool(thread and thread in stopped and not ticket.flags & BLOCKS_THREAD)
+
     def request(self, ticket: Ticket) -> int:
         before: set[int] = set().union(*(self.pools(t) for t in self.queue))
         in_turn = not self.pools(ticket) & before or self.may_overtake(ticket)
@@ -355,6 +360,8 @@ class Model:
     def grant_waiting(self, tick: int) -> None:
         held_up: set[int] = set()
         for ticket in list(self.queue):
+            if self.is_stopped(ticket):
+                continue
             in_turn = not self.pools(ticket) & held_up
             if (in_turn or self.may_overtake(ticket)) and self.grant(ticket):
                 ticket.tick = tick

@@ -99,6 +99,12 @@ def test_what_a_user_keeps_is_no_victim_until_it_is_used_again(C, ledger):
     assert refused.holders == ((0, first, 0),)
     assert ledger.enter(one, (first,))
     ledger.leave(one, (first,))
+    answer = ledger.request(two, (second,))
+    assert answer.evict == (first,)
+    # who gives up before it has tried leaves a unit that others may choose
+    ledger.spared(first)
+    ledger.failed(second)
+    ledger.leave(two, (second,))
     assert ledger.request(two, (second,)).evict == (first,)
 
 
@@ -283,6 +289,20 @@ def test_a_wait_that_stops_the_thread_of_who_holds(C, ledger):
     ledger.cancel(ticket)
 
 
+def test_a_stopped_thread_is_granted_what_stops_it_first(C, ledger):
+    holder, task, main = ledger.add_owner(0, 1), ledger.add_owner(0, 7), ledger.add_owner(0, 7)
+    units = [ledger.add_unit(0, 60) for _ in range(3)]
+    grant(ledger, holder, units[0])
+    awaits = ledger.request(task, (units[1],)).ticket
+    stops = ledger.request(main, (units[2],), (), 0, C.POOL_BLOCKS_THREAD).ticket
+    ledger.leave(holder, (units[0],))
+    assert ledger.pump() == (stops,)
+    finish(ledger, ledger.take(stops))
+    ledger.leave(main, (units[2],))
+    assert ledger.pump() == (awaits,)
+    ledger.cancel(awaits)
+
+
 def test_a_chain_of_tasks_does_not_grow(C):
     """Each starts the next and ends: what is kept does not depend on how many there were."""
     ledger = C.Ledger()
@@ -344,7 +364,7 @@ def test_wrong_arguments_are_one_sentence(C, ledger):
     calls = {
         "add_pool": ("n",), "set_budget": ("n", "n"), "pool": ("n",), "units": ("n",),
         "add_unit": ("n", "n", "n", "n", "f"), "unit": ("n",), "remove_unit": ("n",),
-        "condemn": ("n",), "loaded": ("n",), "failed": ("n",), "evicted": ("n",), "kept": ("n",),
+        "condemn": ("n",), "loaded": ("n",), "failed": ("n",), "evicted": ("n",), "kept": ("n",), "spared": ("n",),
         "reclaim": ("n", "n", "n"), "reclaim_condemned": ("n",), "holders": ("n",),
         "add_owner": ("n", "n"), "drop_owner": ("n",), "enter": ("o", "u", "n"),
         "leave": ("o", "u", "x"), "request": ("o", "u", "x", "n", "n"), "pump": ("n",),

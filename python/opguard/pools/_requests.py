@@ -135,7 +135,7 @@ class Ask:
                 self.ledger.cancel(answer.ticket)
         elif answer.verdict == GRANTED:
             for unit in answer.evict[len(self._evicted) :]:
-                self.ledger.kept(unit)
+                self.ledger.spared(unit)
             for unit in answer.load[len(self._loaded) :]:
                 self.ledger.failed(unit)
                 management.open_latch(unit)
