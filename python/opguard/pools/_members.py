@@ -228,7 +228,7 @@ class Members(Moving):
             if self.state(unit) == LOADING:
                 self.ledger.failed(unit)
             elif self.state(unit) == EVICTING:
-                self.ledger.kept(unit)
+                self.ledger.spared(unit)
         for owner in _C.pool_owners(self.ledger):
             if owner.thread in gone:
                 for unit in self.entries:

@@ -66,7 +66,7 @@ class Moving(Books):
                     freed += nbytes
         finally:
             for unit in units[len(done) :]:
-                self.ledger.kept(unit)
+                self.ledger.spared(unit)
             self.pump()
         return freed
 
