@@ -364,7 +364,8 @@ def test_wrong_arguments_are_one_sentence(C, ledger):
     calls = {
         "add_pool": ("n",), "set_budget": ("n", "n"), "pool": ("n",), "units": ("n",),
         "add_unit": ("n", "n", "n", "n", "f"), "unit": ("n",), "remove_unit": ("n",),
-        "condemn": ("n",), "loaded": ("n",), "failed": ("n",), "evicted": ("n",), "kept": ("n",), "spared": ("n",),
+        "condemn": ("n",), "loaded": ("n",), "failed": ("n",), "evicted": ("n",), "kept": ("n",),
+        "spared": ("n",),
         "reclaim": ("n", "n", "n"), "reclaim_condemned": ("n",), "holders": ("n",),
         "add_owner": ("n", "n"), "drop_owner": ("n",), "enter": ("o", "u", "n"),
         "leave": ("o", "u", "x"), "request": ("o", "u", "x", "n", "n"), "pump": ("n",),
