@@ -375,6 +375,7 @@ def test_importing_pools_is_cheap_and_patches_nothing(tmp_path):
 import sys, threading, time, torch, opguard
 assert not [name for name in sys.modules if name.startswith("opguard.pools")]
 had = set(sys.modules)
+call, assign = torch.nn.Module.__call__, torch.nn.Module.__setattr__
 sys.pycache_prefix, sys.dont_write_bytecode = {str(tmp_path)!r}, False
 for _ in range(2):  # the first one compiles
     for name in set(sys.modules) - had:
@@ -385,6 +386,10 @@ for _ in range(2):  # the first one compiles
 new = {{name.partition(".")[0] for name in set(sys.modules) - had}}
 assert not new & {{"diffusers", "transformers", "accelerate", "numpy", "psutil"}}, new
 assert threading.active_count() == 1
+opguard.pools.setup_default_pools(spill_dir={str(tmp_path)!r})
+opguard.pools.manage(torch.nn.Linear(2, 2))
+assert torch.nn.Module.__call__ is call and torch.nn.Module.__setattr__ is assign
+assert not {{"accelerate", "diffusers", "transformers", "psutil"}} & set(sys.modules)
 print(took)
 """
     done = subprocess.run(

@@ -70,7 +70,8 @@ def test_names_of_the_original_are_there():
     from opguard import pools
 
     for name in ("setup_default_pools", "initialize", "manage", "auto_manage", "AutoManageWrapper",
-                 "TorchModuleWrapper", "ResourcePool", "ResourcePoolUser", "get_management",
+                 "TorchModuleWrapper", "AutoManageHook", "CommitABC", "CallableCommit",
+                 "CommitObjectProxy", "ResourcePool", "ResourcePoolUser", "get_management",
                  "get_resource_management"):  # fmt: skip
         assert name in pools.__all__
         assert hasattr(pools, name)

@@ -365,6 +365,20 @@ def test_finalizers_at_any_allocation_do_not_hang(cpu):
     until(lambda: len(cpu.entries) == 1)
 
 
+def test_who_was_not_told_looks_around(cpu, monkeypatch):
+    """The thread that should have told it was interrupted, or died, in between."""
+    a, b = managed(2 * MIB, 2 * MIB)
+    holder = Holder(a)
+    future = run(lambda: b.load(WAIT).loaded)
+    waiting(cpu)
+    monkeypatch.setattr(type(cpu), "pump", lambda self: None)
+    holder.let_go()
+    assert cpu.ledger.pump(0) != ()
+    monkeypatch.undo()
+    assert future.result(WAIT) is True
+    b.offload()
+
+
 def test_many_threads_with_failures_and_timeouts(cpu):
     """Budgets are kept at each step, and at the end nothing is held and nobody waits."""
     things = [Thing(MIB if i % 3 else 2 * MIB) for i in range(6)]
@@ -407,6 +421,7 @@ def test_many_threads_with_failures_and_timeouts(cpu):
     assert cpu.pool("cpu").used == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_uses_what_it_inherits(cpu):
     """Threads of the parent that hold or wait are not there: what they had is not waited for."""
     a, b, c = managed(MIB, MIB, 2 * MIB)

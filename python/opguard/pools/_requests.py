@@ -25,6 +25,8 @@ __all__ = ["Ask", "enter", "enter_async"]
 GRANTED, WAIT = 0, 1
 LOADING, READY = 1, 2
 TRY, BLOCKS_THREAD = 1, 2
+# Seconds after which a sleeper looks whether it was forgotten. Nobody should be.
+LOOK = 1.0
 
 
 class Answer(NamedTuple):
@@ -143,6 +145,21 @@ class Ask:
         self._answers, self._evicted, self._loaded = [], [], []
         management.pump()
 
+    def nap(self) -> float:
+        """Seconds to sleep before looking around."""
+        left = time_left(self.deadline)
+        return LOOK if left is None else min(LOOK, left)
+
+    def check_time(self) -> None:
+        if time_left(self.deadline) == 0:
+            raise timed_out(self)
+
+    def decided(self, ticket: int) -> bool:
+        """Whether the ledger has an answer. Its news may be lost with a thread interrupted in
+        telling it, so who sleeps asks now and then."""
+        self.management.pump()
+        return all(ticket != waiting[0] for waiting in self.ledger.waiting())
+
     def loading(self, unit: int) -> bool:
         return self.management.state(unit) == LOADING
 
@@ -169,16 +186,16 @@ def _attempt(ask: Ask) -> bool:
     if ticket:
         waiter = ThreadWaiter()
         if ask.management.board.wait_for(ticket, waiter):
-            _sleep(ask, waiter)
+            _sleep(ask, waiter, lambda: ask.decided(ticket))
         ask.take(ticket)
     return ask.move() and all(_joined(ask, unit) for unit in ask.answer.pending)
 
 
-def _sleep(ask: Ask, waiter: ThreadWaiter) -> None:
+def _sleep(ask: Ask, waiter: ThreadWaiter, over: Callable[[], bool]) -> None:
     started = monotonic()
     try:
-        if not waiter.wait(time_left(ask.deadline)):
-            raise timed_out(ask)
+        while not waiter.wait(ask.nap()) and not over():
+            ask.check_time()
     finally:
         ask.management.note_wait(ask.units, monotonic() - started)
 
@@ -189,7 +206,7 @@ def _joined(ask: Ask, unit: int) -> bool:
         waiter = ThreadWaiter()
         ask.management.latch(unit).join(waiter)
         if ask.loading(unit):
-            _sleep(ask, waiter)
+            _sleep(ask, waiter, lambda: not ask.loading(unit))
     return ask.ready(unit)
 
 
@@ -216,7 +233,7 @@ async def _attempt_async(ask: Ask) -> bool:
     if ticket:
         waiter = TaskWaiter()
         if ask.management.board.wait_for(ticket, waiter):
-            await _sleep_async(ask, waiter)
+            await _sleep_async(ask, waiter, lambda: ask.decided(ticket))
         ask.take(ticket)
     if ask.to_move and not await _Moving(ask).done():
         return False
@@ -226,11 +243,11 @@ async def _attempt_async(ask: Ask) -> bool:
     return True
 
 
-async def _sleep_async(ask: Ask, waiter: TaskWaiter) -> None:
+async def _sleep_async(ask: Ask, waiter: TaskWaiter, over: Callable[[], bool]) -> None:
     started = monotonic()
     try:
-        if not await waiter.wait(time_left(ask.deadline)):
-            raise timed_out(ask)
+        while not await waiter.wait(ask.nap()) and not over():
+            ask.check_time()
     finally:
         ask.management.note_wait(ask.units, monotonic() - started)
 
@@ -240,7 +257,7 @@ async def _joined_async(ask: Ask, unit: int) -> bool:
         waiter = TaskWaiter()
         ask.management.latch(unit).join(waiter)
         if ask.loading(unit):
-            await _sleep_async(ask, waiter)
+            await _sleep_async(ask, waiter, lambda: not ask.loading(unit))
     return ask.ready(unit)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 
 from opguard.pools._budgets import readable
 from opguard.pools._homes import Home
-from opguard.pools.errors import PoolError
+from opguard.pools.errors import PoolError, Unmanageable
 from opguard.pools.streaming import StreamedModule, outgrows
 from opguard.pools.users import ResourcePoolUser, register_user
 
@@ -58,9 +59,8 @@ class TorchModuleWrapper(ResourcePoolUser):
         self.inference_memory_estimator = inference_memory_estimator
         self._trusted = trust_files
         self._device = management.execution_device
-        self.home: Any = Home.adopt(
-            module, management.folder, name or type(module).__name__, trust_files=trust_files
-        )
+        self._name = name or type(module).__name__
+        self.home: Any = Home.adopt(module, management.folder, self._name, trust_files=trust_files)
         if self._device.type != "cpu":
             devices: Any = import_module("opguard.pools._devices")
             self.home = devices.DeviceHome(self.home, self._device)
@@ -102,6 +102,43 @@ class TorchModuleWrapper(ResourcePoolUser):
         return "disk" if self._device.type == "cpu" else f"disk, {self._device}"
 
 
+# Whose each tensor is, by id: an id may be another's since, so what is found here is looked at.
+_managed: dict[int, weakref.ref[ResourcePoolUser]] = {}
+
+
+def _tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _refuse_parts(module: torch.nn.Module, management: Management) -> list[torch.Tensor]:
+    """The module's tensors; Unmanageable where one is another managed module's too.
+
+    Its bytes would count twice, and both would say where it points.
+    """
+    tensors = _tensors_of(module)
+    for tensor in tensors:
+        found = _managed.get(id(tensor))
+        user = None if found is None else found()
+        entry = None if user is None else management.find(user.obj)
+        if entry is not None and any(tensor is other for other in _tensors_of(entry.ref())):
+            raise Unmanageable(
+                f"expected {type(module).__name__} to share no weights with another managed "
+                f"module, it does with {entry.name!r}; lease that one, or unmanage it first"
+            )
+    return tensors
+
+
+def _note(tensors: list[torch.Tensor], user: ResourcePoolUser) -> None:
+    keys = [id(tensor) for tensor in tensors]
+
+    def forget(gone: weakref.ref[ResourcePoolUser]) -> None:
+        for key in keys:
+            if _managed.get(key) is gone:
+                _managed.pop(key, None)
+
+    _managed.update(dict.fromkeys(keys, weakref.ref(user, forget)))
+
+
 def module_user(
     module: torch.nn.Module,
     *,
@@ -112,6 +149,7 @@ def module_user(
     trust_files: bool = False,
 ) -> ResourcePoolUser:
     """A module as a whole, or in blocks: where ``stream`` says so, or it outgrows the budget."""
+    tensors = _refuse_parts(module, management)
     kind: Any = TorchModuleWrapper
     if outgrows(module, management) if stream is None else stream:
         kind = StreamedModule
@@ -122,6 +160,7 @@ def module_user(
         name=name,
         trust_files=trust_files,
     )
+    _note(tensors, user)
     return user
 
 

@@ -180,6 +180,13 @@ def make_user(obj: object, **options: Any) -> ResourcePoolUser:
             f"expected an object of a registered type ({known}), got {type(obj).__name__}; "
             "register_user(type, factory) teaches a type"
         )
+    try:
+        weakref.ref(obj)
+    except TypeError as error:
+        raise Unmanageable(
+            f"expected an object that can be held weakly, got {type(obj).__name__}; give its class "
+            "a __weakref__ slot"
+        ) from error
     named = {key: value for key, value in options.items() if value is not None}
     user = factory(obj, **_accepted(factory, type(obj).__name__, named))
     if not isinstance(user, ResourcePoolUser):
