@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
 
-from opguard.pools._books import READY, Books, Entry
+from opguard.pools._books import EVICTING, READY, Books, Entry
 from opguard.pools._reclaiming import Reclaimer
 from opguard.pools.errors import PoolError
 from opguard.pools.policies import Candidate
@@ -46,7 +47,10 @@ class Moving(Books):
         """
         pool = self.pool(str(self.execution_device if device is None else device))
         wanted = EVERYTHING if nbytes is None else int(nbytes)
-        return self.move_all_out(self.ledger.reclaim(pool._index, wanted, 0))
+        freed = self.move_all_out(self.ledger.reclaim(pool._index, wanted, 0))
+        while any(self.state(unit) == EVICTING for unit in self.ledger.units(pool._index)):
+            time.sleep(0.0005)  # another thread is at it: what it gives back is free then, too
+        return freed
 
     def condemn(self, entry: Entry) -> None:
         """Tell it to go: it does soon, or when the bytes are needed, or stays if entered again."""
