@@ -377,12 +377,13 @@ assert not [name for name in sys.modules if name.startswith("opguard.pools")]
 had = set(sys.modules)
 call, assign = torch.nn.Module.__call__, torch.nn.Module.__setattr__
 sys.pycache_prefix, sys.dont_write_bytecode = {str(tmp_path)!r}, False
-for _ in range(2):  # the first one compiles
+took = 1.0
+for _ in range(5):  # the first one compiles
     for name in set(sys.modules) - had:
         del sys.modules[name]
     at = time.process_time()
     import opguard.pools
-    took = time.process_time() - at
+    took = min(took, time.process_time() - at)
 new = {{name.partition(".")[0] for name in set(sys.modules) - had}}
 assert not new & {{"diffusers", "transformers", "accelerate", "numpy", "psutil"}}, new
 assert threading.active_count() == 1

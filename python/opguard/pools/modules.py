@@ -119,9 +119,13 @@ def _refuse_parts(module: torch.nn.Module, management: Management) -> list[torch
     for tensor in tensors:
         found = _managed.get(id(tensor))
         user = None if found is None else found()
-        obj = None if user is None else user.obj
+        obj: torch.nn.Module | None = None if user is None else user.obj
         entry = None if obj is None else management.find(obj)
-        if entry is not None and any(tensor is other for other in _tensors_of(obj)):
+        if (
+            obj is not None
+            and entry is not None
+            and any(tensor is other for other in _tensors_of(obj))
+        ):
             raise Unmanageable(
                 f"expected {type(module).__name__} to share no weights with another managed "
                 f"module, it does with {entry.name!r}; lease that one, or unmanage it first"
