@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from opguard.pools import _arenas, _patched
+from opguard.pools import _arenas, _parameters, _patched
 from opguard.pools._patched import DeltaCommit, PatchedWeightsChanged
 from opguard.pools.commits import CallableCommit, ForwardHookCommit
 from opguard.pools.errors import PatchFailed
@@ -322,7 +322,7 @@ def test_a_graph_made_under_the_patch_is_not_silently_run_with_the_base():
 
 
 def test_where_torch_does_not_tell_of_graphs_their_backward_raises(monkeypatch):
-    monkeypatch.setattr(_patched, "_use_count", None)
+    monkeypatch.setattr(_parameters, "_use_count", None)
     model = net().requires_grad_(True)
     before = weights(model)
     y = model(torch.randn(2, 6, requires_grad=True)).sum()
@@ -338,7 +338,7 @@ def test_where_torch_does_not_tell_of_graphs_their_backward_raises(monkeypatch):
 def test_failing_at_any_parameter_leaves_every_one_where_it_was(monkeypatch, error):
     model = net()
     before = weights(model)
-    point = _patched._point
+    point = _parameters._point
     first = Lora(1)
     outer, inner = (CommitObjectProxy(model, s) for s in ([first], [first, Lora(2)]))
     at = 0
@@ -354,7 +354,7 @@ def test_failing_at_any_parameter_leaves_every_one_where_it_was(monkeypatch, err
 
         with outer:
             inside = weights(model)
-            monkeypatch.setattr(_patched, "_point", failing)
+            monkeypatch.setattr(_parameters, "_point", failing)
             entered = False
             try:
                 with inner:

@@ -10,25 +10,23 @@ from __future__ import annotations
 import threading
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opguard.pools import _managed, _stacks
 from opguard.pools._arenas import Chunk, put_chunk, rounded, take_chunk
+from opguard.pools._parameters import groups_of, is_at, point_all, tensors_of, version_of
 from opguard.pools.commits import CommitABC
 from opguard.pools.errors import PatchFailed
 
 __all__ = ["Delta", "DeltaCommit", "PatchedWeightsChanged"]
 
 _TILE = 1 << 18
-# How many have the tensor beside its Python object: newer torch tells. Where it does not, a patch
-# is not refused under a live graph, and its backward raises.
-_use_count: Callable[[Tensor], int] | None = getattr(Tensor, "_use_count", None)
 _WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -191,7 +189,8 @@ class _Patch:
         self.obj, self.chunks = obj, chunks
         self.taken_back = False
         self.rest = ExitStack()
-        groups = _groups(obj, deltas)
+        groups = groups_of(obj, deltas)
+        _refuse_moved(obj, deltas)
         self.states = [_states.get(id(group[0])) or _State(group) for group in groups]
         levels: list[_Level] = []
         moves: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -201,9 +200,9 @@ class _Patch:
             _compute(state.base, [*below, delta], tensor)
             levels.append(_Level(self, delta, tensor))
             moves += [(parameter, state.top, tensor) for parameter in state.parameters]
-        _point_all(moves)
+        point_all(moves)
         for state, level in zip(self.states, levels, strict=True):
-            level.versions = [_version(parameter) for parameter in state.parameters]
+            level.versions = [version_of(parameter) for parameter in state.parameters]
             state.levels.append(level)
             _states.update((id(parameter), state) for parameter in state.parameters)
 
@@ -220,14 +219,14 @@ class _Patch:
             if level is state.levels[-1]:
                 below = state.levels[at - 1].tensor if at else state.base
                 for parameter, version in zip(state.parameters, level.versions, strict=True):
-                    here = _is_at(parameter, level.tensor)
-                    if not here or _version(parameter) != version:
+                    here = is_at(parameter, level.tensor)
+                    if not here or version_of(parameter) != version:
                         changed[id(parameter)] = parameter.data
                     moves.append((parameter, parameter.data, below))
             else:
                 anew += _without(state, at)
-        names = {id(tensor): name for name, tensor in _tensors(self.obj)} if changed else {}
-        _point_all(moves)
+        names = {id(tensor): name for name, tensor in tensors_of(self.obj)} if changed else {}
+        point_all(moves)
         for tensor, values in anew:
             tensor.copy_(values)
         for state in self.states:
@@ -236,7 +235,7 @@ class _Patch:
                 if not state.levels:
                     del _states[id(parameter)]
             if state.levels:
-                state.levels[-1].versions = [_version(p) for p in state.parameters]
+                state.levels[-1].versions = [version_of(p) for p in state.parameters]
         if changed:
             _report(self.obj, {names.get(key, "?"): value for key, value in changed.items()})
         self.states, self.taken_back = [], True
@@ -286,7 +285,7 @@ def _report(obj: Any, tensors: dict[str, Tensor]) -> None:
     _stacks.later(partial(warnings.warn, warning, stacklevel=4))
 
 
-# --- computing and pointing -----------------------------------------------------------------------
+# --- computing -----------------------------------------------------------------------
 
 
 def _compute(base: Tensor, deltas: Sequence[Delta], out: Tensor) -> None:
@@ -310,155 +309,12 @@ def _compute(base: Tensor, deltas: Sequence[Delta], out: Tensor) -> None:
         (out if whole else out[start:stop]).copy_(wide)
 
 
-def _point_all(moves: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Points each parameter from one tensor at another: all of them or none."""
-    done = 0
-    try:
-        for parameter, _, there in moves:
-            _point(parameter, there)
-            done += 1
-    except BaseException:
-        for parameter, back, _ in moves[: done + 1]:
-            _point(parameter, back)
-        raise
-
-
-def _point(parameter: Tensor, at: Tensor) -> None:
-    if _held(parameter) and _version(parameter) is not None:
-        # A backward that needs what the parameter was would silently read the other tensor.
-        torch.autograd.graph.increment_version(parameter)
-    with torch._C.DisableTorchFunctionSubclass():
-        parameter.data = at
-
-
-def _held(parameter: Tensor) -> bool:
-    """Whether a live graph, or a view, has this parameter; where torch does not say: perhaps."""
-    return _use_count is None or _use_count(parameter) > 1
-
-
-def _version(tensor: Tensor) -> int | None:
-    try:
-        return int(tensor._version)
-    except RuntimeError:  # made in inference mode: nothing counts
-        return None
-
-
-def _is_at(parameter: Tensor, tensor: Tensor) -> bool:
-    same = parameter.data_ptr() == tensor.data_ptr() and parameter.shape == tensor.shape
-    return same and parameter.dtype == tensor.dtype and parameter.device == tensor.device
-
-
-# --- which tensors --------------------------------------------------------------------------------
-
-
-def _modules(obj: Any) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(obj, nn.Module):
-        yield "", obj
-        return
-    for name, value in list(vars(obj).items()) if hasattr(obj, "__dict__") else ():
-        if isinstance(value, nn.Module):
-            yield name, value
-
-
-def _tensors(obj: Any) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers with their names; tied ones once a name."""
-    for prefix, root in _modules(obj):
-        for path, module in root.named_modules(prefix=prefix):
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        yield f"{path}.{name}" if path else name, tensor
-
-
-def _groups(obj: Any, deltas: Mapping[Tensor, Delta]) -> list[list[Tensor]]:
-    """For each parameter, itself and the others that are the same memory, after all checks."""
-    names = {}
-    ranges: list[_Range] = []
-    for name, tensor in _tensors(obj):
-        if id(tensor) not in names:
-            names[id(tensor)] = name
-            if type(tensor.data) is Tensor and tensor.layout is torch.strided:
-                ranges.append((*_range(tensor), tensor))
+def _refuse_moved(obj: Any, deltas: Mapping[Tensor, Delta]) -> None:
     for parameter in deltas:
-        if id(parameter) not in names and isinstance(parameter, Tensor):
-            names[id(parameter)] = f"a tensor of shape {tuple(parameter.shape)}"
-            ranges.append((*_range(parameter), parameter))
-        _check(parameter, names)
-    shared = _clusters(ranges)
-    return [_sharing(parameter, shared, names, deltas) for parameter in deltas]
-
-
-_Range = tuple[int, int, Tensor]
-
-
-def _clusters(ranges: list[_Range]) -> dict[int, list[_Range]]:
-    """For the id of each tensor that shares memory, all that overlap, also through others."""
-    shared: dict[int, list[_Range]] = {}
-    cluster: list[_Range] = []
-    end = 0
-    for one in sorted(ranges, key=lambda one: (one[2].device.index or 0, one[:2])):
-        if one[0] == one[1]:
-            continue
-        if cluster and (one[0] >= end or one[2].device != cluster[0][2].device):
-            cluster = []
-        cluster.append(one)
-        end = max(end, one[1]) if len(cluster) > 1 else one[1]
-        if len(cluster) > 1:
-            shared.update((id(member[2]), cluster) for member in cluster)
-    return shared
-
-
-def _range(tensor: Tensor) -> tuple[int, int]:
-    if tensor.is_meta or not tensor.numel():
-        return 0, 0
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return start, start + (last + 1) * tensor.element_size()
-
-
-def _check(parameter: Tensor, names: Mapping[int, str]) -> None:
-    if not isinstance(parameter, Tensor):
-        raise TypeError(f"expected a parameter for each delta, got {type(parameter).__name__}")
-    name = names[id(parameter)]
-    kind = parameter.data
-    if type(kind) is not Tensor or kind.layout is not torch.strided or kind.is_meta:
-        what = "a meta tensor" if kind.is_meta else f"{type(kind).__name__} ({kind.layout})"
-        raise TypeError(
-            f"expected {name} to be a plain tensor, got {what}: patch such a layer with a forward "
-            "hook"
-        )
-    if not (kind.is_floating_point() or kind.is_complex()):
-        raise TypeError(f"expected {name} to be of a floating dtype, got {kind.dtype}")
-    state = _states.get(id(parameter))
-    if state is not None and not _is_at(parameter, state.top):
-        raise ValueError(
-            f"expected {name} where the patch below points it, and it was moved or converted "
-            "meanwhile: leave that block first"
-        )
-    if _use_count is not None and _held(parameter):
-        raise ValueError(
-            f"expected {name} to be in no autograd graph, and a live graph or a view holds it, "
-            "whose backward would read the patched weights: run backward or drop its output first"
-        )
-
-
-def _sharing(
-    parameter: Tensor,
-    shared: Mapping[int, list[_Range]],
-    names: Mapping[int, str],
-    deltas: Mapping[Tensor, Delta],
-) -> list[Tensor]:
-    group = [parameter]
-    mine = (*_range(parameter), parameter.shape, parameter.stride(), parameter.dtype)
-    for start, end, other in shared.get(id(parameter), ()):
-        if other is parameter:
-            continue
-        same = (start, end, other.shape, other.stride(), other.dtype) == mine
-        if not same or other in deltas:
-            what = "and both have a delta" if same else "in part"
+        state = _states.get(id(parameter))
+        if state is not None and not is_at(parameter, state.top):
+            names = {id(tensor): name for name, tensor in tensors_of(obj)}
             raise ValueError(
-                f"{names[id(parameter)]} and {names[id(other)]} share memory {what}: tied weights "
-                "take one delta for all of them, and views cannot be patched"
+                f"expected {names.get(id(parameter))} where the patch below points it, and it was "
+                "moved or converted meanwhile: leave that block first"
             )
-        group.append(other)
-    return group
