@@ -18,8 +18,10 @@ from opguard.pools import (
     CommitWithAutoManage,
     DeltaCommit,
     LeaseTimeout,
+    PatchedWeightsChanged,
     PatchFailed,
     PoolRefused,
+    _patched,
     auto_manage,
     manage,
 )
@@ -275,6 +277,148 @@ def test_a_managed_proxy_is_its_object_with_the_commits(pools):
     assert leases(own) == 0
     with pytest.raises(KeyError), auto_manage(proxy):
         raise KeyError
+    assert torch.equal(model[0].weight, weight)
+
+
+# --- patches that stay --------------------------------------------------------------------------
+
+
+def resting(model, *commits):
+    proxy = CommitObjectProxy(model, commits)
+    proxy.apply_commit_stack()
+    return proxy
+
+
+def test_a_patch_that_stays_lets_its_model_go_and_comes_back_with_it(pools):
+    model, other = tiny(2), tiny(5, seed=1)
+    handle, theirs = manage(model), manage(other)
+    weight = model[0].weight.clone()
+    objects = [id(p) for p in model.parameters()]
+    proxy = resting(model, Doubles())
+    assert torch.equal(model[0].weight, weight * 2)
+    assert leases(handle) == 0
+    assert settled(pools) == 4 * MIB
+    for _ in range(2):
+        with theirs.lease():
+            assert not handle.loaded
+            assert pools.pool("cpu").used == 5 * MIB
+            assert torch.equal(model[0].weight, weight)
+            assert _arenas_of(model) == 0
+        with handle.lease():
+            assert torch.equal(model[0].weight, weight * 2)
+            assert pools.pool("cpu").used == 4 * MIB
+    assert [id(p) for p in model.parameters()] == objects
+    proxy.revert_commit_stack()
+    assert torch.equal(model[0].weight, weight)
+    assert settled(pools) == 2 * MIB
+    with handle.lease():
+        assert torch.equal(model[0].weight, weight)
+
+
+def _arenas_of(model):
+    """Bytes of patched weights that a model's parameters point at."""
+    states = [_patched._states.get(id(p)) for p in model.parameters()]
+    levels = [level for state in states if state for level in state.levels]
+    return sum(level.tensor.nbytes for level in levels if level.tensor is not None)
+
+
+def test_blocks_on_a_patch_that_stays_give_it_back_and_it_may_go_again(pools):
+    model, other = tiny(1), tiny(6, seed=1)
+    handle, theirs = manage(model), manage(other)
+    weight = model[0].weight.clone()
+    first, second = Doubles(), Doubles()
+    proxy = resting(model, first)
+    more, bare = proxy.clone_and_add_commit(second), CommitObjectProxy(model)
+    for inside in (more, bare, proxy):
+        with theirs.lease():
+            assert not handle.loaded
+        with inside:
+            factor = 2 ** len(inside.commits)
+            assert torch.equal(model[0].weight, weight * factor)
+            assert leases(handle) > 0
+        assert leases(handle) == 0
+        assert proxy.applied == (first,)
+        assert torch.equal(model[0].weight, weight * 2)
+    more.apply_commit_stack()
+    with theirs.lease():
+        assert not handle.loaded
+        assert torch.equal(model[0].weight, weight)
+        more.revert_commit_stack()
+        assert torch.equal(model[0].weight, weight)
+    with handle.lease():
+        assert torch.equal(model[0].weight, weight)
+    assert not handle.entry.riders
+
+
+def test_a_patch_that_cannot_come_back_fails_the_load_and_the_next_one_works(pools):
+    failing = []
+
+    class Sometimes(Doubles):
+        def deltas(self, obj):
+            return dict.fromkeys(obj.parameters(), self.maybe)
+
+        def maybe(self, source, out):
+            if failing:
+                raise ArithmeticError("not now")
+            torch.mul(source, 2, out=out)
+
+    model, other = tiny(1), tiny(6, seed=1)
+    handle, theirs = manage(model), manage(other)
+    weight = model[0].weight.clone()
+    proxy = resting(model, Sometimes())
+    with theirs.lease():
+        pass
+    failing.append(1)
+    with pytest.raises(ArithmeticError, match="not now"):
+        handle.lease().__enter__()
+    assert not handle.loaded
+    assert leases(handle) == 0
+    assert torch.equal(model[0].weight, weight)
+    failing.clear()
+    with handle.lease():
+        assert torch.equal(model[0].weight, weight * 2)
+    del proxy
+    gc.collect()
+    assert torch.equal(model[0].weight, weight)
+    assert not handle.entry.riders
+
+
+def test_a_model_that_cannot_go_keeps_its_patch(pools, monkeypatch):
+    model = tiny(1)
+    handle = manage(model)
+    weight = model[0].weight.clone()
+    proxy = resting(model, Doubles())
+
+    def full():
+        raise OSError("disk full")
+
+    monkeypatch.setattr(handle.user, "give_back", full)
+    assert pools.free() == 0
+    assert handle.loaded
+    assert torch.equal(model[0].weight, weight * 2)
+    monkeypatch.undo()
+    with handle.lease():  # what would not go is asked again once it was used
+        assert torch.equal(model[0].weight, weight * 2)
+    pools.free()
+    assert torch.equal(model[0].weight, weight)
+    proxy.revert_commit_stack()
+    with handle.lease():
+        assert torch.equal(model[0].weight, weight)
+
+
+def test_what_is_written_to_a_patch_that_stays_is_told_of_when_its_model_goes(pools):
+    model = tiny(1)
+    handle = manage(model)
+    weight = model[0].weight.clone()
+    proxy = resting(model, Doubles())
+    with handle.lease():
+        model[0].weight.add_(1)
+    with pytest.warns(PatchedWeightsChanged) as told:
+        pools.free()
+    assert torch.equal(told[0].message.tensors["0.weight"], weight * 2 + 1)
+    with handle.lease():
+        assert torch.equal(model[0].weight, weight * 2)
+    proxy.revert_commit_stack()
     assert torch.equal(model[0].weight, weight)
 
 

@@ -39,6 +39,7 @@ class Chunk:
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.nbytes, self.device = nbytes, device
         self.seat: Any = None
+        self.alone = True
         self._lease: Any = None
         self._flat: Tensor | None = None
         self._used = 0
@@ -66,6 +67,12 @@ class Chunk:
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.__exit__(None, None, None)
+
+    def leave_pool(self) -> None:
+        """Somebody else's bytes count it from now on: it is not kept warm by itself."""
+        self.let_go()
+        self.seat, self.alone = None, False
+        _managed.forget_chunk(self)
 
     def cut(self, like: Tensor) -> Tensor:
         """An uninitialised tensor of the same shape, dtype and, where dense, strides."""
@@ -133,7 +140,7 @@ def take_chunk(obj: Any, nbytes: int, device: torch.device, counted: bool) -> Ch
 def put_chunk(obj: Any, chunk: Chunk) -> None:
     """Takes a chunk back; it stays warm if the object has a proxy and nobody holds its tensors."""
     clean = chunk.reset()
-    if not clean or not _stacks.has_record(obj):
+    if not clean or not chunk.alone or not _stacks.has_record(obj):
         chunk.give_back()
         chunk.let_go()
         return

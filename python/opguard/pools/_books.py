@@ -31,6 +31,8 @@ class Entry:
         self.units: dict[str, int] = {}
         self.seat: Any = None
         self.stats = Stats()
+        # What goes and comes with the user, in order: patches that are on it.
+        self.riders: list[Any] = []
         # Held while bytes move; waited for only by who moves them.
         self.moving = allocate_lock()
 

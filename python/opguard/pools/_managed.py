@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from opguard.pools._arenas import Chunk
+    from opguard.pools._books import Entry
     from opguard.pools.management import Management
 
 __all__ = ["block_lease", "lease_of_seat", "lease_owners", "seat_of_chunk", "waiting"]
@@ -60,17 +61,68 @@ def lease_owners(parameters: Iterable[Tensor]) -> ExitStack | None:
     wanted = {id(parameter) for parameter in parameters}
     leases, found = ExitStack(), False
     try:
-        for entry in dict.fromkeys(tuple(management.entries.values())):
-            module = entry.ref()
-            if isinstance(module, nn.Module) and any(id(p) in wanted for p in _tensors(module)):
-                lease = block_lease(module, _timeout.get())
-                lease.__enter__()
-                leases.push(lease)
-                found = True
+        for entry in _owners(management, wanted):
+            lease = block_lease(entry.ref(), _timeout.get())
+            lease.__enter__()
+            leases.push(lease)
+            found = True
     except BaseException:
         leases.close()
         raise
     return leases if found else None
+
+
+def _owners(management: Management, wanted: set[int]) -> list[Entry]:
+    """The modules that are managed and have one of these tensors."""
+    found = []
+    for entry in dict.fromkeys(tuple(management.entries.values())):
+        module = entry.ref()
+        if isinstance(module, nn.Module) and any(id(p) in wanted for p in _tensors(module)):
+            found.append(entry)
+    return found
+
+
+class Parking:
+    """A patch that goes and comes with the module it is on, and counts as part of it."""
+
+    def __init__(self, management: Management, entry: Entry, rider: Any, chunk: Chunk) -> None:
+        self._management, self._entry, self._rider = management, entry, rider
+        self._unit, self._nbytes = entry.units[str(chunk.device)], chunk.nbytes
+        entry.riders.append(rider)
+        self._grow(self._nbytes)
+        chunk.leave_pool()
+
+    def leave(self) -> None:
+        """The patch is off."""
+        self._entry.riders.remove(self._rider)
+        self._grow(-self._nbytes)
+
+    def _grow(self, nbytes: int) -> None:
+        management = self._management
+        info = management.unit(self._unit)
+        if info is not None and management.ledger.set_unit(
+            self._unit, "nbytes", info.nbytes + nbytes
+        ):
+            management.pump()
+
+
+def park(rider: Any, states: Iterable[Iterable[Tensor]], chunk: Chunk) -> Parking | None:
+    """Lets a patched module go with its patch; None where it is in parts or is not counted."""
+    management = _management()
+    if management is None or chunk.seat is None:
+        return None
+    wanted = {id(parameter) for parameters in states for parameter in parameters}
+    owners = _owners(management, wanted)
+    if len(owners) != 1 or str(chunk.device) not in owners[0].units:
+        return None
+    return Parking(management, owners[0], rider, chunk)
+
+
+def forget_chunk(chunk: Chunk) -> None:
+    """A chunk is counted no more."""
+    management = _management()
+    if management is not None:
+        management.unmanage(chunk)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -13,7 +13,6 @@ from opguard.pools._reclaiming import Reclaimer
 from opguard.pools.errors import PoolError
 from opguard.pools.policies import Candidate
 from opguard.pools.resource_pools import ResourcePool
-from opguard.pools.users import ResourcePoolUser
 
 __all__ = ["Moving"]
 
@@ -83,7 +82,7 @@ class Moving(Books):
         entry = self.entries[unit]
         with entry.moving:
             try:
-                written = self._given_back(entry.user)
+                written = self._given_back(entry)
             except Exception as error:
                 settled.extend(map(self.ledger.kept, (unit,)))
                 entry.stats.trouble = f"{type(error).__name__}: {error}"
@@ -95,14 +94,32 @@ class Moving(Books):
         return None
 
     @staticmethod
-    def _given_back(user: ResourcePoolUser) -> int:
+    def _given_back(entry: Entry) -> int:
+        user = entry.user
+        for rider in reversed(entry.riders):
+            rider.give_back()
         try:
             return user.give_back() or 0
         except Exception:
+            for rider in tuple(entry.riders):
+                rider.bring_in()
             raise
         except BaseException:
             # An interrupt says nothing of how far it came; what is given back twice is nothing.
             user.give_back()
+            raise
+
+    @staticmethod
+    def _ride_in(entry: Entry) -> None:
+        """What goes and comes with the user; where that fails, neither of them is in."""
+        riders = tuple(entry.riders)
+        try:
+            for rider in riders:
+                rider.bring_in()
+        except BaseException:
+            for rider in reversed(riders):
+                rider.give_back()
+            entry.user.give_back()
             raise
 
     def move_in(self, unit: int, settled: list[bool]) -> None:
@@ -117,6 +134,7 @@ class Moving(Books):
         with entry.moving, entry.stats.loading():
             try:
                 moved = entry.user.bring_in()
+                self._ride_in(entry)
             except Exception as error:
                 error.add_note(f"while bringing in {entry.name!r}")
                 raise

@@ -89,14 +89,14 @@ class DeltaCommit(CommitABC):
             deltas = self.deltas(obj)
             leases = _managed.lease_owners(deltas)
             if leases is not None:
-                undo.push(leases)
+                undo.callback(leases.close)
             chunks = _chunks(obj, deltas, leases is not None)
             undo.callback(_free, obj, chunks)
             with _lock:
                 patch = _Patch(obj, deltas, chunks)
                 undo.callback(patch.take_back)
             self._keep(obj, patch)
-            patch.rest = undo.pop_all()
+            patch.rest, patch.leases = undo.pop_all(), leases or ExitStack()
 
     def revert(self, obj: Any) -> None:
         """Points the parameters back."""
@@ -106,6 +106,11 @@ class DeltaCommit(CommitABC):
                 patch.take_back()
         self._forget(obj)
         patch.rest.close()
+
+    def settle(self, obj: Any) -> None:
+        """The patch stays, outside of all blocks: what it patched need not stay in memory."""
+        patch: _Patch = self._kept_for(obj)
+        patch.park()
 
     def squash(self, commits: Sequence[CommitABC]) -> CommitABC:
         """All of them as one: each weight is computed and rounded once."""
@@ -153,13 +158,15 @@ _states: dict[int, _State] = {}
 
 
 class _Level:
-    """What one patch made of one weight."""
+    """What one patch made of one weight; ``tensor`` is None while the weight is not in memory."""
 
-    __slots__ = ("delta", "patch", "tensor", "versions")
+    __slots__ = ("changed", "delta", "patch", "tensor", "versions")
 
     def __init__(self, patch: _Patch, delta: Delta, tensor: Tensor) -> None:
-        self.patch, self.delta, self.tensor = patch, delta, tensor
+        self.patch, self.delta = patch, delta
+        self.tensor: Tensor | None = tensor
         self.versions: list[int | None] = []
+        self.changed = False
 
 
 class _State:
@@ -169,16 +176,51 @@ class _State:
 
     def __init__(self, parameters: list[Tensor]) -> None:
         self.parameters = parameters
-        self.base = parameters[0].data
+        self.base: Tensor | None = parameters[0].data
         self.levels: list[_Level] = []
 
+    def level_of(self, patch: _Patch) -> int:
+        return next(i for i, level in enumerate(self.levels) if level.patch is patch)
+
+    def below(self, at: int) -> Tensor | None:
+        """Where the parameters point without the levels from ``at`` on; None: not in memory."""
+        here = (level.tensor for level in reversed(self.levels[:at]) if level.tensor is not None)
+        return next(here, self.base)
+
     @property
-    def top(self) -> Tensor:
-        return self.levels[-1].tensor if self.levels else self.base
+    def top(self) -> Tensor | None:
+        return self.below(len(self.levels))
+
+    def note(self) -> None:
+        """Remembers whether the top was written to, before something is put on it."""
+        if self.levels and self.levels[-1].tensor is not None:
+            self.levels[-1].changed |= self.versions() != self.levels[-1].versions
+
+    def versions(self) -> list[int | None]:
+        return [version_of(parameter) for parameter in self.parameters]
+
+    def moves(self, at: int) -> tuple[list[_Move], dict[int, Tensor]]:
+        """To point from level ``at``, the top, to what is below; and what was written there."""
+        level, below = self.levels[at], self.below(at)
+        if level.tensor is None or below is None:
+            return [], {}
+        found = {}
+        for parameter, version in zip(self.parameters, level.versions, strict=True):
+            moved = not is_at(parameter, level.tensor)
+            if moved or level.changed or version_of(parameter) != version:
+                found[id(parameter)] = parameter.data
+        return [(parameter, parameter.data, below) for parameter in self.parameters], found
+
+
+_Move = tuple[Tensor, Tensor, Tensor]
 
 
 class _Patch:
-    """What one commit did to one object: the weights it patched, and their memory."""
+    """What one commit did to one object: the weights it patched, and their memory.
+
+    While the object only has the patch on it, outside of all blocks, a managed module may go: its
+    patched weights go with it, and are computed again when it comes back (``park``).
+    """
 
     def __init__(
         self,
@@ -188,57 +230,115 @@ class _Patch:
     ) -> None:
         self.obj, self.chunks = obj, chunks
         self.taken_back = False
-        self.rest = ExitStack()
+        self.parked: _managed.Parking | None = None
+        self.rest = self.leases = ExitStack()
         groups = groups_of(obj, deltas)
         _refuse_moved(obj, deltas)
         self.states = [_states.get(id(group[0])) or _State(group) for group in groups]
-        levels: list[_Level] = []
-        moves: list[tuple[Tensor, Tensor, Tensor]] = []
+        levels = []
+        moves: list[_Move] = []
         for state, delta in zip(self.states, deltas.values(), strict=True):
-            tensor = chunks[state.base.device].cut(state.base)
-            below = [level.delta for level in state.levels]
-            _compute(state.base, [*below, delta], tensor)
-            levels.append(_Level(self, delta, tensor))
-            moves += [(parameter, state.top, tensor) for parameter in state.parameters]
+            level, more = self._computed(state, len(state.levels), delta)
+            levels.append(level)
+            moves += more
         point_all(moves)
         for state, level in zip(self.states, levels, strict=True):
-            level.versions = [version_of(parameter) for parameter in state.parameters]
+            state.note()
             state.levels.append(level)
+            level.versions = state.versions()
             _states.update((id(parameter), state) for parameter in state.parameters)
+
+    def _computed(self, state: _State, at: int, delta: Delta) -> tuple[_Level, list[_Move]]:
+        base = state.base
+        assert base is not None, "what is patched is in memory"
+        tensor = self.chunks[base.device].cut(base)
+        _compute(base, [*(level.delta for level in state.levels[:at]), delta], tensor)
+        moves = [(parameter, parameter.data, tensor) for parameter in state.parameters]
+        return _Level(self, delta, tensor), moves
 
     def take_back(self) -> None:
         """Points back; what was written to the patched weights meanwhile is reported."""
         if self.taken_back:
             return
-        moves: list[tuple[Tensor, Tensor, Tensor]] = []
+        moves: list[_Move] = []
         anew: list[tuple[Tensor, Tensor]] = []
         changed: dict[int, Tensor] = {}
         for state in self.states:
-            at = next(i for i, level in enumerate(state.levels) if level.patch is self)
-            level = state.levels[at]
-            if level is state.levels[-1]:
-                below = state.levels[at - 1].tensor if at else state.base
-                for parameter, version in zip(state.parameters, level.versions, strict=True):
-                    here = is_at(parameter, level.tensor)
-                    if not here or version_of(parameter) != version:
-                        changed[id(parameter)] = parameter.data
-                    moves.append((parameter, parameter.data, below))
-            else:
+            at = state.level_of(self)
+            if at + 1 < len(state.levels):
                 anew += _without(state, at)
-        names = {id(tensor): name for name, tensor in tensors_of(self.obj)} if changed else {}
-        point_all(moves)
+            else:
+                more, found = state.moves(at)
+                moves += more
+                changed.update(found)
+        self._point(moves, changed)
         for tensor, values in anew:
             tensor.copy_(values)
         for state in self.states:
             state.levels = [level for level in state.levels if level.patch is not self]
-            for parameter in state.parameters:
-                if not state.levels:
-                    del _states[id(parameter)]
             if state.levels:
-                state.levels[-1].versions = [version_of(p) for p in state.parameters]
+                state.levels[-1].versions = state.versions()
+            else:
+                for parameter in state.parameters:
+                    del _states[id(parameter)]
+        self.states, self.taken_back = [], True
+
+    def _point(self, moves: list[_Move], changed: dict[int, Tensor]) -> None:
+        names = {id(tensor): name for name, tensor in tensors_of(self.obj)} if changed else {}
+        point_all(moves)
         if changed:
             _report(self.obj, {names.get(key, "?"): value for key, value in changed.items()})
-        self.states, self.taken_back = [], True
+
+    # --- while the module is away ---
+
+    def park(self) -> None:
+        """Lets the module go; its patched weights then count as its own."""
+        if self.parked is None and not self.taken_back and len(self.chunks) == 1:
+            (chunk,) = self.chunks.values()
+            self.parked = _managed.park(self, [state.parameters for state in self.states], chunk)
+            if self.parked is not None:
+                self.leases.close()
+                self.rest.callback(self.parked.leave)
+
+    def give_back(self) -> None:
+        """The module goes: parameters point at the base, and the patched weights are dropped."""
+        with _lock, torch.inference_mode(False), torch.no_grad():
+            moves: list[_Move] = []
+            changed: dict[int, Tensor] = {}
+            for state in self.states:
+                more, found = state.moves(state.level_of(self))
+                moves += more
+                changed.update(found)
+            self._point(moves, changed)
+            for state in self.states:
+                state.levels[state.level_of(self)].tensor = None
+                if all(level.tensor is None for level in state.levels):
+                    state.base = None
+            for chunk in self.chunks.values():
+                chunk.give_back()
+
+    def bring_in(self) -> None:
+        """The module is back: computes its patched weights again, from the base as it is now."""
+        if self.taken_back:
+            return
+        with _lock, torch.inference_mode(False), torch.no_grad():
+            for chunk in self.chunks.values():
+                chunk.reset()
+                chunk.bring_in()
+            moves: list[_Move] = []
+            levels = []
+            for state in self.states:
+                if state.base is None:
+                    state.base = state.parameters[0].data
+                at = state.level_of(self)
+                if state.levels[at].tensor is None:
+                    level, more = self._computed(state, at, state.levels[at].delta)
+                    moves += more
+                    levels.append((state, at, level))
+            point_all(moves)
+            for state, at, level in levels:
+                level.versions = state.versions()
+                state.levels[at] = level
 
 
 def _chunks(obj: Any, deltas: Mapping[Tensor, Delta], counted: bool) -> dict[torch.device, Chunk]:
@@ -269,9 +369,10 @@ def _without(state: _State, at: int) -> list[tuple[Tensor, Tensor]]:
     found = []
     for level in state.levels[at + 1 :]:
         below.append(level.delta)
-        values = torch.empty_like(level.tensor)
-        _compute(state.base, below, values)
-        found.append((level.tensor, values))
+        if level.tensor is not None and state.base is not None:
+            values = torch.empty_like(level.tensor)
+            _compute(state.base, below, values)
+            found.append((level.tensor, values))
     return found
 
 
@@ -312,7 +413,8 @@ def _compute(base: Tensor, deltas: Sequence[Delta], out: Tensor) -> None:
 def _refuse_moved(obj: Any, deltas: Mapping[Tensor, Delta]) -> None:
     for parameter in deltas:
         state = _states.get(id(parameter))
-        if state is not None and not is_at(parameter, state.top):
+        top = None if state is None else state.top
+        if top is not None and not is_at(parameter, top):
             names = {id(tensor): name for name, tensor in tensors_of(obj)}
             raise ValueError(
                 f"expected {names.get(id(parameter))} where the patch below points it, and it was "

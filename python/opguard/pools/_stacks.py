@@ -145,6 +145,7 @@ class PatchedObject(Turn):
         """Puts the stack of the innermost block that is left on the object."""
         self.entries.remove(entry)
         self.rebase(self.entries[-1].stack if self.entries else self.resting)
+        self._settle()
 
     def rest(self, stack: tuple[CommitABC, ...]) -> None:
         """Makes this the stack outside of all blocks."""
@@ -155,6 +156,13 @@ class PatchedObject(Turn):
             except BaseException:
                 self.resting = before
                 raise
+        self._settle()
+
+    def _settle(self) -> None:
+        """Outside of all blocks what is applied holds nothing in memory."""
+        if not self.entries:
+            for applied in self.applied:
+                applied.unit.settle(self.obj)
 
     # -- the stack ------------------------------------------------------------------------------
 
@@ -269,6 +277,10 @@ class _Squashed(CommitABC):
     def revert(self, obj: Any) -> None:
         if self._made is not None:
             self._made.revert(obj)
+
+    def settle(self, obj: Any) -> None:
+        if self._made is not None:
+            self._made.settle(obj)
 
     def release_revert_resource(self, obj: Any) -> None:
         if self._made is not None:

@@ -59,6 +59,9 @@ class CommitABC(ABC):
     def release_revert_resource(self, obj: Any) -> None:  # noqa: B027 - most keep nothing
         """Forgets what ``revert(obj)`` would need: the change stays for good."""
 
+    def settle(self, obj: Any) -> None:  # noqa: B027 - most need nothing
+        """Told when the change stays on ``obj`` outside of all blocks: it may hold less for it."""
+
     def squash(self, commits: Sequence[CommitABC]) -> CommitABC:
         """One commit that does what ``commits`` (bottom first, ``self`` is the first) do."""
         raise NotImplementedError(f"{type(self).__name__} has a squash_key but no squash()")
