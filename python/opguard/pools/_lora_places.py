@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -31,7 +32,8 @@ def _modules(root: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for path, module in root.named_modules(remove_duplicate=False):
         if not path.endswith("_orig_mod"):
-            found[path.replace("_orig_mod.", "")] = getattr(module, "_orig_mod", module)
+            inner = module._modules.get("_orig_mod") or module
+            found[path.replace("_orig_mod.", "")] = inner
     return found
 
 
@@ -78,9 +80,14 @@ class _Places:
     def __init__(self, root: nn.Module, label: str, where: str) -> None:
         self.root, self.label, self.where = root, label, where
         self.modules = _modules(root)
-        self.flat: dict[str, list[str]] = {}
+
+    @cached_property
+    def flat(self) -> dict[str, list[str]]:
+        """The paths that each underscored name may stand for."""
+        found: dict[str, list[str]] = {}
         for path in self.modules:
-            self.flat.setdefault(path.replace(".", "_"), []).append(path)
+            found.setdefault(path.replace(".", "_"), []).append(path)
+        return found
 
     def _prefixes(self) -> Iterator[str]:
         """What libraries put before a path, or leave out, when they wrap a model."""
@@ -93,6 +100,9 @@ class _Places:
             if path.startswith(prefix + dot):
                 yield path[len(prefix) + 1 :]
             yield f"{prefix}{dot}{path}"
+
+    def _variant(self, path: str) -> str | None:
+        return next((p for p in self._variants(path, ".") if p in self.modules), None)
 
     def _flat(self, name: str, key: str) -> str | None:
         names = list(self._variants(name, "_"))
@@ -115,7 +125,7 @@ class _Places:
         if isinstance(pair, Pair) and pair.flat:
             found = self._flat(path, pair.key)
         else:
-            found = next((p for p in self._variants(path, ".") if p in self.modules), None)
+            found = path if path in self.modules else self._variant(path)
         return None if found is None else Place(found, self.modules[found], pair)
 
     def missing(self, pair: Pair | Replacement, path: str) -> LookupError:

@@ -47,7 +47,7 @@ def _refused_kind(place: Place, what: str, where: str) -> TypeError:
 def _parameter(place: Place, name: str, where: str) -> nn.Parameter:
     """A parameter that can be added to, or an exception with the way out."""
     module = place.module
-    if hasattr(module, "parametrizations"):
+    if "parametrizations" in module._modules:
         raise _refused_kind(
             place, " with parametrizations; remove them (remove_parametrizations) first", where
         )
