@@ -214,6 +214,35 @@ def test_weights_used_without_forward(pool, tmp_path):
     assert map_bytes(tmp_path) <= pool.budget + PAGE * len(list(model.parameters()))
 
 
+def test_weights_used_without_forward_are_learned(pool):
+    """The head reads the table's weight: from the second call on it is there for that."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers(12)
+            self.table = nn.Embedding(2 * SIDE, SIDE)
+            self.scale = nn.Parameter(torch.randn(SIDE))
+            self.look = list[bool]()
+
+        def forward(self, ids):
+            x = self.layers(self.table(ids) * self.scale)
+            self.look.append(table_name in held())
+            return nn.functional.linear(x, self.table.weight)
+
+    model = Tied().eval()
+    bare, ids = twin(model), torch.randint(0, 2 * SIDE, (1, 4))
+    stream = pools.manage(model).user
+    block = next(block for block in stream.cut.blocks if block.name == "table")
+    table_name = stream.members[block.segments[0]].name
+    with torch.no_grad():
+        for _ in range(8):
+            assert torch.equal(model(ids), bare(ids))
+            assert pool.used <= pool.budget
+    assert not model.look[0]
+    assert model.look[-1]
+
+
 def test_encoder_layers_take_the_road_they_took(pool):
     layer = nn.TransformerEncoderLayer(SIDE, 4, SIDE, batch_first=True)
     model = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False).eval()

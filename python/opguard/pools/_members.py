@@ -150,6 +150,7 @@ class Members(Moving):
         entry = self.find(obj)
         if entry is None:
             return
+        entry.user.pause()
         holders = [(o, u, n) for u in entry.all_units for o, n in self.ledger.holders(u)]
         if holders:
             lines = holder_lines(self, holders)

@@ -53,6 +53,7 @@ class Moving(Books):
 
     def condemn(self, entry: Entry) -> None:
         """Tell it to go: it does soon, or when the bytes are needed, or stays if entered again."""
+        entry.user.pause()
         for unit in entry.all_units:
             if not self.ledger.condemn(unit):
                 self._told_to_go.add(unit)

@@ -86,6 +86,10 @@ class PipelineWrapper(ResourcePoolUser):
     def give_back(self) -> int:
         return 0
 
+    def pause(self) -> None:
+        for entry in self._entries:
+            entry.user.pause()
+
     @property
     def execution_device(self) -> torch.device:
         return self._management.execution_device

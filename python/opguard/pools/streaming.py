@@ -9,15 +9,12 @@ meanwhile, where that fits at once. A wrong guess costs time and nothing else.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
-import os
-import queue
 import threading
-import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +22,9 @@ import torch
 from torch import nn
 
 from opguard import _C
-from opguard.pools._blocks import Block, Cut, all_storages, cut_module, storages_of
+from opguard.pools._block_calls import BlockForward, Course, prefetcher
+from opguard.pools._blocks import Cut, all_storages, cut_module, storages_of
+from opguard.pools._books import ABSENT, LOADING, READY
 from opguard.pools._budgets import readable
 from opguard.pools._homes import Home
 from opguard.pools._requests import TRY, Ask, enter
@@ -40,125 +39,8 @@ __all__ = ["StreamedModule"]
 
 # A chunk is this part of the budget: one block runs, the next comes in, others stay.
 CHUNKS = 4
-
-
-class Course:
-    """What ran after what: the blocks of one model in the order they were entered, by thread.
-
-    Two blocks in a row tell the third, so that a block used in several places is followed by
-    what followed it there.
-    """
-
-    def __init__(self) -> None:
-        self._follows: dict[tuple[int, int], int] = {}
-        self._here = threading.local()
-
-    def entered(self, block: int) -> int | None:
-        """Note that a block runs now. Returns the one that is expected after it, if any."""
-        before, last = getattr(self._here, "pair", (-1, -1))
-        self._follows[before, last] = block
-        self._here.pair = last, block
-        return self._follows.get((last, block))
-
-
-class BlockForward:
-    """The ``forward`` of one block's module: enter, run what was there before, leave.
-
-    It refers to the module weakly: a cycle would keep the model until garbage is collected. In a
-    copy and in a pickle the class's own ``forward`` takes its place.
-    """
-
-    def __init__(self, module: nn.Module, number: int, stream: StreamedModule) -> None:
-        self._module = weakref.ref(module)
-        self._own = module.__dict__.get("forward")
-        self._plain = type(module).forward
-        self._number = number
-        self._stream = stream
-        module.__dict__["forward"] = self
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        """What signatures are read from."""
-        return self._own or types.MethodType(self._plain, self._module())
-
-    @property
-    def __name__(self) -> str:
-        return "forward"
-
-    @property
-    def __doc__(self) -> str | None:  # type: ignore[override]
-        return self._plain.__doc__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stream, number = self._stream, self._number
-        try:
-            with _C.Lease(stream.block_seat(number), None, None):
-                stream.entered(number)
-                if self._own is not None:
-                    return self._own(*args, **kwargs)
-                return self._plain(self._module(), *args, **kwargs)
-        finally:
-            stream.left(number)
-
-    def remove(self) -> None:
-        """Put back what was there, if this is still what runs."""
-        module = self._module()
-        if module is not None and module.__dict__.get("forward") is self:
-            del module.__dict__["forward"]
-            if self._own is not None:
-                module.__dict__["forward"] = self._own
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # The copy of the module is made, and has nothing in its __dict__ yet.
-        copied = memo.get(id(self._module()))
-        return self.__wrapped__ if copied is None else copied.forward
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._module(), "forward")
-
-
-_Wish = tuple[Callable[[], Callable[[int], None] | None], int]
-
-
-class Prefetcher:
-    """One thread a process that brings in what is expected next; started by the first wish.
-
-    Only the latest wish counts: an older one is late anyway.
-    """
-
-    def __init__(self) -> None:
-        self._wishes: queue.SimpleQueue[_Wish] = queue.SimpleQueue()
-        self._process = 0
-        self._lock = threading.Lock()
-
-    def want(self, bring_in: Callable[[], Callable[[int], None] | None], number: int) -> None:
-        """Have ``bring_in()(number)`` called by the thread; a failure is nobody's concern."""
-        if self._process != os.getpid():
-            self._start()
-        self._wishes.put((bring_in, number))
-
-    def _start(self) -> None:
-        with self._lock:
-            if self._process != os.getpid():  # the first time, or a fork left the thread behind
-                self._wishes = queue.SimpleQueue()
-                threading.Thread(
-                    target=self._run, args=(self._wishes,), name="opguard-prefetch", daemon=True
-                ).start()
-                self._process = os.getpid()
-
-    @staticmethod
-    def _run(wishes: queue.SimpleQueue[_Wish]) -> None:
-        while True:
-            reference, number = wishes.get()
-            bring_in = reference()
-            # A failure is met again by whoever needs the block, who says so.
-            with contextlib.suppress(Exception):
-                if bring_in is not None and wishes.empty():  # a later wish makes this one late
-                    bring_in(number)
-            del reference, bring_in
-
-
-_prefetcher = Prefetcher()
+# Calls of a cut module after which is looked for weights that were read while absent.
+LOOKS = 3
 
 
 def outgrows(module: nn.Module, management: Management) -> bool:
@@ -177,10 +59,8 @@ def kept_segments(cut: Cut, budget: int) -> frozenset[int]:
     room = budget - 2 * max(cut.bytes_of(block) for block in cut.blocks)
     around = {number for block in cut.blocks for number in block.around}
     kept: set[int] = set()
-    ordered: Iterable[Block] = sorted(
-        cut.blocks, key=lambda block: cut.blocks.index(block) not in around
-    )
-    for block in ordered:
+    for number in sorted(range(len(cut.blocks)), key=lambda number: number not in around):
+        block = cut.blocks[number]
         more = {segment for segment in block.segments if segment not in kept}
         need = sum(cut.sizes[segment] for segment in more)
         if need > room:
@@ -227,9 +107,10 @@ class _Segment:
 class SegmentUser(ResourcePoolUser):
     """One segment of a streamed module, as a user of its pool."""
 
-    def __init__(self, segment: _Segment, home: Any, number: int, pool: str) -> None:
+    def __init__(self, segment: _Segment, stream: StreamedModule, number: int, pool: str) -> None:
         super().__init__(segment)
-        self._home = home
+        self._stream = weakref.ref(stream)
+        self._home = home = stream.home
         self._number = number
         start, end = home.segments[number]
         self._nbytes = int(end - start)
@@ -247,6 +128,9 @@ class SegmentUser(ResourcePoolUser):
         return int(self._home.give_back(self._number) or 0)
 
     def sweep(self) -> None:
+        stream = self._stream()
+        if stream is not None and self._home.resident(self._number):
+            stream.was_read(self._number)
         self._home.give_back(self._number)
 
     def describe(self) -> str:
@@ -298,14 +182,21 @@ class StreamedModule(ResourcePoolUser):
         self._kept: tuple[int, frozenset[int]] = (-1, frozenset())
         self._segments = [_Segment() for _ in self.cut.segments]
         users = {
-            segment: SegmentUser(segment, self.home, number, self._pool.name)
+            segment: SegmentUser(segment, self, number, self._pool.name)
             for number, segment in enumerate(self._segments)
         }
         self._entries = [
             management.add_user(user, segment, name=f"{name}[{number}]")
             for number, (segment, user) in enumerate(users.items())
         ]
-        self._seats = [management.seat(self._units(block)) for block in self.cut.blocks]
+        self._taken = [set(block.segments) for block in self.cut.blocks]
+        self._seats = [management.seat(self._units(taken)) for taken in self._taken]
+        outer = {number for block in self.cut.blocks for number in block.around}
+        self._running = [0] * len(self.cut.blocks)
+        self._counting = threading.Lock()
+        self._looks = [LOOKS * int(number in outer) for number in range(len(self.cut.blocks))]
+        self._wish = -1
+        self._fetching = threading.Lock()
         self._forwards = [
             BlockForward(each, number, self)
             for number, block in enumerate(self.cut.blocks)
@@ -331,8 +222,10 @@ class StreamedModule(ResourcePoolUser):
                 "raise the budget"
             )
 
-    def _units(self, block: Block) -> list[int]:
-        return [unit for number in block.segments for unit in self._entries[number].units.values()]
+    def _units(self, segments: Iterable[int]) -> list[int]:
+        return [
+            unit for number in sorted(segments) for unit in self._entries[number].units.values()
+        ]
 
     # What a user does. The segments are users of their own; the whole takes nothing.
 
@@ -371,10 +264,18 @@ class StreamedModule(ResourcePoolUser):
         """Take the blocks' forwards off; its segments go."""
         for forward in self._forwards:
             forward.remove()
+        self.pause()
         for segment in self._segments:
-            self._management.unmanage(segment)
+            with suppress(PoolRefused):  # held by a call of a part that outlives the model
+                self._management.unmanage(segment)
         self._segments.clear()
         self.home.close()
+
+    def pause(self) -> None:
+        """Bring in nothing more that nobody has asked for; returns when none is on its way."""
+        self._wish = -1
+        with self._fetching:
+            return
 
     # What its blocks call
 
@@ -384,12 +285,20 @@ class StreamedModule(ResourcePoolUser):
 
     def entered(self, number: int) -> None:
         """A block is there and about to run: have what is expected after it brought in."""
+        with self._counting:
+            self._running[number] += 1
         after = self._course.entered(number)
         if after is not None and not self._is_in(after):
-            _prefetcher.want(weakref.WeakMethod(self._bring_in), after)
+            self._wish = after
+            prefetcher.want(weakref.WeakMethod(self._bring_in), after)
 
     def left(self, number: int) -> None:
         """A block has run: what comes round last goes first."""
+        if self._looks[number]:
+            self._looks[number] -= 1
+            self._look(number)
+        with self._counting:
+            self._running[number] -= 1
         kept = self._segments_to_keep()
         for segment in self.cut.blocks[number].segments:
             if segment not in kept:
@@ -401,14 +310,53 @@ class StreamedModule(ResourcePoolUser):
             self._kept = budget, kept_segments(self.cut, budget)
         return self._kept[1]
 
+    def was_read(self, segment: int) -> None:
+        """Somebody read an absent segment: a block around its own that runs takes it from now on.
+
+        So weights that are used without their module's forward are found, where the system tells
+        what is in memory, and are within the budget from the next call on.
+        """
+        for number, block in enumerate(self.cut.blocks):
+            outer = block.around[-1] if block.around else -1
+            if segment in block.segments and outer >= 0 and self._running[outer]:
+                if not self._running[number] and self._has_room(outer, segment):
+                    self._taken[outer].add(segment)
+                    # Another seat: leases of the one that was keep what they took.
+                    self._seats[outer] = self._management.seat(self._units(self._taken[outer]))
+                return
+
+    def _look(self, outer: int) -> None:
+        """At the end of one of its first calls: which blocks inside were read while absent."""
+        for block in self.cut.blocks if self._device.type == "cpu" else ():
+            if block.around and block.around[-1] == outer:
+                for segment in block.segments:
+                    units = self._entries[segment].units.values()
+                    absent = all(self._management.state(unit) == ABSENT for unit in units)
+                    if absent and self.home.resident(segment):
+                        self.was_read(segment)
+
+    def _has_room(self, outer: int, segment: int) -> bool:
+        """Whether every block still fits where ``outer`` takes the segment as well."""
+        sizes, room = self.cut.sizes, self._pool.budget
+        for number, block in enumerate(self.cut.blocks):
+            if number == outer or outer in block.around:
+                held = {segment}.union(*(self._taken[each] for each in (number, *block.around)))
+                if sum(sizes[each] for each in held) > room:
+                    return False
+        return True
+
     def _is_in(self, number: int) -> bool:
-        units = self._seats[number].units
-        return all(self._management.state(unit) != 0 for unit in units)
+        infos = map(self._management.unit, self._seats[number].units)
+        # What was told to go is about to, unless it is taken again.
+        return all(i and i.state in (LOADING, READY) and not i.condemned for i in infos)
 
     def _bring_in(self, number: int) -> None:
         management = self._management
         owner = _C.pool_owner(management.ledger)
         units = self._seats[number].units
-        enter(Ask(management, owner.id, units, flags=TRY))
-        if management.ledger.leave(owner.id, units, ()):
-            management.pump()
+        with self._fetching:
+            if self._wish != number:  # paused, or another one is wanted by now
+                return
+            enter(Ask(management, owner.id, units, flags=TRY))
+            if management.ledger.leave(owner.id, units, ()):
+                management.pump()

@@ -85,6 +85,9 @@ class ResourcePoolUser(ABC):
     def close(self) -> None:  # noqa: B027
         """Give up what it owns: the object is dead or not managed any more."""
 
+    def pause(self) -> None:  # noqa: B027
+        """Stop what it does by itself in the background; returns when that has ended."""
+
     @property
     def members(self) -> tuple[Entry, ...]:
         """What it is made of, where its bytes are those of other users; they are told instead."""
