@@ -69,7 +69,8 @@ typedef struct og_pool_lease_state {
     PyObject *running_loop, *current_task; /* once asyncio was imported */
     PyObject *generator, *coroutine, *async_generator; /* types */
     PyObject *method;                                  /* type */
-    OwnerObject *owners;                               /* newest first */
+    PyObject *last_code; /* asked for a lease last, and is not of the pools */
+    OwnerObject *owners; /* newest first */
 } og_pool_lease_state;
 
 extern const og_family og_pool_lease_family;

@@ -448,6 +448,7 @@ family_exec(PyObject *module, og_state *state)
         use((of)->coroutine);       \
         use((of)->async_generator); \
         use((of)->method);          \
+        use((of)->last_code);       \
     } while (0)
 
 static int

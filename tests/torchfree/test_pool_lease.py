@@ -337,6 +337,18 @@ def test_holders_have_code_and_line_and_keep_no_frame(C, pool):
     assert C.pool_owner(pool.ledger).held == ()
 
 
+def test_holders_are_told_by_who_asked_the_pools(C, pool):
+    """Frames of the package's own pools are passed over."""
+    lease, space = C.Lease(pool.seat()), {}
+    source = "def load(lease):\n    lease.__enter__()\n"
+    exec(compile(source, "/somewhere/opguard/pools/wrappers.py", "exec"), space)
+    space["load"](lease)
+    ((_, code, line),) = C.pool_owner(pool.ledger).held
+    here = inspect.currentframe()
+    assert (code, line) == (here.f_code, here.f_lineno - 3)
+    lease.__exit__()
+
+
 def test_an_owner_a_thread(C, pool):
     mine = C.pool_owner(pool.ledger)
     assert C.pool_owner(pool.ledger) is mine

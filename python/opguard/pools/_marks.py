@@ -162,11 +162,13 @@ class Mark:
         if isinstance(made, nn.Module):
             below = None if name in (CALL, COMPILE, KEY) else self._below.get(name)
             return revive(made, tuple(self._below), name, copy.deepcopy(below, memo))
-        # Its class copies what is in it before it has made the copy.
-        return None if name in (CALL, KEY) else Orphan(name)
+        return _alone(name)  # its class copies what is in it before it has made the copy
 
     def part_reduced(self, name: str) -> Any:
-        """The same for pickle, which has made the copy by then."""
+        """The same for pickle, which has made the copy by then, unless its class pickles itself."""
+        kind = type(self._alive())
+        if (kind.__reduce__, kind.__reduce_ex__) != (object.__reduce__, object.__reduce_ex__):
+            return _alone, (name,)
         below = None if name in (CALL, COMPILE, KEY) else self._below.get(name)
         return revive, (self._alive(), tuple(self._below), name, below)
 
@@ -213,6 +215,11 @@ class Orphan:
             f"expected {self._name!r} to be called on the copy that it is in, that was not found; "
             f"`del copy.{self._name}` takes what a hook left there away"
         )
+
+
+def _alone(name: str) -> Orphan | None:
+    """What a copy has under ``name`` that cannot be named yet: it is not managed."""
+    return None if name in (CALL, KEY) else Orphan(name)
 
 
 def _modules_with(value: object) -> list[nn.Module]:

@@ -24,9 +24,14 @@ class AutoManageHook:
     ``forward`` returns holds one from its first step to its last. Calls of ``forward`` itself
     take none unless ``methods`` names it.
 
-    A copy, by ``copy.deepcopy`` or ``pickle``, is another model with a hook of its own, managed
-    by its first call. To compile a module as one graph and manage it, attach the hook to what
-    ``torch.compile`` returned, or call ``module.compile()`` before or after.
+    A copy, by ``copy.deepcopy`` or ``pickle`` (which then needs opguard where it is read), is
+    another model with a hook of its own, managed by its first call. A shallow copy, and a copy of
+    a class that copies or pickles itself, may be a plain one.
+
+    Compiled modules stay compiled: ``torch.compile(module)``, ``module.compile()`` and a hook on
+    what ``torch.compile`` returned make one graph inside the lease, in any order. Compiled code
+    that has a managed module as a part takes no lease for it: manage the whole, or hold one
+    around the call.
 
     Example:
         >>> hook = AutoManageHook(unet).attach()
