@@ -332,6 +332,7 @@ LAYERS = (
     {"flags"},
     {"pools"},
     {"guards"},
+    {"_pooled"},
     {"_contract", "_exporting", "_lifecycle"},
     {"base"},
     {"tasks"},

@@ -60,6 +60,8 @@ class Lifecycle(Contract):
     _detach: bool
     _flags: bool = False
     _check: Any = None  # the checks on the loaded model, where flags are asked for
+    _pool: bool = False
+    _pooled: Any = None  # the loaded model's place in the pools, where it was asked for
     _lock: Any = not_made()
     _door: Any = not_made()
     _entries: list[tuple[int, BaseException | None]]
@@ -189,7 +191,8 @@ class Lifecycle(Contract):
         """Stops being a user; the last one frees what nobody asked to keep."""
         with self._lock:
             self._users -= 1
-            if not self._users and (self._free_wanted or not (self._keep_warm or self._coming)):
+            kept = self._keep_warm or self._coming or self._pooled is not None
+            if not self._users and (self._free_wanted or not kept):
                 self._free()
 
     def _leave_quietly(self) -> None:
@@ -252,6 +255,10 @@ class Lifecycle(Contract):
         self._guarding = (*settings[:4], None, *settings[5:]), settings[2] or ()
         if self._flags:
             self._check = self._check_model()
+        if self._pool:
+            from opguard._pooled import Pooled
+
+            self._pooled = Pooled(type(self).__name__, self._detector)
         self._records = bool(os.environ.get("OPGUARD_REPRO_DIR"))
 
     def _check_model(self) -> Any:
@@ -270,6 +277,9 @@ class Lifecycle(Contract):
         if self._check is not None:
             self._check.remove()
             self._check = None
+        if self._pooled is not None:
+            self._pooled.close()
+            self._pooled = None
         self._is_loaded = False
         self._free_wanted = False
         self._detector = None

@@ -69,6 +69,11 @@ class OpGuardBase(Lifecycle):
         flags: instead of ``DEFAULT_FLAGS``: True makes a call return ``(answer, flags)``. Flags are
             int64 (samples, words): which samples met a NaN or Inf, and in which modules; see
             :mod:`opguard.flags`. On the CPU, unless the answer is not detached.
+        pool: True lets :mod:`opguard.pools` move the model: it is loaded once, takes memory only
+            while it is used or nobody else needs the bytes, and stays until ``free()`` or until
+            the outermost ``with`` ends. Each call holds it; a call that runs out of memory is
+            tried again after idle models have made room. Use ``.detector`` itself in
+            ``with opguard.pools.auto_manage(model.detector):``.
 
     Raises:
         TypeError: an unknown keyword, or a class attribute of a wrong type.
@@ -97,6 +102,7 @@ class OpGuardBase(Lifecycle):
         local_files_only_on_refresh: bool = False,
         instance_to_match: OpGuardBase | None = None,
         flags: bool | None = None,
+        pool: bool = False,
         **unknown: Any,
     ) -> None:
         given = locals()
@@ -118,6 +124,7 @@ class OpGuardBase(Lifecycle):
         self._sanitizes = sanitize_all_exceptions
         self._detach = detach_outputs and not self.NEED_GRADS
         self._flags = self.DEFAULT_FLAGS if flags is None else flags
+        self._pool = pool
         self._local_files_only = local_files_only
         self._only_load_export = only_load_export
         self._force_export_refresh = force_export_refresh
@@ -198,7 +205,7 @@ class OpGuardBase(Lifecycle):
             try:
                 if self._records:
                     before = self._note_before(kwargs)
-                result = self._guarded(kwargs)
+                result = self._guarded(kwargs) if self._pooled is None else self._held(kwargs)
             except BaseException:
                 self._leave_quietly()
                 raise
@@ -218,6 +225,18 @@ class OpGuardBase(Lifecycle):
             if type(result) in UNFINISHED:
                 raise self._unfinished(result)
         return detach_to_cpu(result, models=models) if self._detach else result
+
+    def _held(self, kwargs: dict[str, Any]) -> Any:
+        """As `_guarded`, with the model where it runs, and again while idle models make room."""
+        with self._pooled.lease():
+            while True:
+                handled = sys.exception()
+                try:
+                    return self._pooled.call(self._guarded, kwargs)
+                except Exception as error:
+                    self._scrub(error, handled)  # what the failed call held is free again
+                    if not self._pooled.make_room(error):
+                        raise
 
     def _flagged(self, kwargs: dict[str, Any]) -> Any:
         check = self._check

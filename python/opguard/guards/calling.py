@@ -160,7 +160,8 @@ def call_guard(target: Any = None, /, **options: Any) -> Any:
         sanitize_all_exceptions, keep: whether exceptions lose what they hold; which types do not.
         garbage_collect_on_exception, garbage_collect_on_success: run the collector at exit.
         on_oom: out of memory in ``g(...)`` or in a decorated function: "raise"; "retry", once,
-            after freeing; or a function of the exception, True: try again.
+            after freeing; "evict", after the least valuable idle models of `opguard.pools` were
+            freed, as long as there are some; or a function of the exception, True: try again.
 
     Raises RuntimeError when another thread's guard holds a module in the other mode.
     """
@@ -388,11 +389,20 @@ def _on_oom(wanted: Any) -> Any:
         return None
     if wanted == "retry":
         return True
+    if wanted == "evict":
+        return _evict
     if callable(wanted):
         return wanted
     raise ValueError(
-        f'on_oom: expected "raise", "retry" or a function of the exception, got {wanted!r:.80}'
+        'on_oom: expected "raise", "retry", "evict" or a function of the exception, got '
+        f"{wanted!r:.80}"
     )
+
+
+def _evict(error: BaseException) -> bool:
+    from opguard.pools.oom import make_room
+
+    return make_room(error)
 
 
 def _keep(kinds: Any) -> tuple[type[BaseException], ...] | None:
