@@ -1,7 +1,7 @@
 """Pools: more models than the budget holds, against what people do instead.
 
-Eight models of 64 MiB, a budget of four, requests by Zipf's law (exponent 1.0), one sample each. All
-files are in the page cache. What is compared with:
+Eight models of 64 MiB, a budget of four, requests by Zipf's law (exponent 1.0), one sample each.
+All files are in the page cache. What is compared with:
 
 - resident: all eight in memory, what no budget allows;
 - copies: an LRU that copies weights out and in, what ``.to()`` does;
@@ -110,7 +110,7 @@ def _drop_all(kind: type[nn.Module]) -> None:
     pools.get_management().free("cpu")
 
 
-# --- one model -------------------------------------------------------------------------------------
+# --- one model ---
 
 
 def _evict() -> float:
@@ -157,7 +157,7 @@ def _point(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         parameter.data = tensors[name]
 
 
-# --- requests --------------------------------------------------------------------------------------
+# --- requests ---
 
 
 @cache
@@ -283,7 +283,7 @@ def _disk_offloaded(kind: type[nn.Module]) -> list[nn.Module]:
     ]
 
 
-# --- a call, a patch -------------------------------------------------------------------------------
+# --- a call, a patch ---
 
 
 def _call_rows() -> Iterator[Row]:
@@ -385,7 +385,7 @@ def rows() -> Iterator[Row]:
         for anchor, limit in anchors:
             name = anchor.__name__.removeprefix("_serve_")
             yield Row(
-                f"{REQUESTS} requests, {kind.__name__.lower()} models, budget 4 of 8, against {name}",
+                f"{REQUESTS} requests, {kind.__name__.lower()} models, 4 of 8 fit, against {name}",
                 partial(_serve_managed, kind),
                 partial(anchor, kind),
                 limit,

@@ -72,7 +72,7 @@ def _start_counting() -> Callable[[], list[int]] | None:
     By torch's old profiler: the one beside it starts a tracer of its own that takes a second and
     writes to the terminal.
     """
-    autograd = torch.autograd
+    autograd: Any = torch.autograd
     try:
         config = autograd.ProfilerConfig(
             autograd.ProfilerState.CPU,

@@ -202,6 +202,11 @@ def initialize() -> Management:
     return _current[0] if _current else setup_default_pools()
 
 
+def current_management() -> Management | None:
+    """The management of this process, None where nobody set pools up."""
+    return _current[0] if _current else None
+
+
 def get_management() -> Management:
     """The management of this process, set up with defaults if nobody did."""
     return _current[0] if _current else initialize()
