@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from opguard import _C
-from opguard.pools._snapshots import Recorder, Stats
+from opguard.pools._counting import Recorder, Stats
 from opguard.pools._waiting import Board, Latch
 from opguard.pools.resource_pools import ResourcePool
 from opguard.pools.users import ResourcePoolUser

@@ -1,11 +1,7 @@
-"""Figures: what is counted on the way, and all of it as plain data."""
+"""All figures as plain data. Imported when somebody asks for them."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +12,6 @@ if TYPE_CHECKING:
 __all__ = ["PoolFigures", "Snapshot", "UserFigures", "WaitingRequest", "take_snapshot"]
 
 STATES = ("absent", "loading", "ready", "evicting")
-KEPT_EVENTS = 4096
 
 
 @dataclass(frozen=True)
@@ -87,43 +82,6 @@ class Snapshot:
     users: tuple[UserFigures, ...]
     waiting: tuple[WaitingRequest, ...]
     events: tuple[tuple[float, str, int], ...]
-
-
-class Stats:
-    """What is counted of one user. Only who moves it writes; a wait may lose a race, no more."""
-
-    def __init__(self) -> None:
-        self.misses = 0
-        self.evictions = 0
-        self.bytes_in = 0
-        self.written_back = 0
-        self.waited = 0.0
-        self.seconds_loading = 0.0
-        self.trouble: str | None = None
-
-    @contextmanager
-    def loading(self) -> Iterator[None]:
-        """Around a load."""
-        started = time.perf_counter()
-        try:
-            yield
-            self.misses += 1
-        finally:
-            self.seconds_loading += time.perf_counter() - started
-
-
-class Recorder:
-    """What was used when. Appending to a deque is one step; no lock."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self.events: deque[tuple[float, str, int]] = deque(maxlen=KEPT_EVENTS)
-        self.peaks: dict[str, int] = {}
-
-    def note(self, pool: str, used: int) -> None:
-        self.events.append((time.monotonic() - self._start, pool, used))
-        if used > self.peaks.get(pool, 0):
-            self.peaks[pool] = used
 
 
 def take_snapshot(management: Management) -> Snapshot:

@@ -12,18 +12,20 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from opguard import _C
 from opguard.pools._members import Members
 from opguard.pools._requests import BLOCKS_THREAD, Ask, enter
-from opguard.pools._snapshots import Snapshot, take_snapshot
 from opguard.pools._spill import SpillFolder
 from opguard.pools.policies import Policy, check_policy
 from opguard.pools.resource_pools import AcceleratorPool, HostPool, ResourcePool
 from opguard.pools.users import ResourcePoolUser
+
+if TYPE_CHECKING:
+    from opguard.pools._snapshots import Snapshot
 
 __all__ = [
     "Management",
@@ -118,6 +120,8 @@ class Management(Members):
 
     def snapshot(self) -> Snapshot:
         """All figures, as plain data; see `opguard.pools.Snapshot`."""
+        from opguard.pools._snapshots import take_snapshot
+
         self.drain()
         return take_snapshot(self)
 

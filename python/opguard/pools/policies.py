@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -12,8 +12,7 @@ __all__ = ["Candidate", "Policy", "check_policy"]
 NAMES = ("lru", "cost")
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One user in one pool, as a policy sees it.
 
     Attributes:
