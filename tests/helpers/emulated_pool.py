@@ -13,7 +13,8 @@ from emulated import OUT_OF_MEMORY as OUT_OF_MEMORY
 from emulated import Emulated as Emulated
 
 from opguard import _C
-from opguard.pools._accelerators import DriverAccelerator
+from opguard.pools._accelerators import Accelerator, DriverAccelerator
+from opguard.pools.resource_pools import ResourcePool
 
 UNIT = 1 << 16
 RING = 1 << 16
@@ -22,3 +23,21 @@ RING = 1 << 16
 def emulated_accelerator(emulated: Emulated) -> DriverAccelerator:
     """Kernels of this accelerator are torch's CPU kernels, run at once by the calling thread."""
     return DriverAccelerator(torch.device("cpu"), _C.DeviceDriver(emulated.path, ring=RING), kind=1)
+
+
+class EmulatedPool(ResourcePool):
+    """The memory of an emulated accelerator, which modules run on."""
+
+    executes = True
+
+    def __init__(self, accelerator: Accelerator, nbytes: int, name: str = "gpu:0") -> None:
+        super().__init__(name, accelerator.device)
+        self._accelerator = accelerator
+        self._nbytes = nbytes
+
+    def capacity(self) -> int:
+        return self._nbytes
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self._accelerator

@@ -76,10 +76,15 @@ class Books:
         return found
 
     @property
+    def execution_pool(self) -> ResourcePool:
+        """Where modules run: the first accelerator there is a pool for, else host memory."""
+        pools = self.pools.values()
+        return next((pool for pool in pools if pool.executes), None) or self.pool("cpu")
+
+    @property
     def execution_device(self) -> torch.device:
-        """Where modules run: the first accelerator there is a pool for, else the CPU."""
-        devices = (pool.device for pool in self.pools.values())
-        return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+        """The device of `execution_pool`."""
+        return self.execution_pool.device
 
     def pump(self) -> None:
         """Grant what can be granted now. Takes no lock: finalizers come here too."""

@@ -18,12 +18,14 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from opguard.pools._accelerators import Accelerator
+from opguard.pools._lending import Lender
 from opguard.pools._transfers import (
     Arrival,
     Master,
@@ -52,7 +54,7 @@ class _Segment:
     lent: contextlib.ExitStack
     views: dict[str, Tensor] = field(default_factory=dict)
     versions: dict[str, int | None] = field(default_factory=dict)
-    sums: dict[Run, int] = field(default_factory=dict)
+    sums: dict[Run, int] | None = None
     arrived: bool = False
 
 
@@ -119,8 +121,9 @@ class DeviceHome:
 
     @property
     def segments(self) -> list[tuple[int, int]]:
-        """As the home's: what can be moved by itself."""
-        return self.home.segments
+        """What can be moved by itself, as bytes of the device's memory one after the other."""
+        ends = list(accumulate(self._place.sizes, initial=0))
+        return list(pairwise(ends))
 
     # --- coming -----------------------------------------------------------------------------------
 
@@ -322,7 +325,7 @@ class DeviceHome:
         return total
 
     def _changed_runs(self, index: int, there: _Segment) -> list[Run]:
-        if self.verify == "bytes":
+        if there.sums is not None:
             self._place.rest()
             sums = ((run, checksum(self._place.flat(run))) for run in self._runs[index])
             return [run for run, found in sums if there.sums[run] != found]
@@ -431,6 +434,8 @@ class DeviceHome:
     def _close_place(self) -> None:
         if self.master is not None:
             self.master.close()
+        if isinstance(self.lend, Lender):
+            self.lend.close()
         self._there, self._runs, self._spans = {}, [], []
 
 

@@ -32,7 +32,8 @@ def _line(management: Books, owner: int, unit: int, count: int) -> str:
     entry = management.entries.get(unit)
     name = entry.name if entry else f"unit {unit}"
     if owner == 0:
-        return f"{name!r} is pinned, or would not go"
+        trouble = entry.stats.trouble if entry else ""
+        return f"{name!r} is pinned, or would not go{trouble and f' ({trouble})'}"
     who = management.owner(owner)
     thread = getattr(who, "thread", 0)
     task = getattr(who, "task", None)

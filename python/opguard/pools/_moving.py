@@ -25,6 +25,7 @@ class Moving(Books):
     def __init__(self) -> None:
         super().__init__()
         self._told_to_go: set[int] = set()
+        self.would_not_go: set[int] = set()
         self._rank: Callable[[Candidate], float] | None = None
         self._reclaimer = Reclaimer(self)
         self._sweep_next = 0
@@ -44,7 +45,7 @@ class Moving(Books):
             device: of which memory; None is where modules run.
             nbytes: at least so many, where there are; None is all.
         """
-        pool = self.pool(str(self.execution_device if device is None else device))
+        pool = self.execution_pool if device is None else self.pool(str(device))
         wanted = EVERYTHING if nbytes is None else int(nbytes)
         freed = self.move_all_out(self.ledger.reclaim(pool._index, wanted, 0))
         while any(self.state(unit) == EVICTING for unit in self.ledger.units(pool._index)):
@@ -86,9 +87,11 @@ class Moving(Books):
                 written = self._given_back(entry)
             except Exception as error:
                 settled.extend(map(self.ledger.kept, (unit,)))
+                self.would_not_go.add(unit)
                 entry.stats.trouble = f"{type(error).__name__}: {error}"
                 return error
             settled.extend(map(self.ledger.evicted, (unit,)))
+        self.would_not_go.discard(unit)
         entry.stats.written_back += written
         entry.stats.evictions += 1
         self.record_all(entry)

@@ -66,6 +66,7 @@ class Ask:
         self.stuck: list[tuple[str, Exception]] = []
         self.handed_over = False
         self._answers: list[Any] = []
+        self._unwilling = tuple(management.would_not_go)
         self._evicted: list[bool] = []
         self._loaded: list[bool] = []
 
@@ -93,7 +94,17 @@ class Ask:
             return 0
         if answer.verdict == WAIT:
             return answer.ticket
+        if self._asked_again():
+            return self.ask()
         raise refusal(self)
+
+    def _asked_again(self) -> bool:
+        """Whether there are some who would not go for an earlier request: now they may."""
+        old, self._unwilling = self._unwilling, ()
+        for unit in old:
+            if self.management.state(unit) == READY:
+                self.ledger.condemn(unit)
+        return bool(old)
 
     def take(self, ticket: int) -> None:
         """Take what a wake-up promised.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from opguard.pools._budgets import readable
 from opguard.pools._homes import Home
+from opguard.pools._lending import home_for
 from opguard.pools.errors import PoolError, Unmanageable
 from opguard.pools.streaming import StreamedModule, outgrows
 from opguard.pools.users import ResourcePoolUser, register_user
@@ -36,6 +36,8 @@ class TorchModuleWrapper(ResourcePoolUser):
         name: for the file, and for messages.
         trust_files: leave storages that lie in a private map of a file of yours (what
             ``safetensors.torch.load_file`` gives) there, and read that file again.
+        verify: ``"bytes"`` finds out by checksums what was changed on an accelerator; None trusts
+            version counters and training mode, see `opguard.pools._devices`.
 
     Raises:
         Unmanageable: for modules whose weights must not move.
@@ -50,6 +52,7 @@ class TorchModuleWrapper(ResourcePoolUser):
         management: Management | None = None,
         name: str | None = None,
         trust_files: bool = False,
+        verify: str | None = None,
     ) -> None:
         super().__init__(module)
         if management is None:
@@ -58,12 +61,11 @@ class TorchModuleWrapper(ResourcePoolUser):
             management = get_management()
         self.inference_memory_estimator = inference_memory_estimator
         self._trusted = trust_files
-        self._device = management.execution_device
+        self._management = management
+        self._pool = management.execution_pool
         self._name = name or type(module).__name__
-        self.home: Any = Home.adopt(module, management.folder, self._name, trust_files=trust_files)
-        if self._device.type != "cpu":
-            devices: Any = import_module("opguard.pools._devices")
-            self.home = devices.DeviceHome(self.home, self._device)
+        home = Home.adopt(module, management.folder, self._name, trust_files=trust_files)
+        self.home: Any = home_for(home, management, self._name, verify)
 
     @property
     def nbytes(self) -> int:
@@ -71,14 +73,31 @@ class TorchModuleWrapper(ResourcePoolUser):
         return int(self.home.nbytes)
 
     @property
+    def verify(self) -> str | None:
+        """How changes on an accelerator are found; set, it holds from the next bring-in on."""
+        return getattr(self.home, "verify", None)
+
+    @verify.setter
+    def verify(self, value: str | None) -> None:
+        if isinstance(self.home, Home):
+            return  # in host memory the kernel tells
+        self.home.verify = value
+
+    @property
     def execution_device(self) -> torch.device:
-        return self._device
+        return self._pool.device
 
     def needs(self) -> Mapping[str, int]:
-        return {str(self._device): self.nbytes}
+        return {self._pool.name: self.nbytes}
 
     def bring_in(self) -> int:
-        self.home.bring_in()
+        try:
+            self.home.bring_in()
+        except torch.OutOfMemoryError:
+            # The budget has room and the device has not: others of ours make it.
+            if not self._management.free(self._pool.name, self.nbytes):
+                raise
+            self.home.bring_in()
         self.home.raise_if_broken()
         return self.nbytes
 
@@ -99,7 +118,7 @@ class TorchModuleWrapper(ResourcePoolUser):
         self.home.close()
 
     def describe(self) -> str:
-        return "disk" if self._device.type == "cpu" else f"disk, {self._device}"
+        return f"disk, {self._pool.name}" if self._pool.executes else "disk"
 
 
 # Whose each tensor is, by id: an id may be another's since, so what is found here is looked at.
@@ -152,6 +171,7 @@ def module_user(
     inference_memory_estimator: Estimate | None = None,
     name: str | None = None,
     trust_files: bool = False,
+    verify: str | None = None,
 ) -> ResourcePoolUser:
     """A module as a whole, or in blocks: where ``stream`` says so, or it outgrows the budget."""
     tensors = _refuse_parts(module, management)
@@ -164,6 +184,7 @@ def module_user(
         management=management,
         name=name,
         trust_files=trust_files,
+        verify=verify,
     )
     _note(tensors, user)
     return user

@@ -176,7 +176,7 @@ class PipelineWrapper(ResourcePoolUser):
                 self._add(needs, unit)
         for entry in self._entries:
             largest = getattr(entry.user, "largest_need", 0)
-            pool = str(entry.user.execution_device)
+            pool = management.execution_pool.name
             needs[pool] = needs.get(pool, 0) + largest
         return all(nbytes <= management.pool(pool).budget for pool, nbytes in needs.items())
 

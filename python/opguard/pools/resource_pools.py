@@ -10,6 +10,7 @@ import torch
 from opguard.pools._budgets import device_capacity, parse_bytes, readable
 
 if TYPE_CHECKING:
+    from opguard.pools._accelerators import Accelerator
     from opguard.pools.management import Management
     from opguard.pools.users import ResourcePoolUser
 
@@ -26,9 +27,11 @@ class ResourcePool(ABC):
         name: what budgets and users call it: ``"cpu"``, ``"cuda:0"``.
         device: where tensors of this pool are.
         reserve: share of the capacity that a budget of None leaves to others.
+        executes: modules run here, rather than in host memory.
     """
 
     reserve = 0.1
+    executes = False
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         self.name = name
@@ -39,6 +42,11 @@ class ResourcePool(ABC):
     @abstractmethod
     def capacity(self) -> int:
         """Bytes that there are, whoever uses them."""
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """What brings modules here, where they are to run here; None for host memory."""
+        return None
 
     def default_budget(self) -> int:
         """Bytes to use where nobody named a budget: the capacity less a reserve."""
@@ -108,8 +116,16 @@ class HostPool(ResourcePool):
 class AcceleratorPool(ResourcePool):
     """The memory of one accelerator."""
 
+    executes = True
+
     def __init__(self, device: torch.device) -> None:
         super().__init__(str(device), device)
 
     def capacity(self) -> int:
         return device_capacity(self.device)
+
+    @property
+    def accelerator(self) -> Accelerator:
+        from opguard.pools._accelerators import accelerator_for
+
+        return accelerator_for(self.device)

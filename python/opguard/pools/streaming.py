@@ -15,7 +15,6 @@ import threading
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +26,7 @@ from opguard.pools._blocks import Cut, all_storages, cut_module, storages_of
 from opguard.pools._books import ABSENT, LOADING, READY
 from opguard.pools._budgets import readable
 from opguard.pools._homes import Home
+from opguard.pools._lending import home_for
 from opguard.pools._requests import TRY, Ask, enter
 from opguard.pools.errors import PoolRefused
 from opguard.pools.users import ResourcePoolUser
@@ -45,7 +45,7 @@ LOOKS = 3
 
 def outgrows(module: nn.Module, management: Management) -> bool:
     """Whether the module is larger than the whole budget of the pool it would run in."""
-    budget = management.pool(str(management.execution_device)).budget
+    budget = management.execution_pool.budget
     return sum(all_storages(module).values()) > budget
 
 
@@ -160,13 +160,13 @@ class StreamedModule(ResourcePoolUser):
         management: Management,
         name: str | None = None,
         trust_files: bool = False,
+        verify: str | None = None,
     ) -> None:
         super().__init__(module)
         self.inference_memory_estimator = inference_memory_estimator
         name = name or type(module).__name__
         self._management = management
-        self._device = management.execution_device
-        self._pool = management.pool(str(self._device))
+        self._pool = management.execution_pool
         self.cut = cut_module(module, max(self._pool.budget // CHUNKS, 1))
         self._check(name)
         home = Home.adopt(
@@ -177,7 +177,7 @@ class StreamedModule(ResourcePoolUser):
             trust_files=trust_files,
         )
         _keep_apart(home)
-        self.home: Any = self._placed(home)
+        self.home: Any = home_for(home, management, name, verify)
         self._course = Course()
         self._kept: tuple[int, frozenset[int]] = (-1, frozenset())
         self._segments = [_Segment() for _ in self.cut.segments]
@@ -202,12 +202,6 @@ class StreamedModule(ResourcePoolUser):
             for number, block in enumerate(self.cut.blocks)
             if block.segments and (each := block.module()) is not None
         ]
-
-    def _placed(self, home: Any) -> Any:
-        if self._device.type == "cpu":
-            return home
-        devices: Any = import_module("opguard.pools._devices")
-        return devices.DeviceHome(home, self._device)
 
     def _check(self, name: str) -> None:
         block = self.cut.largest()
@@ -245,7 +239,7 @@ class StreamedModule(ResourcePoolUser):
 
     @property
     def execution_device(self) -> torch.device:
-        return self._device
+        return self._pool.device
 
     @property
     def members(self) -> tuple[Entry, ...]:

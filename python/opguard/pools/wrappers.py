@@ -154,6 +154,7 @@ def manage(
     inference: int | Callable[..., int] | None = None,
     trust_files: bool | None = None,
     stream: bool | None = None,
+    verify: Literal["bytes"] | None = None,
 ) -> AutoManageWrapper:
     """Let the pools move ``obj``: afterwards it takes no memory until it is used.
 
@@ -169,6 +170,8 @@ def manage(
             writing them once to a file of ours. The file must not be changed meanwhile; that is
             looked at whenever they are brought in.
         stream: per module, for one larger than its pool; None decides by size.
+        verify: ``"bytes"`` compares checksums on an accelerator to see what was changed there;
+            None trusts version counters and training mode. In host memory all changes are seen.
 
     Raises:
         Unmanageable: where its weights must not move, with the reason.
@@ -181,6 +184,7 @@ def manage(
         "inference": inference,
         "trust_files": trust_files,
         "stream": stream,
+        "verify": verify,
     }
     named = {key: value for key, value in options.items() if value is not None}
     if isinstance(obj, AutoManageWrapper):
