@@ -321,7 +321,7 @@ class StreamedModule(ResourcePoolUser):
 
     def _look(self, outer: int) -> None:
         """At the end of one of its first calls: which blocks inside were read while absent."""
-        for block in self.cut.blocks if self._device.type == "cpu" else ():
+        for block in self.cut.blocks if not self._pool.executes else ():
             if block.around and block.around[-1] == outer:
                 for segment in block.segments:
                     units = self._entries[segment].units.values()
