@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import gc
 import subprocess
 import sys
@@ -16,6 +18,8 @@ import torch
 from torch import nn
 
 from opguard import pools
+from opguard.pools._parts import refuse_offloaded
+from opguard.pools.pipelines import tell_where
 from pools_kit import fresh_pools, until
 
 SIDE = 128
@@ -364,6 +368,44 @@ def test_whoever_holds_what_is_in_the_way_is_named(pool):
         thread.join(30)
 
 
+def test_in_use_is_not_let_go(pool):
+    pipe = Pipeline()
+    with (
+        pools.auto_manage(pipe),
+        pytest.raises(pools.PoolRefused, match=r"Pipeline\.vae.*test_pools_pipelines"),
+    ):
+        pools.unmanage(pipe)
+    pools.unmanage(pipe)
+    assert not pools.get_management().snapshot().users
+
+
+def test_tasks(pool):
+    shrunk(pool, 6)
+    text = Net(2)
+    pipes = [Pipeline(text=text) for _ in range(3)]
+    expected = [pipe(X) for pipe in pipes]
+
+    async def serve(number: int) -> bool:
+        async with pools.auto_manage(pipes[number], timeout=60) as h:
+            await asyncio.sleep(0)
+            return torch.equal(h.obj(X), expected[number]) and pool.used <= pool.budget
+
+    async def everybody() -> list[bool]:
+        return await asyncio.gather(*(serve(number % 3) for number in range(9)))
+
+    assert all(asyncio.run(everybody()))
+    assert not held()
+
+
+def test_managed_before_the_pipeline_came_stays_managed(pool):
+    pipe = Pipeline()
+    handle = pools.manage(pipe.unet, priority=2)
+    pools.manage(pipe)
+    pools.unmanage(pipe)
+    assert [user.name for user in pools.get_management().snapshot().users] == [handle.name]
+    assert handle.priority == 2
+
+
 def test_swapped_components(pool):
     pipe = Pipeline()
     handle = pools.manage(pipe)
@@ -412,6 +454,8 @@ def test_nothing_is_imported_to_look(tmp_path):
     code = f"""
 import sys, types, torch
 from opguard import pools
+from opguard.pools._parts import refuse_offloaded
+from opguard.pools.pipelines import tell_where
 pools.setup_default_pools(budgets={{"cpu": "4MiB"}}, spill_dir={str(tmp_path)!r})
 pipe = types.SimpleNamespace(net=torch.nn.Linear(8, 8))
 with pools.auto_manage(pipe) as h:
@@ -477,6 +521,21 @@ def test_offload_hooks_of_others_are_refused_with_the_way_out(stable_diffusion, 
     pipe.enable_model_cpu_offload(device="cpu:0")  # afterwards is no better
     with pytest.raises(pools.Unmanageable, match="remove_all_hooks"), pools.auto_manage(pipe):
         pass
+
+
+def test_diffusers_is_told_where_absent_components_run(stable_diffusion):
+    pipe = load_sd(stable_diffusion)
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    for module in modules:
+        tell_where(module, torch.device("cuda:0"))
+    assert pipe._execution_device == torch.device("cuda:0")
+    copied = copy.deepcopy(pipe.vae)
+    assert copied._hf_hook.execution_device is None  # the copy is where it is
+    refuse_offloaded(dict(enumerate(modules)), "it")  # it moves nothing
+    for module in modules:
+        tell_where(module, None)
+    assert pipe._execution_device == torch.device("cpu")
+    assert not any("_hf_hook" in vars(module) for module in modules)
 
 
 def test_transformers_pipeline(tmp_path, pool):

@@ -229,6 +229,34 @@ def _kept(obj: object) -> object:
     return obj.obj if isinstance(obj, Keeper) else obj
 
 
+class Where:
+    """Tells diffusers on which device a component runs that is not there now.
+
+    A pipeline makes its latents where ``_hf_hook.execution_device`` of its first component says.
+    """
+
+    def __init__(self, execution_device: torch.device | None = None) -> None:
+        self.execution_device = execution_device
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """What accelerate calls when it takes hooks off."""
+        return module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Where:
+        return Where()  # a copy is its own model, which is where it is
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Where, ()
+
+
+def tell_where(module: nn.Module, device: torch.device | None) -> None:
+    """Put a `Where` on the module, or with None take it off; hooks of others are left alone."""
+    if isinstance(module.__dict__.get("_hf_hook"), Where):
+        del module.__dict__["_hf_hook"]
+    if device is not None and "_hf_hook" not in module.__dict__:
+        module.__dict__["_hf_hook"] = Where(device)
+
+
 class _Components:
     """Which pipelines a module is a component of, and the hook that takes it just in time."""
 
@@ -262,6 +290,7 @@ class _Components:
             here = module in self._managed_here
         if hook is not None:
             hook.remove()
+            tell_where(module, None)
         if here and management is not None:
             self._managed_here.discard(module)
             management.unmanage(module)
@@ -276,6 +305,8 @@ class _Components:
                 return  # what is streamed takes its blocks itself
             methods = tuple(name for name in ENTRY_POINTS if callable(getattr(module, name, None)))
             self._hooks[module] = AutoManageHook(module, methods=methods).attach()
+            if (device := entry.user.execution_device).type != "cpu":
+                tell_where(module, device)
 
 
 _components = _Components()
