@@ -403,6 +403,26 @@ def test_what_is_written_to_patched_weights_is_told_of_and_kept_and_the_base_is_
         assert torch.equal(told[0].message.tensors["0.weight"], written)
 
 
+def test_what_was_written_below_another_patch_is_told_of_too():
+    model = net()
+    before = weights(model)
+    outer, inner = CommitObjectProxy(model, [Lora(1)]), CommitObjectProxy(model, [Lora(2)])
+    stacked = outer.clone_and_add_commit(Lora(2))
+    for one in (inner, stacked):
+        outer.__enter__()
+        model[0].weight.add_(1)
+        if one is inner:
+            with pytest.warns(PatchedWeightsChanged), one:
+                pass
+            outer.__exit__(None, None, None)
+        else:
+            with one:
+                pass
+            with pytest.warns(PatchedWeightsChanged):
+                outer.__exit__(None, None, None)
+        assert same(weights(model), before)
+
+
 def test_told_of_as_an_error_it_is_raised_after_all_is_done():
     model = net()
     before = weights(model)

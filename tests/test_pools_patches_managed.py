@@ -151,6 +151,23 @@ def test_what_does_not_fit_is_refused_with_the_commit_and_the_holders(pools):
         assert torch.equal(model[0].weight, weight * 2)
 
 
+def test_who_holds_a_patched_model_is_told_by_the_line_of_the_block(pools):
+    model, other = tiny(2), tiny(4, seed=1)
+    manage(model, name="unet")
+    theirs = manage(other)
+
+    def serve():
+        for block in (CommitObjectProxy(model, [Doubles()]), auto_manage(CommitObjectProxy(model))):
+            with block, pytest.raises(PoolRefused) as refused, theirs.lease(timeout=0):
+                pass
+            lines = [line for line in refused.value.holders if "'unet'" in line]
+            assert "test_pools_patches_managed.py:" in lines[0]
+            assert "in serve" in lines[0]
+
+    pools.pool("cpu").budget = 5 * MIB
+    serve()
+
+
 def test_a_patch_that_can_never_fit_is_refused_at_once(pools):
     model = tiny(4)
     handle = manage(model)

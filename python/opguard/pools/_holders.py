@@ -9,6 +9,7 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 from opguard.pools._budgets import readable
+from opguard.pools._stacks import line_of
 from opguard.pools.errors import Deadlock, LeaseTimeout, PoolRefused
 
 if TYPE_CHECKING:
@@ -57,8 +58,12 @@ def owner_name(management: Books, owner: int) -> str:
 def _places(who: Any, unit: int) -> Iterator[str]:
     """Lines of the ``with`` statements that hold it, the innermost first."""
     for units, code, line in who.held if who is not None else ():
-        if unit in units and code is not None:
+        if unit not in units or code is None:
+            continue
+        if not code.co_filename.startswith(PACKAGE):
             yield place(code, line)
+        elif (block := line_of(who.thread, who.task)) is not None:  # a patch took the lease
+            yield block
 
 
 def place(code: CodeType, line: int) -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "PatchedObject",
     "has_record",
     "later",
+    "line_of",
     "on_forget",
     "record_of",
     "run_later",
@@ -60,6 +61,13 @@ def run_later() -> None:
     calls, _pending.calls = _pending.calls, None
     for call in calls or ():
         call()
+
+
+def line_of(thread: int, task: Any) -> str | None:
+    """Where this thread or task opened its innermost block, for messages."""
+    key = Owner(thread, task).key
+    entries = (e for record in tuple(_records.values()) for e in reversed(record.entries))
+    return next((entry.line for entry in entries if entry.owner.key == key), None)
 
 
 def has_record(obj: Any) -> bool:

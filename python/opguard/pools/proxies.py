@@ -31,7 +31,12 @@ T = TypeVar("T")
 _Self = TypeVar("_Self", bound="CommitObjectProxy[Any]")
 
 
+_PACKAGE = __file__.rpartition("/pools/")[0]
+
+
 def _line(frame: FrameType | None) -> str:
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
     if frame is None:
         return "somewhere"
     code = frame.f_code
