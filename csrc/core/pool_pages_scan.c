@@ -49,7 +49,8 @@ static int
 scan_regions(og_pages_span span, bool changed, og_pages_visit visit,
              void *context)
 {
-    scan_region regions[REGIONS];
+    /* Set, because memcheck does not know that this ioctl writes there. */
+    scan_region regions[REGIONS] = {{0}};
     scan_arg arg = {
         .size = sizeof arg,
         .start = (uint64_t)(uintptr_t)span.start,
