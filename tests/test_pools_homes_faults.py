@@ -222,6 +222,26 @@ def test_a_trusted_file_is_read_and_never_written(folder, mapped):
     assert path.read_bytes() == content
 
 
+def test_a_checkpoint_of_many_tensors_takes_few_descriptors(folder, tmp_path):
+    """Neighbours in a file are one range; a home of ours keeps one descriptor."""
+    from safetensors.torch import load_file, save_file
+
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(100)))
+    before = state_of(model)
+    save_file(before, tmp_path / "many.safetensors")
+    folder.path
+    count = len(os.listdir("/proc/self/fd"))
+    ours = Home.adopt(model, folder, "ours")
+    assert len(os.listdir("/proc/self/fd")) == count + 1
+    model.load_state_dict(load_file(tmp_path / "many.safetensors"), assign=True)
+    theirs = Home.adopt(model, folder, "theirs", trust_files=True)
+    assert len(os.listdir("/proc/self/fd")) <= count + 2
+    assert theirs.nbytes <= sum(value.nbytes for value in before.values()) + 2 * PAGE
+    theirs.bring_in()
+    assert_state(model, before)
+    ours.close()
+
+
 def test_without_trust_they_are_copied(folder, mapped):
     model, path = mapped
     before = state_of(model)

@@ -110,7 +110,7 @@ def test_used_bytes_and_files_that_go(folder):
     one.close()
     one.close()
     assert folder.used == 4096 + 8192
-    copied = folder.copy(two)
+    copied = folder.copy(two, two.fd)
     assert os.pread(copied.fd, 99999, 0) == os.pread(two.fd, 99999, 0)
     del two, copied
     assert folder.used == 0

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from opguard import _C
 from opguard.pools._spill import PAGE, Piece, SpillFile, SpillFolder, forks
 from opguard.pools._storages import ALIGNMENT, Leaf, Storage, leaves_of, refuse, storages_of
-from opguard.pools._user_files import UserFile, user_file_of
+from opguard.pools._user_files import UserFile, user_files_of
 from opguard.pools.errors import PoolError, PoolFileChanged
 
 __all__ = ["Home", "Member"]
@@ -126,7 +126,8 @@ class Home:
         with torch.inference_mode(False), torch.no_grad():
             groups = _grouped(storages, segments)
             theirs = self._trusted(groups) if trust_files else []
-            ours = [[one for one in group if one not in theirs] for group in groups]
+            known = set(map(id, theirs))
+            ours = [[one for one in group if id(one) not in known] for group in groups]
             bases = self._spill(ours, folder)
             for storage in theirs:
                 bases.update((id(leaf), leaf.tensor.detach()) for leaf in storage.leaves)
@@ -308,16 +309,14 @@ class Home:
                         other.pages.give_back(start, end)
 
     def _trusted(self, groups: list[list[Storage]]) -> list[Storage]:
-        """The storages that lie in a user's file already, and parts for their pages."""
+        """The storages that lie in a user's file already; makes the parts for their pages."""
         found = []
         for index, group in enumerate(groups):
-            for storage in group:
-                user_file = user_file_of(storage) if storage.device.type == "cpu" else None
-                if user_file is None:
-                    continue
-                found.append(storage)
+            in_memory = [storage for storage in group if storage.device.type == "cpu"]
+            for user_file, storages in user_files_of(in_memory):
                 pages = user_file.pages
                 self._parts.append(_Part(pages, 0, pages.nbytes, index, user_file))
+                found += storages
         return found
 
     def _spill(self, groups: list[list[Storage]], folder: SpillFolder) -> dict[int, Tensor]:
@@ -344,6 +343,7 @@ class Home:
         except OSError as error:
             file.close()
             raise self._said(error, None, "map") from error
+        file.let_go()
         self._map = pages
         for index, (start, stop) in enumerate(ranges):
             if stop > start:
@@ -401,12 +401,13 @@ class Home:
             return 0
         if not pages.changed(part.start, part.end):
             return 0
-        fresh = folder.copy(file)
+        fresh = folder.copy(file, pages.fileno())
         try:
             written = pages.move(fresh.fd)
         except BaseException:
             fresh.close()
             raise
+        fresh.let_go()
         self._file, self._forks = fresh, forks()
         file.close()
         return written

@@ -67,25 +67,32 @@ class Piece:
 
 
 class SpillFile:
-    """One file of weights, open and ours; the name goes when this does."""
+    """One file of weights of ours; its name goes when this does.
+
+    Attributes:
+        fd: open until ``let_go``, which whoever has mapped the file calls.
+        offset: of the data in the file, in whole pages.
+        nbytes: of data.
+    """
 
     def __init__(self, folder: SpillFolder, name: str, fd: int, offset: int, nbytes: int) -> None:
         self.name = name
         self.fd = fd
         self.offset = offset
         self.nbytes = nbytes
-        self._close = weakref.finalize(self, _drop_file, folder, name, fd, offset + nbytes)
+        self._close = weakref.finalize(self, folder._forget, name, offset + nbytes)
         self._close.atexit = False  # the folder goes whole
+        self._let_go = weakref.finalize(self, os.close, fd)
+        self._let_go.atexit = False
+
+    def let_go(self) -> None:
+        """Closes the descriptor; the file stays."""
+        self._let_go()
 
     def close(self) -> None:
         """Removes the file; maps of it stay readable."""
+        self._let_go()
         self._close()
-
-
-def _drop_file(folder: SpillFolder, name: str, fd: int, size: int) -> None:
-    folder._forget(name, size)
-    with contextlib.suppress(OSError):
-        os.close(fd)
 
 
 class SpillFolder:
@@ -132,21 +139,21 @@ class SpillFolder:
             _write_pieces(fd, pieces, len(header))
         return SpillFile(self, final, fd, len(header), nbytes)
 
-    def copy(self, file: SpillFile) -> SpillFile:
-        """Another file with the same bytes: for after a fork."""
+    def copy(self, file: SpillFile, fd: int) -> SpillFile:
+        """Another file with the same bytes, read from ``fd``: for after a fork."""
         size = file.offset + file.nbytes
-        with self._new_file(file.name.partition(".")[0], size) as (fd, final):
+        with self._new_file(file.name.partition(".")[0], size) as (fresh, final):
             done = 0
             while done < size:
-                part = os.pread(file.fd, min(CHUNK, size - done), done)
+                part = os.pread(fd, min(CHUNK, size - done), done)
                 if not part:
                     raise PoolFileChanged(
                         f"expected {size} bytes in the spilled file {file.name}, it ends after "
                         f"{done}; somebody has cut it"
                     )
-                _write(fd, part, done)
+                _write(fresh, part, done)
                 done += len(part)
-        return SpillFile(self, final, fd, file.offset, file.nbytes)
+        return SpillFile(self, final, fresh, file.offset, file.nbytes)
 
     def close(self) -> None:
         """Removes this process's folder with all files; the next file makes a new one."""

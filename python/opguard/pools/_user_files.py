@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import errno
 import os
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from opguard import _C
 from opguard.pools._spill import PAGE
 from opguard.pools._storages import Storage
 
-__all__ = ["UserFile", "user_file_of"]
+__all__ = ["UserFile", "user_files_of"]
+
+NEAR = 64 << 10  # neighbours have a gap of less between them
 
 
 class _Mapping(NamedTuple):
@@ -28,18 +31,18 @@ class _Mapping(NamedTuple):
 
 @dataclass(frozen=True)
 class UserFile:
-    """Whole pages around one storage, and the file they are of.
+    """Whole pages around storages that are neighbours, and the file they are of.
 
     Attributes:
-        keep: the torch storage. As long as it lives the map is there, and nothing else can be at
-            its address.
+        keep: the torch storages. As long as they live the map is there, and nothing else can be
+            at its address.
     """
 
     pages: _C.SpillMap
     path: str
     device: int
     inode: int
-    keep: torch.UntypedStorage
+    keep: tuple[torch.UntypedStorage, ...]
 
     def check(self) -> None:
         """OSError ESTALE if another file has the name now."""
@@ -51,32 +54,57 @@ class UserFile:
             raise OSError(errno.ESTALE, "another file has its name")
 
 
-def _mapping_of(start: int, end: int) -> _Mapping | None:
-    """The mapping that holds these bytes, as the kernel lists it."""
+def _mappings() -> list[_Mapping]:
+    """All mappings of this process, by address."""
+    found = []
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as lines:
             for line in lines:
                 fields = line.rstrip("\n").split(maxsplit=5)
                 low, high = (int(part, 16) for part in fields[0].split("-"))
-                if low <= start and end <= high:
-                    path = fields[5] if len(fields) > 5 else ""
-                    return _Mapping(
+                path = fields[5] if len(fields) > 5 else ""
+                found.append(
+                    _Mapping(
                         low, high, fields[1], int(fields[2], 16), fields[3], int(fields[4]), path
                     )
+                )
     except OSError:
         pass
-    return None
+    return found
 
 
-def user_file_of(storage: Storage) -> UserFile | None:
-    """The file that a storage is privately mapped from; None if it is in ordinary memory.
+def user_files_of(storages: list[Storage]) -> list[tuple[UserFile, list[Storage]]]:
+    """The private maps of files that storages lie in; those in ordinary memory are left out.
 
-    None too where the file cannot be found any more by its name: its bytes are then copied.
+    Left out too where the file cannot be found any more by its name: their bytes are then copied.
+    Neighbours in one file are one entry, so that a checkpoint of many tensors is a few.
     """
-    start, end = storage.address, storage.address + storage.nbytes
-    mapping = _mapping_of(start, end)
-    if mapping is None or "p" not in mapping.flags or not mapping.path.startswith("/"):
-        return None
+    mappings = _mappings()
+    starts = [mapping.start for mapping in mappings]
+    runs: list[tuple[_Mapping, list[Storage]]] = []
+    for storage in sorted(storages, key=lambda one: one.address):
+        mapping = mappings[max(0, bisect.bisect(starts, storage.address) - 1)] if mappings else None
+        if (
+            mapping is None
+            or not mapping.start <= storage.address <= mapping.end - storage.nbytes
+            or "p" not in mapping.flags
+            or not mapping.path.startswith("/")
+        ):
+            continue
+        if runs and runs[-1][0] is mapping and storage.address - _end_of(runs[-1][1]) < NEAR:
+            runs[-1][1].append(storage)
+        else:
+            runs.append((mapping, [storage]))
+    files = ((_opened(mapping, run), run) for mapping, run in runs)
+    return [(user_file, run) for user_file, run in files if user_file is not None]
+
+
+def _end_of(storages: list[Storage]) -> int:
+    return max(one.address + one.nbytes for one in storages)
+
+
+def _opened(mapping: _Mapping, storages: list[Storage]) -> UserFile | None:
+    """The file of a mapping, if it still has that name."""
     try:
         fd = os.open(mapping.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -86,10 +114,10 @@ def user_file_of(storage: Storage) -> UserFile | None:
         major, minor = (int(part, 16) for part in mapping.device.split(":"))
         if (found.st_dev, found.st_ino) != (os.makedev(major, minor), mapping.inode):
             return None
-        first = start // PAGE * PAGE
+        first = storages[0].address // PAGE * PAGE
         offset = mapping.offset + first - mapping.start
-        pages = _C.SpillMap(fd, offset, end - first, None, first)
-        kept = storage.leaves[0].tensor.untyped_storage()
+        pages = _C.SpillMap(fd, offset, _end_of(storages) - first, None, first)
+        kept = tuple(one.leaves[0].tensor.untyped_storage() for one in storages)
         return UserFile(pages, mapping.path, found.st_dev, found.st_ino, kept)
     except OSError:
         return None
