@@ -124,6 +124,22 @@ def test_narrow_weights_are_computed_in_pieces(monkeypatch, rows):
     assert same(weights(model), before)
 
 
+def test_weights_that_do_not_fit_their_dtype_are_refused_and_what_was_infinite_stays_so():
+    model = net(torch.float16)
+    before = weights(model)
+
+    class Huge(DeltaCommit):
+        def deltas(self, obj):
+            return {obj[0].weight: lambda source, out: torch.mul(source, 1e6, out=out)}
+
+    with pytest.raises(PatchFailed, match=r"of shape \(5, 6\) to fit float16"):
+        CommitObjectProxy(model, [Huge()]).__enter__()
+    assert same(weights(model), before)
+    model[0].weight[0, 0] = float("inf")
+    with CommitObjectProxy(model, [Lora(1)]):
+        assert model[0].weight[0, 0] == float("inf")
+
+
 def test_what_lies_between_two_patches_does_not_change_what_they_compute():
     model = net(torch.bfloat16)
     before = weights(model)

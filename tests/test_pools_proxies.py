@@ -7,8 +7,11 @@ import contextlib
 import copy
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -713,3 +716,11 @@ def test_modules_are_objects_like_others():
     with CommitObjectProxy(model, [AttributeCommit("training", False)]):
         assert not model.training
     assert model.training
+
+
+def test_blocks_failures_and_forgotten_stacks_leave_no_memory():
+    script = Path(__file__).parent / "isolated" / "leak_commits.py"
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -408,6 +408,15 @@ def _compute(base: Tensor, deltas: Sequence[Delta], out: Tensor) -> None:
         for delta in flat:
             (delta if whole else delta.rows(start, stop))(wide, wide)
         (out if whole else out[start:stop]).copy_(wide)
+    if (
+        base.dtype is torch.float16
+        and not bool(out.isfinite().all())
+        and bool(base.isfinite().all())
+    ):
+        raise OverflowError(
+            f"expected patched weights of shape {tuple(base.shape)} to fit float16, and some are "
+            "above 65504: use bfloat16 weights, or a smaller scale"
+        )
 
 
 def _refuse_moved(obj: Any, deltas: Mapping[Tensor, Delta]) -> None:
