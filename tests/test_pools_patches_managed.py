@@ -463,6 +463,30 @@ def test_patched_weights_are_counted_kept_warm_and_given_back_when_others_need_t
     assert settled(pools) == 0
 
 
+def test_a_model_that_is_moved_in_parts_is_patched_and_its_patch_counted(pools):
+    model = tiny(3)
+    manage(model, stream=True)
+    x = torch.randn(2, 512)
+    plain = model(x)
+    proxy = CommitObjectProxy(model, [Doubles()])
+    with proxy:
+        assert torch.allclose(model(x), plain * 8)
+        assert pools.pool("cpu").used >= 3 * MIB
+    assert torch.equal(model(x), plain)
+
+
+def test_a_model_whose_parts_are_elsewhere_than_where_it_runs_is_refused(pools, monkeypatch):
+    model = tiny(1)
+    handle = manage(model)
+    weight = model[0].weight.clone()
+    kind = type(handle.user)
+    monkeypatch.setattr(kind, "execution_device", property(lambda self: torch.device("cuda")))
+    with pytest.raises(PatchFailed, match=r"goes there in parts.*mode='hook'"):
+        CommitObjectProxy(model, [Doubles()]).__enter__()
+    assert leases(handle) == 0
+    assert torch.equal(model[0].weight, weight)
+
+
 def test_unmanaged_objects_take_nothing_of_a_pool(pools):
     manage(tiny(1, seed=5))
     model = tiny(1)

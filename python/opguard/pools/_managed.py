@@ -6,7 +6,7 @@ Nothing here imports the pools' management: where nobody has set one up, nothing
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -58,7 +58,7 @@ def lease_owners(parameters: Iterable[Tensor]) -> ExitStack | None:
     management = _management()
     if management is None or not management.entries:
         return None
-    wanted = {id(parameter) for parameter in parameters}
+    wanted = {id(parameter): parameter for parameter in parameters}
     leases, found = ExitStack(), False
     try:
         for entry in _owners(management, wanted):
@@ -66,16 +66,29 @@ def lease_owners(parameters: Iterable[Tensor]) -> ExitStack | None:
             lease.__enter__()
             leases.push(lease)
             found = True
+            _refuse_parts(entry, wanted)
     except BaseException:
         leases.close()
         raise
     return leases if found else None
 
 
-def _owners(management: Management, wanted: set[int]) -> list[Entry]:
+def _refuse_parts(entry: Entry, wanted: Mapping[int, Tensor]) -> None:
+    """A module that is moved in parts is not where it runs, and neither would its patch be."""
+    device = entry.user.execution_device
+    for tensor in _tensors(entry.ref()):
+        if id(tensor) in wanted and tensor.device.type != device.type:
+            raise ValueError(
+                f"expected {entry.name!r} on {device} to patch its weights, and it goes there in "
+                "parts: patch it with hooks (LoraCommit has mode='hook'), or manage it with "
+                "stream=False"
+            )
+
+
+def _owners(management: Management, wanted: Container[int]) -> list[Entry]:
     """The modules that are managed and have one of these tensors."""
     found = []
-    for entry in dict.fromkeys(tuple(management.entries.values())):
+    for entry in dict.fromkeys(management.managed()):
         module = entry.ref()
         if isinstance(module, nn.Module) and any(id(p) in wanted for p in _tensors(module)):
             found.append(entry)
@@ -125,7 +138,7 @@ def forget_chunk(chunk: Chunk) -> None:
         management.unmanage(chunk)
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
+def _tensors(module: Any) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
 

@@ -40,6 +40,10 @@ class Members(Moving):
         entry = self._by_id.get(id(obj))
         return entry if entry is not None and entry.ref() is obj else None
 
+    def managed(self) -> tuple[Entry, ...]:
+        """Entries of all objects, those that are made of others too."""
+        return tuple(self._by_id.values())
+
     def manage(
         self,
         obj: object,
