@@ -383,22 +383,26 @@ og_arena_make_type(PyObject *module)
 /* --- the family ---------------------------------------------------------- */
 
 static int
+add_type(PyObject *module, PyObject **slot, PyObject *(*make)(PyObject *))
+{
+    *slot = make(module);
+    return *slot == NULL ? -1
+                         : PyModule_AddType(module, (PyTypeObject *)*slot);
+}
+
+static int
 arena_exec(PyObject *module, og_state *state)
 {
     og_arena_state *arena = &state->arena;
-    arena->driver_type = og_driver_make_type(module);
-    arena->event_type = og_event_make_type(module);
-    arena->arena_type = og_arena_make_type(module);
-    arena->pinned_type = og_pinned_make_type(module);
-    PyObject *types[] = {arena->driver_type, arena->event_type,
-                         arena->arena_type, arena->pinned_type};
-    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
-        if (types[i] == NULL ||
-            PyModule_AddType(module, (PyTypeObject *)types[i]) < 0) {
-            return -1;
-        }
-    }
-    return 0;
+    return add_type(module, &arena->driver_type, og_driver_make_type) < 0 ||
+                   add_type(module, &arena->event_type, og_event_make_type) <
+                       0 ||
+                   add_type(module, &arena->arena_type, og_arena_make_type) <
+                       0 ||
+                   add_type(module, &arena->pinned_type, og_pinned_make_type) <
+                       0
+               ? -1
+               : 0;
 }
 
 static int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -104,6 +105,63 @@ def mlp_rows() -> list[Row]:
     return found
 
 
+# --- pools ----------------------------------------------------------------------------------------
+
+POOL_BYTES = 4 << 30
+EVICT_SECONDS = 0.005  # vLLM's sleep level 1 copies at 2 GB/s: 2 s for as many bytes
+
+
+def clocked(function: Callable[[], object], after: Callable[[], object]) -> Callable[[], float]:
+    """Seconds of the thread's time, what is queued included; ``after`` is not counted."""
+
+    def run() -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        took = time.perf_counter() - begin
+        after()
+        return took
+
+    return run
+
+
+def pool_rows() -> list[Row]:
+    """Bring in against one pinned copy of as many bytes; evict against 5 ms."""
+    from opguard.pools._accelerators import accelerator_for
+    from opguard.pools._devices import DeviceHome
+    from opguard.pools._homes import Home
+    from opguard.pools._spill import SpillFolder
+
+    if torch.cuda.mem_get_info()[0] < 3 * POOL_BYTES:
+        return []
+    side = 8192
+    count = POOL_BYTES // (side * side * 2)
+    layers = (torch.nn.Linear(side, side, bias=False, dtype=torch.bfloat16) for _ in range(count))
+    model = torch.nn.Sequential(*layers).eval().requires_grad_(False)
+    folder = SpillFolder(None)
+    home = DeviceHome(Home.adopt(model, folder, "bench"), accelerator_for(torch.device("cuda", 0)))
+    home.bring_in()  # the pinned copy is made by the first
+    home.give_back()
+    source = torch.empty(POOL_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(POOL_BYTES, dtype=torch.uint8, device="cuda")
+
+    def evict() -> float:
+        home.bring_in()
+        return clocked(home.give_back, lambda: None)()
+
+    return [
+        Row(
+            "pool: bring in 4 GiB / one pinned cudaMemcpyAsync",
+            clocked(home.bring_in, home.give_back),
+            clocked(lambda: target.copy_(source, non_blocking=True), lambda: None),
+            limit=1 / 0.9,
+            self_timed=True,
+        ),
+        Row("pool: evict 4 GiB / 5 ms", evict, lambda: EVICT_SECONDS, limit=1.0, self_timed=True),
+    ]
+
+
 def rows() -> list[Row]:
     if not torch.cuda.is_available():
         return []
@@ -121,4 +179,5 @@ def rows() -> list[Row]:
         ),
         *scan_rows(),
         *mlp_rows(),
+        *pool_rows(),
     ]

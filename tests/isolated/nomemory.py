@@ -13,6 +13,7 @@ import _testcapi
 import faulthandler
 import gc
 import os
+import shutil
 import sys
 import tempfile
 import types
@@ -387,6 +388,39 @@ def scenarios_of(C: ModuleType) -> None:
             pages.move(second)
             pages.fileno()
             return pages.address, pages.nbytes, pages.method, pages.broken, pages.writable
+
+        return calling
+
+    @scenario
+    def pool_arena() -> Callable[[], object]:
+        if shutil.which("gcc") is None:
+            return lambda: None
+        from emulated import Emulated
+
+        path = str(Emulated().path)
+        source, target = b"x" * 4096, bytearray(4096)
+
+        def calling() -> object:
+            driver = C.DeviceDriver(path, 0, 1 << 14)
+            arena = C.DeviceArena(driver, 1 << 16)
+            pinned = C.PinnedMemory(driver, 4096)
+            arena.map(0, 1 << 16)
+            pinned.fill(0, source)
+            arena.copy_in(0, pinned, 0, 4096)
+            copied = driver.copies()
+            copied.hold(0)
+            copied.wait()
+            copied.done()
+            arena.stage_in(4096, source)
+            arena.stage_out(0, target)
+            arena.copy_out(0, pinned, 0, 4096)
+            driver.work(0).wait()
+            driver.work().wait()
+            pinned.pour(0, target)
+            pinned.close()
+            capsule = arena.dlpack(0, 4096, 1)
+            arena.unmap(0, 1 << 16)
+            return driver.memory(), arena.address, arena.nbytes, arena.mapped, capsule
 
         return calling
 
