@@ -332,3 +332,44 @@ def test_parent_and_child_write_apart(folder):
     assert (model[2].weight == 5).all()
     for end in (*first, *second):
         os.close(end)
+
+
+def test_a_fork_in_the_middle_of_an_eviction(folder):
+    """Another thread held the locks: the child can use its weights all the same."""
+    home = Home.adopt(small(), folder, "forked")
+    with home._lock, folder._lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+        if child == 0:
+            good = False
+            try:
+                home.bring_in()
+                home.give_back()
+                Home.adopt(small(), folder, "own")
+                good = True
+            finally:
+                folder.close()
+                os._exit(0 if good else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    home.bring_in()
+
+
+def test_many_homes_leave_nothing(folder):
+    def held() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count(".saf")
+
+    model = small()
+    Home.adopt(model, folder, "first").release()
+    before = held()
+    for number in range(20):
+        home = Home.adopt(model, folder, f"again {number}")
+        home.bring_in()
+        with torch.no_grad():
+            model[0].weight.add_(1)
+        home.give_back()
+        if number % 2 == 0:
+            home.close()  # the next one takes the weights from what is still mapped
+    home.release()
+    del home
+    assert held() == before
+    assert folder.used == 0

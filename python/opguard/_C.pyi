@@ -1,6 +1,7 @@
 """Types of the C core; its docstrings are in the module itself."""
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from os import PathLike
 from types import CodeType, TracebackType
@@ -374,7 +375,10 @@ class SpillMap:
     def __new__(
         cls, fd: int, offset: int, nbytes: int, method: str | None = None, address: int = 0
     ) -> SpillMap: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+
     def check(self, /) -> None: ...
     def populate(self, start: int = ..., end: int = ..., /) -> None: ...
     def changed(self, start: int = ..., end: int = ..., /) -> int: ...

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from opguard import _C
-from opguard.pools._spill import PAGE, Piece, SpillFile, SpillFolder, forks
+from opguard.pools._spill import PAGE, ForkLock, Piece, SpillFile, SpillFolder, forks
 from opguard.pools._storages import ALIGNMENT, Leaf, Storage, leaves_of, refuse, storages_of
 from opguard.pools._user_files import UserFile, user_files_of
 from opguard.pools.errors import PoolError, PoolFileChanged
@@ -89,7 +88,7 @@ class Home:
         self._map: _C.SpillMap | None = None
         self._here: set[int] = set()  # segments that were brought in
         self._forks = forks()
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     @classmethod
     def adopt(

@@ -25,7 +25,7 @@ from typing import Any
 
 from opguard.pools.errors import PoolFileChanged
 
-__all__ = ["PAGE", "Piece", "SpillFile", "SpillFolder", "forks"]
+__all__ = ["PAGE", "ForkLock", "Piece", "SpillFile", "SpillFolder", "forks"]
 
 PAGE = os.sysconf("SC_PAGESIZE")
 DEFAULT = "/var/tmp"
@@ -50,6 +50,22 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_parent=_forked, after_in_child=_forked)
+
+
+class ForkLock:
+    """A lock that a forked child finds free, whoever held it in the parent."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    def __enter__(self) -> None:
+        if self._process != os.getpid():
+            self._lock, self._process = threading.Lock(), os.getpid()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,7 @@ class SpillFolder:
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         chosen = path if path is not None else os.environ.get("OPGUARD_SPILL") or DEFAULT
         self.base = Path(os.path.abspath(os.fspath(chosen)))
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self._process = 0
         self._fd = -1
         self._locked = -1
@@ -179,7 +195,7 @@ class SpillFolder:
         folder = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fd = os.open(partial, flags, 0o600, dir_fd=folder)
-            os.posix_fallocate(fd, 0, size)
+            _allocate(fd, size)
             yield fd, final
             os.fsync(fd)
             os.rename(partial, final, src_dir_fd=folder, dst_dir_fd=folder)
@@ -272,6 +288,16 @@ def safetensors_header(pieces: Sequence[Piece], nbytes: int, metadata: Mapping[s
 
 def _entry(start: int, end: int) -> dict[str, Any]:
     return {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+
+
+def _allocate(fd: int, size: int) -> None:
+    """A disk that is too small says so now, where it can."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(fd, size)
 
 
 def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
