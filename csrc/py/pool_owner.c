@@ -349,8 +349,11 @@ og_pool_owner_exec(PyObject *module, og_state *state)
 {
     og_pool_lease_state *lease = &state->pool_lease;
     lease->owner_type = PyType_FromModuleAndSpec(module, &Owner_spec, NULL);
+    if (lease->owner_type == NULL) {
+        return -1;
+    }
     PyObject *contextvars = PyImport_ImportModule("contextvars");
-    PyObject *variable = contextvars == NULL || lease->owner_type == NULL
+    PyObject *variable = contextvars == NULL
                              ? NULL
                              : PyObject_CallMethod(contextvars, "ContextVar",
                                                    "s", "opguard.pool_owner");
