@@ -644,6 +644,7 @@ def test_scripting_tracing_and_export():
     AutoManageHook(handle).attach()
     with torch.no_grad():
         assert torch.equal(torch.jit.trace(net, X)(X), expected)
+    assert torch.equal(torch.jit.script(net)(X), expected)
     graph = torch.fx.symbolic_trace(net)
     assert torch.equal(graph(X), expected)
     exported = torch.export.export(net, (X,))

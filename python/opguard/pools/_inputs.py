@@ -28,7 +28,8 @@ def input_mover(device: torch.device) -> Mover | None:
     def move(
         args: tuple[Any, ...], kwargs: dict[str, Any] | None
     ) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
-        return _move(args, device, memo := {}), _move(kwargs, device, memo)
+        memo: dict[int, Any] = {}
+        return _move(args, device, memo), _move(kwargs, device, memo)
 
     return move
 

@@ -28,6 +28,7 @@ __all__ = ["CALL", "Mark", "lock", "manage_here", "mark_of"]
 CALL = "_compiled_call_impl"
 COMPILE = "compile"
 KEY = "_opguard_pool_hook"
+IGNORED = "__jit_ignored_attributes__"  # what torch.jit.script is not to look at
 lock = threading.RLock()  # around attaching and removing, in all modules
 
 
@@ -56,6 +57,8 @@ class Mark:
         self._forwards: dict[str, weakref.ref[_C.LeasedForward]] = {}
         self._below: dict[str, Any] = {}  # what stood there before; None: the class's
         module.__dict__[KEY] = self
+        ignored = getattr(type(module), IGNORED, [])
+        module.__dict__.setdefault(IGNORED, [*ignored, IGNORED, KEY, CALL, COMPILE])
 
     def install(self, names: Sequence[str], timeout: float | None = None) -> None:
         """Calls under these names take leases from now on."""
@@ -99,6 +102,8 @@ class Mark:
                 if below is not None:
                     module.__dict__[name] = below
         module.__dict__.pop(KEY, None)
+        if KEY in module.__dict__.get(IGNORED, ()):
+            del module.__dict__[IGNORED]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """``module.compile``; what it compiles runs inside a lease again."""
