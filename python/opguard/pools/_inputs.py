@@ -45,7 +45,8 @@ def move_inputs(value: Any, device: torch.device) -> Any:
 
 def _move(value: Any, device: torch.device, memo: dict[int, Any]) -> Any:
     if isinstance(value, torch.Tensor):
-        if value.device == device or (device.index is None and value.device.type == device.type):
+        here = value.device
+        if here.type == device.type and device.index in (None, here.index):
             return value
     elif not isinstance(value, (tuple, list, Mapping)) and not _is_record(value):
         return value
