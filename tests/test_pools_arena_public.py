@@ -15,6 +15,7 @@ import torch
 from emulated_pool import OUT_OF_MEMORY, Emulated, EmulatedPool, emulated_accelerator
 from opguard.pools import PoolRefused, auto_manage, free, get_management, manage, unmanage
 from opguard.pools._accelerators import TorchAccelerator
+from opguard.pools.hooks import AutoManageHook
 from pools_kit import MIB, fresh_pools, tiny, until
 
 
@@ -287,3 +288,38 @@ def test_a_model_that_dies_there_gives_everything_back(arenas, emulated):
     arenas.drain()
     until(lambda: arenas.drain() is False and emulated.count("used") == 0)
     until(lambda: emulated.count("reserved") == 0 and arenas.pool("cpu").used == 0)
+
+
+def test_a_model_larger_than_the_device_comes_in_blocks(arenas, emulated):
+    model = tiny(5)
+    x = torch.randn(2, 512)
+    expected = tiny(5)(x)
+    manage(model)
+    device = arenas.pool("gpu:0")
+    for _ in range(3):
+        assert torch.equal(model(x), expected)
+        assert 0 < device.used <= device.budget
+        assert emulated.count("used") <= device.budget
+    for number, layer in enumerate(model):
+        assert torch.equal(layer.weight, tiny(5)[number].weight)
+    unmanage(model)
+    assert emulated.count("used") == device.used == 0
+    assert torch.equal(model(x), expected)
+
+
+def test_hooks_and_compiled_modules(arenas):
+    """The compiled module is not compiled again: its weights come back to where they were."""
+    models = [tiny(seed=seed) for seed in range(3)]
+    compiled = [torch.compile(model, backend="eager") for model in models]
+    hooks = [AutoManageHook(model).attach() for model in models]
+    x = torch.randn(2, 512)
+    torch._dynamo.reset()
+    counter = torch._dynamo.utils.counters["stats"]
+    for turn in range(3):
+        for seed, model in enumerate(compiled):
+            assert torch.equal(model(x), tiny(seed=seed)(x))
+        if turn == 0:
+            graphs = counter["unique_graphs"]
+    assert counter["unique_graphs"] == graphs
+    for hook in hooks:
+        hook.remove()
