@@ -120,7 +120,14 @@ class SegmentUser(ResourcePoolUser):
         return {self._pool: self._nbytes}
 
     def bring_in(self) -> int:
-        self._home.bring_in(self._number)
+        try:
+            self._home.bring_in(self._number)
+        except torch.OutOfMemoryError:
+            # The budget has room and the device has not: others of ours make it.
+            stream = self._stream()
+            if stream is None or not stream.make_room(self._nbytes):
+                raise
+            self._home.bring_in(self._number)
         self._home.raise_if_broken()
         return self._nbytes
 
@@ -270,6 +277,10 @@ class StreamedModule(ResourcePoolUser):
         self._wish = -1
         with self._fetching:
             return
+
+    def make_room(self, nbytes: int) -> int:
+        """Have idle users of its pool give back that much. Returns bytes that came free."""
+        return self._management.free(self._pool.name, nbytes)
 
     # What its blocks call
 
