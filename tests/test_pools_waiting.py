@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -478,3 +479,55 @@ print("end")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "end\n"
     assert done.stderr == ""
+
+
+def test_interrupts_at_any_step_leave_nothing(cpu):
+    """A signal's exception may come between any two steps of Python, also while cleaning up."""
+    import signal
+
+    handles = managed(MIB, MIB, 2 * MIB, MIB)
+    armed, came = [False], [0]
+
+    def interrupt(_number, _frame):
+        if armed[0]:
+            armed[0] = False
+            came[0] += 1
+            raise KeyboardInterrupt
+
+    stop = threading.Event()
+
+    def others():
+        turn = 0
+        while not stop.is_set():
+            turn += 1
+            with contextlib.suppress(pools.PoolRefused), handles[turn % 4].lease(0.05):
+                time.sleep(0.0005)
+
+    other = threading.Thread(target=others, daemon=True)
+    before = signal.signal(signal.SIGVTALRM, interrupt)
+    other.start()
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0.001, 0.0007)
+    try:
+        end, turn = time.monotonic() + 1.5, 0
+        while time.monotonic() < end:
+            turn += 1
+            try:
+                armed[0] = True
+                with handles[turn % 4].lease(0.2), handles[turn % 3].lease(0.02):
+                    pass
+                armed[0] = False
+            except (KeyboardInterrupt, pools.PoolRefused):
+                armed[0] = False
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+        stop.set()
+        other.join(WAIT)
+    assert not other.is_alive()
+    assert came[0] > 5
+    gc.collect()
+    for unit in cpu.entries:
+        assert cpu.ledger.holders(unit) == ()
+        assert cpu.state(unit) in (0, 2)
+    cpu.free()
+    assert cpu.pool("cpu").used == 0

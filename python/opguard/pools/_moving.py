@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -47,7 +47,7 @@ class Moving(Books):
         """
         pool = self.execution_pool if device is None else self.pool(str(device))
         wanted = EVERYTHING if nbytes is None else int(nbytes)
-        freed = self.move_all_out(self.ledger.reclaim(pool._index, wanted, 0))
+        freed = self.move_all_out(self.ledger.reclaim, pool._index, wanted, 0)
         while any(self.state(unit) == EVICTING for unit in self.ledger.units(pool._index)):
             time.sleep(0.0005)  # another thread is at it: what it gives back is free then, too
         return freed
@@ -60,17 +60,24 @@ class Moving(Books):
                 self._told_to_go.add(unit)
         self._reclaimer.wake()
 
-    def move_all_out(self, units: Sequence[int]) -> int:
-        """Give back what the ledger chose; what would not go stays. Returns bytes."""
+    def move_all_out(self, choose: Callable[..., tuple[int, ...]], *args: int) -> int:
+        """Give back what the ledger chooses; what would not go stays. Returns bytes.
+
+        Args:
+            choose: a function of the ledger; it is called here, so that an interrupt right after
+                it finds what it chose.
+        """
         freed = 0
+        chosen: list[tuple[int, ...]] = []
         done: list[bool] = []
         try:
-            for unit in units:
+            chosen.extend(map(choose, *((arg,) for arg in args)))
+            for unit in chosen[0]:
                 nbytes = self.nbytes(unit)
                 if self.move_out(unit, done) is None:
                     freed += nbytes
         finally:
-            for unit in units[len(done) :]:
+            for unit in [unit for units in chosen for unit in units][len(done) :]:
                 self.ledger.spared(unit)
             self.pump()
         return freed
@@ -156,7 +163,7 @@ class Moving(Books):
         """Give back who was told to go, and what is above a budget. True: some are still in use."""
         above = self.drain()
         for pool in tuple(self.pools.values()):
-            self.move_all_out(self.ledger.reclaim_condemned(pool._index))
+            self.move_all_out(self.ledger.reclaim_condemned, pool._index)
             above |= self._reclaim_above_budget(pool)
         for unit in tuple(self._told_to_go):
             if not self._condemned_in_use(unit):
@@ -166,7 +173,7 @@ class Moving(Books):
     def _reclaim_above_budget(self, pool: ResourcePool) -> bool:
         budget, used = self.ledger.pool(pool._index)[:2]
         if used > budget:
-            self.move_all_out(self.ledger.reclaim(pool._index, used - budget, 0))
+            self.move_all_out(self.ledger.reclaim, pool._index, used - budget, 0)
             budget, used = self.ledger.pool(pool._index)[:2]
         return bool(used > budget)
 
@@ -177,14 +184,15 @@ class Moving(Books):
             return
         self._sweep_next = (self._sweep_next + 1) % len(entries)
         entry = entries[self._sweep_next]
-        if not entry.moving.acquire(blocking=False):
-            return
+        held: list[bool] = []  # an interrupt may come right after the lock was taken
         try:
-            if all(self.state(unit) == 0 for unit in entry.units.values()):
+            held.extend(map(entry.moving.acquire, (False,)))
+            if held[0] and all(self.state(unit) == 0 for unit in entry.units.values()):
                 with suppress(Exception):
                     entry.user.sweep()
         finally:
-            entry.moving.release()
+            if held and held[0]:
+                entry.moving.release()
 
     def rank(self) -> None:
         """Ask a callable policy about all who could go. Under no lock; the ledger validates."""

@@ -69,6 +69,7 @@ class Ask:
         self._unwilling = tuple(management.would_not_go)
         self._evicted: list[bool] = []
         self._loaded: list[bool] = []
+        self._left: list[bool] = []
 
     @property
     def answer(self) -> Answer:
@@ -138,7 +139,10 @@ class Ask:
         return True
 
     def undo(self) -> None:
-        """Give back whatever this ask has. Does nothing where there is nothing."""
+        """Give back whatever this ask has. Does nothing where there is nothing.
+
+        Interrupted, it goes on where it was when it is called again.
+        """
         if self.handed_over or not self._answers:
             return
         answer, management = self.answer, self.management
@@ -148,12 +152,15 @@ class Ask:
                 self.ledger.cancel(answer.ticket)
         elif answer.verdict == GRANTED:
             for unit in answer.evict[len(self._evicted) :]:
-                self.ledger.spared(unit)
+                self._evicted.extend(map(self.ledger.spared, (unit,)))
             for unit in answer.load[len(self._loaded) :]:
-                self.ledger.failed(unit)
+                self._loaded.extend(map(self.ledger.failed, (unit,)))
+            for unit in answer.load:
                 management.open_latch(unit)
-            self.ledger.leave(self.owner, self.units, self.extra)
-        self._answers, self._evicted, self._loaded = [], [], []
+            if not self._left:
+                gone = (self.owner,), (self.units,), (self.extra,)
+                self._left.extend(map(self.ledger.leave, *gone))
+        self._answers, self._evicted, self._loaded, self._left = [], [], [], []
         management.pump()
 
     def nap(self) -> float:
