@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
-from opguard.flags._reporting_text import COLOURS, one_line
+from opguard._pictures import label, new_figure, shows_itself
+from opguard.flags._reporting_text import COLOURS
 from opguard.flags.codes import ErrorCode, Severity
 from opguard.flags.constants import CODE_BITS, CODE_MASK, CODE_SHIFT
 from opguard.flags.errors import FlagsError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from opguard.flags._reporting_found import Errors
 
@@ -22,41 +21,17 @@ _ROW, _MOST, _LEAST = 0.26, 12.0, 1.6  # inches: of a row, of the picture's heig
 _NAME, _CODES = 60, 3  # letters of a name, of which the end says more; codes beside it
 
 
-def _png(figure: Figure) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight")
-    return buffer.getvalue()
-
-
 def _new_axes(rows: int) -> Axes:
-    """Axes of a figure of its own, which pyplot never hears of: nothing is left to be closed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "flags.plot: expected matplotlib to draw with, it is not installed; run: python -m pip"
-            " install matplotlib, or print flags.report(f)"
-        ) from error
+    """Axes of a figure of its own."""
     height = min(_MOST, max(_LEAST, 0.9 + _ROW * rows))
-    figure = Figure(figsize=(9, height), layout="constrained")
-    axes = figure.add_subplot()
-    # Jupyter shows figures of pyplot only; asked for a picture, these axes give theirs.
-    axes._repr_png_ = functools.partial(_png, figure)  # type: ignore[attr-defined]
-    return axes
-
-
-def _shortened(name: str) -> str:
-    # A dollar sign would begin mathematics.
-    name = name if len(name) <= _NAME else "..." + name[3 - _NAME :]
-    return one_line(name).replace("$", r"\$")
+    figure = new_figure(9, height, "flags.plot", "print flags.report(f)")
+    return shows_itself(figure.add_subplot(), figure)
 
 
 def _row_name(name: str, codes: list[int]) -> str:
     shown = ", ".join(map(ErrorCode.name, codes[:_CODES]))
     more = f" +{len(codes) - _CODES}" if len(codes) > _CODES else ""
-    return f"{_shortened(name)}  {shown}{more}"
+    return f"{label(name, _NAME)}  {shown}{more}"
 
 
 def draw(errors: Errors, axes: Axes | None) -> Axes:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from opguard._tables import html_table, one_line, text_table
 from opguard.flags.codes import Severity
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from opguard.flags._reporting_found import Finding
 
-__all__ = ["COLOURS", "as_html", "as_text", "one_line", "spans"]
+__all__ = ["COLOURS", "as_html", "as_text", "spans"]
 
 # From yellow to dark red: they differ in lightness too, for eyes and printers without colour.
 COLOURS = {
@@ -65,11 +66,6 @@ def _cells(finding: Finding, batch: tuple[int, ...]) -> tuple[str, ...]:
     )
 
 
-def one_line(text: str) -> str:
-    """Names come from users: a line break or an escape sequence must not tear a table."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def as_text(
     head: Sequence[str],
     findings: Sequence[Finding],
@@ -80,12 +76,7 @@ def as_text(
     lines = [one_line(line) for line in head]
     if not findings:
         return "\n".join(lines)
-    table: list[tuple[str, ...]] = [_HEADS]
-    table += [tuple(map(one_line, _cells(each, batch))) for each in findings[:rows]]
-    widths = [max(len(cells[i]) for cells in table) for i in range(4)]
-    for cells in table:
-        left = "  ".join(cells[i].ljust(widths[i]) for i in range(3))
-        lines.append(f"  {left}  {cells[3].rjust(widths[3])}  {cells[4]}")
+    lines += text_table(_HEADS, [_cells(each, batch) for each in findings[:rows]], right={3})
     if len(findings) > rows:
         lines.append(f"  ... and {len(findings) - rows} more")
     return "\n".join(lines)
@@ -102,22 +93,17 @@ def as_html(
     lines = [f"<div><b>{first}</b>", *(f"<br>{line}" for line in others)]
     if not findings:
         return "".join([*lines, "</div>"])
-    lines.append("<table><thead><tr>")
-    lines += [f'<th style="text-align:left">{each}</th>' for each in _HEADS]
-    lines.append("</tr></thead><tbody>")
+    table = []
     for finding in findings[:rows]:
         name, code, severity, count, which = map(escape, _cells(finding, batch))
         chip = (
             f"background:{COLOURS[finding.severity]};color:{_INK.get(finding.severity, '#fff')};"
             "padding:0 .5em;border-radius:.6em"
         )
-        left = '<td style="text-align:left">'
-        lines.append(
-            f"<tr>{left}<code>{name}</code></td>{left}{code}</td>"
-            f'{left}<span style="{chip}">{severity}</span></td>'
-            f'<td style="text-align:right">{count}</td>{left}{which}</td></tr>'
+        table.append(
+            (f"<code>{name}</code>", code, f'<span style="{chip}">{severity}</span>', count, which)
         )
-    lines.append("</tbody></table>")
+    lines.append(html_table(_HEADS, table, right={3}))
     if len(findings) > rows:
         lines.append(f"... and {len(findings) - rows} more")
     return "".join([*lines, "</div>"])

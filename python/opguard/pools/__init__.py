@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from opguard.pools.lora import LoraCommit
     from opguard.pools.proxies import AutoManageCommitObjectProxy, CommitObjectProxy
+    from opguard.pools.reporting import Report, report
 
 get_resource_management = get_management
 
@@ -52,7 +53,9 @@ _LAZY = {
     "ForwardHookCommit": "commits",
     "LoraCommit": "lora",
     "PatchedWeightsChanged": "_patched",
+    "Report": "reporting",
     "Snapshot": "_snapshots",
+    "report": "reporting",
 }
 
 
@@ -92,6 +95,7 @@ __all__ = [
     "PoolError",
     "PoolFileChanged",
     "PoolRefused",
+    "Report",
     "ResourcePool",
     "ResourcePoolUser",
     "Snapshot",
@@ -104,6 +108,7 @@ __all__ = [
     "initialize",
     "manage",
     "register_user",
+    "report",
     "setup_default_pools",
     "unmanage",
 ]

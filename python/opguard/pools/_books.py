@@ -160,5 +160,8 @@ class Books:
         self.recorder.note(self.pools[pool].name, self.pools[pool].used)
 
     def record_all(self, entry: Entry) -> None:
-        for pool in entry.units:
-            self.record(pool)
+        """The same after a user came or went, with what it has there now."""
+        for name, unit in entry.units.items():
+            pool, info = self.pools[name], self.unit(unit)
+            held = info.nbytes if info is not None and info.state == READY else 0
+            self.recorder.note(pool.name, pool.used, entry.name, held)

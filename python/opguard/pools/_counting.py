@@ -40,10 +40,16 @@ class Recorder:
 
     def __init__(self) -> None:
         self._start = time.monotonic()
-        self.events: deque[tuple[float, str, int]] = deque(maxlen=KEPT_EVENTS)
+        # Seconds, pool, bytes used in it, and where one user came or went its name and its bytes.
+        self.events: deque[tuple[float, str, int, str | None, int]] = deque(maxlen=KEPT_EVENTS)
         self.peaks: dict[str, int] = {}
 
-    def note(self, pool: str, used: int) -> None:
-        self.events.append((time.monotonic() - self._start, pool, used))
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._start
+
+    def note(self, pool: str, used: int, user: str | None = None, held: int = 0) -> None:
+        self.events.append((self.seconds, pool, used, user, held))
         if used > self.peaks.get(pool, 0):
             self.peaks[pool] = used

@@ -74,14 +74,19 @@ class Snapshot:
     """All of it at one time.
 
     Attributes:
+        seconds: since the start, when this was read.
         events: the last (seconds since the start, name of pool, bytes used), oldest first.
+        moves: those of them in which one user came or went: (seconds since the start, name of pool,
+            name of user, bytes it had there from then on).
     """
 
     policy: str
     pools: tuple[PoolFigures, ...]
     users: tuple[UserFigures, ...]
     waiting: tuple[WaitingRequest, ...]
+    seconds: float
     events: tuple[tuple[float, str, int], ...]
+    moves: tuple[tuple[float, str, str, int], ...]
 
 
 def take_snapshot(management: Management) -> Snapshot:
@@ -102,12 +107,16 @@ def take_snapshot(management: Management) -> Snapshot:
         if (figures := _user(management, unit, entry)) is not None
     )
     policy = management.policy
+    recorder = management.recorder
+    events = tuple(recorder.events)
     return Snapshot(
         policy if isinstance(policy, str) else getattr(policy, "__name__", repr(policy)),
         pools,
         users,
         _waiting(management),
-        tuple(management.recorder.events),
+        recorder.seconds,
+        tuple((at, pool, used) for at, pool, used, _user, _held in events),
+        tuple((at, pool, user, held) for at, pool, _used, user, held in events if user is not None),
     )
 
 
