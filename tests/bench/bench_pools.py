@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -312,7 +313,8 @@ def _lora_rows() -> Iterator[Row]:
         for name in names
         for side, shape in (("A", (rank, WIDTH)), ("B", (WIDTH, rank)))
     }
-    commit = pools.LoraCommit(parts, config={"r": rank, "lora_alpha": rank})
+    lora = pools.LoraCommit(parts, config={"r": rank, "lora_alpha": rank})
+    patched = pools.CommitObjectProxy(model).clone_and_add_commit(lora)
     weights = [p.clone() for p in model.parameters()]
     pairs = [
         (
@@ -324,12 +326,12 @@ def _lora_rows() -> Iterator[Row]:
     kept = [weight.clone() for weight in weights]
 
     def apply() -> float:
-        took = _timed(lambda: commit.apply(model))
-        commit.revert(model)
-        return took
+        with ExitStack() as block:
+            return _timed(lambda: block.enter_context(patched))
 
     def revert() -> float:
-        return _timed(lambda: commit.revert(model), lambda: commit.apply(model))
+        block = ExitStack()
+        return _timed(block.close, lambda: block.enter_context(patched))
 
     def clone_and_add() -> float:
         def add() -> None:
