@@ -159,6 +159,11 @@ og_pages_unguard(struct og_pages_slot *slot);
 bool
 og_pages_slot_broken(const struct og_pages_slot *slot);
 
+/* Whether any map of this process was ever found broken: what is cheap to ask
+ * at the end of each lease. */
+bool
+og_pages_any_broken(void);
+
 #ifdef __cplusplus
 }
 #endif

@@ -43,6 +43,7 @@ typedef struct guard {
     _Atomic(uintptr_t) passed_on; /* the last address not ours */
     _Atomic(int) repeats;
     _Atomic(bool) forgiven;
+    _Atomic(bool) any_broken; /* some map was, ever */
 } guard;
 
 /* Published once, by whoever maps first. */
@@ -102,6 +103,7 @@ on_bus_error(int number, siginfo_t *info, void *context)
     bool mended = false;
     if (slot != NULL) {
         atomic_store(&slot->broken, true);
+        atomic_store(&g->any_broken, true);
         void *page = (void *)(address / g->page * g->page);
         mended =
             mmap(page, g->page, PROT_READ | PROT_WRITE,
@@ -216,4 +218,11 @@ bool
 og_pages_slot_broken(const struct og_pages_slot *slot)
 {
     return atomic_load(&slot->broken);
+}
+
+bool
+og_pages_any_broken(void)
+{
+    guard *g = atomic_load(&published);
+    return g != NULL && atomic_load(&g->any_broken);
 }

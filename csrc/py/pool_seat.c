@@ -4,6 +4,7 @@
  * A lease is counted either here, when all units are ready, or by enter_slow,
  * which is Python and may wait, load and fail. Whoever takes a hold gives it
  * back once. */
+#include "core/pool_pages.h"
 #include "py/pool_ledger.h"
 #include "py/pool_lease.h"
 #include "py/state.h"
@@ -216,8 +217,10 @@ og_pool_give(og_pool_hold *hold)
     if (pump < 0) {
         og_ledger_raise(&err);
     }
-    else if (pump > 0 && own.seat->leave_slow != NULL &&
-             own.seat->leave_slow != Py_None) {
+    /* Where a file was cut under a map, leave_slow says whose answers were
+     * computed from zeros. */
+    else if ((pump > 0 || og_pages_any_broken()) &&
+             own.seat->leave_slow != NULL && own.seat->leave_slow != Py_None) {
         PyObject *slow = Py_NewRef(own.seat->leave_slow);
         PyObject *told =
             PyObject_CallFunctionObjArgs(slow, (PyObject *)own.seat, NULL);

@@ -174,9 +174,19 @@ class Members(Moving):
         await enter_async(ask, lambda: lease.adopt(owner, None))
         return lease.value
 
-    def leave_slow(self, _seat: Any) -> None:
-        """What a seat calls when a lease ended for which somebody waits. Takes no lock."""
+    def leave_slow(self, seat: Any) -> None:
+        """What a seat calls when a lease ended for which somebody waits. Takes no lock.
+
+        Also when weights of any user were found to be gone while they were read.
+
+        Raises:
+            PoolFileChanged: they were this one's.
+        """
         self.pump()
+        for unit in seat.units:
+            entry = self.entries.get(unit)
+            if entry is not None:
+                entry.user.raise_if_broken()
 
     def drain(self) -> bool:
         """Take leave of objects that died. Not from a finalizer. True: some are still in use."""

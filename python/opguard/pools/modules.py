@@ -98,7 +98,7 @@ class TorchModuleWrapper(ResourcePoolUser):
             if not self._management.free(self._pool.name, self.nbytes):
                 raise
             self.home.bring_in()
-        self.home.raise_if_broken()
+        self.raise_if_broken()
         return self.nbytes
 
     def give_back(self) -> int:
@@ -110,6 +110,9 @@ class TorchModuleWrapper(ResourcePoolUser):
                 f"{type(self.obj).__name__} are not, and stay in memory; leave trust_files out"
             )
         return written
+
+    def raise_if_broken(self) -> None:
+        self.home.raise_if_broken()
 
     def sweep(self) -> None:
         host = getattr(self.home, "home", self.home)

@@ -128,11 +128,14 @@ class SegmentUser(ResourcePoolUser):
             if stream is None or not stream.make_room(self._nbytes):
                 raise
             self._home.bring_in(self._number)
-        self._home.raise_if_broken()
+        self.raise_if_broken()
         return self._nbytes
 
     def give_back(self) -> int:
         return int(self._home.give_back(self._number) or 0)
+
+    def raise_if_broken(self) -> None:
+        self._home.raise_if_broken()
 
     def sweep(self) -> None:
         stream = self._stream()

@@ -72,6 +72,9 @@ class ResourcePoolUser(ABC):
     def sweep(self) -> None:  # noqa: B027
         """Give back what readers outside any lease brought in. Never called while it is in use."""
 
+    def raise_if_broken(self) -> None:  # noqa: B027
+        """Raise where what was computed while the object was in cannot be trusted."""
+
     def change(self, **options: Any) -> None:
         """Options named in a later ``manage`` of the object. Those it had are not told again.
 
