@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -276,10 +277,34 @@ def test_bands_of_models_that_died_end(management):
 def test_the_largest_have_bands_and_the_others_share_one():
     names = [f"m{i:02}" for i in range(14)]
     used = [user(name, nbytes=(i + 1) * MIB, state="ready") for i, name in enumerate(names)]
-    axes = Report(shot(used, events=((1.0, "cpu", MIB), (2.0, "cpu", MIB)))).plot()
+    figures = (PoolFigures("cpu", "cpu", 200 * MIB, 105 * MIB, 105 * MIB),)
+    events = ((1.0, "cpu", 105 * MIB), (2.0, "cpu", 105 * MIB))
+    axes = Report(shot(used, events=events, pool_figures=figures)).plot()
     assert set(bands(axes)) == {*names[4:], "4 others"}
     colours = {tuple(each.get_facecolor()[0]) for each in axes.collections}
     assert len(colours) == 11
+
+
+def test_bands_never_pass_what_is_used():
+    """A thread that notes its move late seems to hold what another has by then."""
+    axes = Report(
+        shot(
+            events=((1.0, "cpu", MIB), (2.0, "cpu", MIB), (3.0, "cpu", MIB)),
+            moves=((1.0, "cpu", "a", MIB), (2.0, "cpu", "b", MIB), (3.0, "cpu", "a", 0)),
+            pool_figures=(PoolFigures("cpu", "cpu", MIB, MIB, MIB),),
+        )
+    ).plot()
+    assert max(each["top"] for each in bands(axes).values()) == 1.0
+    assert {name: each["area"] for name, each in bands(axes).items()} == {"a": 2.0, "b": 7.0}
+
+
+def test_many_models_and_moves_are_drawn_at_once():
+    moves = tuple((i / 100, "cpu", f"m{i % 2000}", MIB * (i // 2000 % 2)) for i in range(4096))
+    events = tuple((at, "cpu", MIB) for at, *_ in moves)
+    report = Report(shot(events=events, moves=moves, seconds=41.0))
+    started = time.perf_counter()
+    assert len(bands(report.plot())) <= 11
+    assert time.perf_counter() - started < 2
 
 
 def test_pools_that_were_used_are_drawn_one_above_the_other():

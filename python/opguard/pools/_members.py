@@ -204,6 +204,7 @@ class Members(Moving):
             if self._by_id.get(entry.key) is entry:
                 del self._by_id[entry.key]
         self._dead.put(entry)
+        self.record_all(entry)
         if any(pump):
             self.pump()
 

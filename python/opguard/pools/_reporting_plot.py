@@ -24,11 +24,11 @@ _OTHERS, _LINE, _BUDGET = "#ced4da", "#212529", "#a4133c"
 
 
 class _Lines(NamedTuple):
-    """One pool over time: bytes used, and of each user, from each of ``times`` to the next."""
+    """One pool over time, each from one of ``times`` to the next: bytes used, and bytes by band."""
 
     times: list[float]
     used: list[int]
-    held: dict[str, list[int]]
+    bands: dict[str | None, list[int]]  # by user; None is all users without a band of their own
 
 
 def _before(shot: Snapshot, pool: str) -> dict[str, int]:
@@ -45,44 +45,59 @@ def _before(shot: Snapshot, pool: str) -> dict[str, int]:
     }
 
 
-def _lines(shot: Snapshot, pool: PoolFigures) -> _Lines:
+def _largest(shot: Snapshot, pool: str, before: dict[str, int]) -> tuple[list[str], int]:
+    """Who had the most bytes for the longest, in order of coming; and how many others there are."""
+    level, since = dict(before), dict.fromkeys(before, 0.0)
+    total: dict[str, float] = dict.fromkeys(before, 0.0)
+    for at, name, user, nbytes in shot.moves:
+        if name == pool:
+            total[user] = total.get(user, 0.0) + level.get(user, 0) * (at - since.get(user, at))
+            level[user], since[user] = nbytes, at
+    for user, nbytes in level.items():
+        total[user] += nbytes * (shot.seconds - since[user])
+    order = [user for user in total if total[user] > 0]
+    chosen = set(sorted(order, key=lambda user: -total[user])[:_MOST])
+    return [user for user in order if user in chosen], len(order) - len(chosen)
+
+
+def _lines(shot: Snapshot, pool: PoolFigures, users: list[str], level: dict[str, int]) -> _Lines:
     used = [(at, count) for at, name, count in shot.events if name == pool.name]
     moves: dict[float, list[tuple[str, int]]] = defaultdict(list)
     for at, name, user, nbytes in shot.moves:
         if name == pool.name:
             moves[at].append((user, nbytes))
-    level = _before(shot, pool.name)
-    moving = (user for each in moves.values() for user, _nbytes in each)
-    held: dict[str, list[int]] = {user: [] for user in (*level, *moving)}
-    for at, _count in used:
-        level.update(moves.pop(at, ()))
-        for user, values in held.items():
-            values.append(level.get(user, 0))
-    end = max(shot.seconds, used[-1][0]) if used else shot.seconds
-    for user, values in held.items():
-        values.append(level.get(user, 0))
-    counts = [count for _, count in used]
-    return _Lines([*(at for at, _ in used), end], [*counts, pool.used], held)
+    bands: dict[str | None, list[int]] = {user: [] for user in (*users, None)}
+    everything = sum(level.values())
+    end = max([shot.seconds, *(at for at, _ in used)])
+    for at, count in [*used, (end, pool.used)]:
+        for user, nbytes in moves.pop(at, ()):
+            everything += nbytes - level.get(user, 0)
+            level[user] = nbytes
+        left, others = count, everything - sum(level.get(user, 0) for user in users)
+        # Two threads may note their moves in another order than they made them: for that instant
+        # the bands would add up to more than is used.
+        for band, values in bands.items():
+            values.append(min(left, others if band is None else level.get(band, 0)))
+            left -= values[-1]
+    return _Lines([*(at for at, _ in used), end], [*(n for _, n in used), pool.used], bands)
 
 
-def _grouped(held: dict[str, list[int]]) -> list[tuple[str, str, list[int]]]:
-    """(label, colour, bytes over time): the largest users one by one, the others as one."""
-    users = [user for user, values in held.items() if any(values)]
-    largest = set(sorted(users, key=lambda user: -sum(held[user]))[:_MOST])
+def _named(lines: _Lines, others: int) -> list[tuple[str, str, list[int]]]:
+    """(label, colour, bytes over time) of each band that has any."""
     bands = [
-        (label(user, _NAME), colour, held[user])
-        for user, colour in zip((u for u in users if u in largest), _COLOURS, strict=False)
+        (f"{others} others", _OTHERS, values)
+        if user is None
+        else (label(user, _NAME), colour, values)
+        for (user, values), colour in zip(lines.bands.items(), (*_COLOURS, _OTHERS), strict=False)
     ]
-    others = [held[user] for user in users if user not in largest]
-    if others:
-        sums = [sum(values) for values in zip(*others, strict=True)]
-        bands.append((f"{len(others)} others", _OTHERS, sums))
-    return bands
+    return [band for band in bands if any(band[2])]
 
 
 def _draw_pool(axes: Axes, shot: Snapshot, pool: PoolFigures) -> None:
-    times, used, held = _lines(shot, pool)
-    bands = _grouped(held)
+    before = _before(shot, pool.name)
+    users, others = _largest(shot, pool.name, before)
+    lines = _lines(shot, pool, users, before)
+    times, used, bands = lines.times, lines.used, _named(lines, others)
     mib: Any = [[value / _MIB for value in values] for _, _, values in bands]
     if bands:
         names, colours = [name for name, _, _ in bands], [colour for _, colour, _ in bands]
