@@ -263,8 +263,11 @@ def test_a_picture_of_what_really_happened_never_crosses_the_budget(management):
     used = line(axes, "used")[1]
     assert max(used) == 2.0 == set(line(axes, "budget")[1]).pop()
     assert max(each["top"] for each in bands(axes).values()) <= 2.0
-    moved = {name for _, _, name, _ in report.snapshot.moves}
-    assert set(bands(axes)) == moved == {"m0", "m1", "m4"}
+    left = {name: held for _, _, name, held in report.snapshot.moves}
+    there = {user.name for user in report.snapshot.users if user.state == "ready"}
+    assert {name for name, held in left.items() if held} == there
+    assert len(there) == 2
+    assert set(bands(axes)) == set(left) == {"m0", "m1", "m4"}
 
 
 def test_bands_of_models_that_died_end(management):
