@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from opguard.tasks import sd, vae
+from pools_kit import fresh_pools
 from tiny_diffusion import (
     PROMPT,
     SIZE,
@@ -73,6 +74,16 @@ def test_it_is_what_the_pipeline_itself_makes(opened, models):
     bare = pipeline(PROMPT, num_inference_steps=3, guidance_scale=2.0, generator=generator)
     ours = opened(input_raw=PROMPT, num_inference_steps=3, guidance_scale=2.0, seed=3)
     assert ours.tobytes() == bare.images[0].tobytes()
+
+
+@pytest.mark.parametrize("budget", ["64MiB", "1MiB"], ids=["fits", "part by part"])
+def test_in_a_pool_it_makes_the_same_picture(opened, tmp_path, budget):
+    expected = opened(input_raw=PROMPT, seed=1).tobytes()
+    with fresh_pools(tmp_path, budget) as management, Plain(**CPU, pool=True) as pooled:
+        pooled.free()
+        assert pooled(input_raw=PROMPT, seed=1).tobytes() == expected
+        assert len(management.snapshot().users) > 1
+        assert sum(user.leases for user in management.snapshot().users) == 0
 
 
 def test_a_seed_repeats_a_picture(opened):

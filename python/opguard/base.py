@@ -205,7 +205,7 @@ class OpGuardBase(Lifecycle):
             try:
                 if self._records:
                     before = self._note_before(kwargs)
-                result = self._guarded(kwargs) if self._pooled is None else self._held(kwargs)
+                result = self._guarded(kwargs) if self._pooled is None else self._in_pool(kwargs)
             except BaseException:
                 self._leave_quietly()
                 raise
@@ -226,7 +226,7 @@ class OpGuardBase(Lifecycle):
                 raise self._unfinished(result)
         return detach_to_cpu(result, models=models) if self._detach else result
 
-    def _held(self, kwargs: dict[str, Any]) -> Any:
+    def _in_pool(self, kwargs: dict[str, Any]) -> Any:
         """As `_guarded`, with the model where it runs, and again while idle models make room."""
         with self._pooled.lease():
             while True:

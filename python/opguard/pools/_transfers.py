@@ -137,7 +137,8 @@ def _span(home: Home, group: list[Run], first: int) -> Span:
         return Span(group[0].at, _buffer(group[0].host))
     start = group[0].host.data_ptr() - first
     stop = group[-1].host.data_ptr() + group[-1].nbytes - first
-    return Span(group[0].at, memoryview(home.map).cast("B")[start:stop])
+    whole: Any = home.map  # types know of the buffer protocol since Python 3.12
+    return Span(group[0].at, memoryview(whole).cast("B")[start:stop])
 
 
 def _buffer(flat: Tensor) -> memoryview:
