@@ -75,7 +75,7 @@ def test_a_tensor_that_cannot_be_pointed(folder, monkeypatch):
     """All or none: what was pointed already goes back."""
     from opguard.pools import _homes
 
-    model, point, calls = small(), _homes._point, []
+    model, point, calls = small(), _homes.point, []
     before, places = state_of(model), [p.data_ptr() for p in model.parameters()]
 
     def failing(tensor, at):
@@ -84,7 +84,7 @@ def test_a_tensor_that_cannot_be_pointed(folder, monkeypatch):
             raise RuntimeError("no")
         point(tensor, at)
 
-    monkeypatch.setattr(_homes, "_point", failing)
+    monkeypatch.setattr(_homes, "point", failing)
     with pytest.raises(RuntimeError, match="no"):
         Home.adopt(model, folder, "half")
     assert places == [p.data_ptr() for p in model.parameters()]

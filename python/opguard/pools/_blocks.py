@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-__all__ = ["Block", "Cut", "all_storages", "cut_module", "own_storages", "storages_of"]
+from opguard.pools._storages import inner_leaves
+
+__all__ = ["Block", "Cut", "all_storages", "cut_module", "own_storages", "storage_sizes"]
 
 # Their forward reads weights of children whose forward it does not call.
 UNCUT = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -67,14 +69,10 @@ class Cut:
         return max(self.blocks, key=self.bytes_held)
 
 
-def storages_of(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
+def storage_sizes(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
     """(key, bytes) of each storage that a tensor, or a subclass made of tensors, lies in."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from storages_of(getattr(tensor, name))
-    else:
-        storage = tensor.untyped_storage()
+    for leaf in inner_leaves("", tensor):
+        storage = leaf.tensor.untyped_storage()
         yield storage._cdata, storage.nbytes()
 
 
@@ -84,7 +82,7 @@ def own_storages(module: nn.Module) -> dict[int, int]:
     for tensors in (module._parameters, module._buffers):
         for tensor in tensors.values():
             if tensor is not None:
-                found.update(storages_of(tensor))
+                found.update(storage_sizes(tensor))
     return found
 
 

@@ -33,6 +33,7 @@ from opguard.pools._transfers import (
     checksum,
     lay_out,
 )
+from opguard.pools._views import point, version_of
 from opguard.pools.errors import PoolRefused
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ class DeviceHome:
             there.arrived = True
             for name, tensor in tensors.items():
                 self._point(tensor, self._base(name), there.views.get(name))
-                there.versions[name] = _version(tensor)
+                there.versions[name] = version_of(tensor)
 
     def _undo(self, begun: Sequence[int]) -> None:
         """Back home with what came in half; whatever fails meanwhile, the parameters are there."""
@@ -333,7 +334,7 @@ class DeviceHome:
         moved = {
             name
             for name, before in there.versions.items()
-            if before is None or (name in tensors and _version(tensors[name]) != before)
+            if before is None or (name in tensors and version_of(tensors[name]) != before)
         }
         owners = {_owner(name) for name in moved} | self._training()
         return [
@@ -390,8 +391,7 @@ class DeviceHome:
     def _point(tensor: Tensor, here: Tensor, there: Tensor | None) -> None:
         """Let a tensor that points here point there; one that points elsewhere is its owner's."""
         if there is not None and tensor.data_ptr() == here.data_ptr():
-            with torch._C.DisableTorchFunctionSubclass():
-                tensor.data = there
+            point(tensor, there)
 
     def _point_home(self, there: _Segment) -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -437,14 +437,6 @@ class DeviceHome:
         if isinstance(self.lend, Lender):
             self.lend.close()
         self._there, self._runs, self._spans = {}, [], []
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often it was written in place; None for inference tensors, which do not count."""
-    try:
-        return tensor._version
-    except RuntimeError:
-        return None
 
 
 def _owner(name: str) -> str:

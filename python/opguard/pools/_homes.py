@@ -24,8 +24,18 @@ from torch import Tensor, nn
 
 from opguard import _C
 from opguard.pools._spill import PAGE, ForkLock, Piece, SpillFile, SpillFolder, forks
-from opguard.pools._storages import ALIGNMENT, Leaf, Storage, leaves_of, refuse, storages_of
+from opguard.pools._storages import (
+    ALIGNMENT,
+    Leaf,
+    Storage,
+    inner_leaves,
+    leaves_of,
+    refuse,
+    storages_of,
+    tensor_called,
+)
 from opguard.pools._user_files import UserFile, user_files_of
+from opguard.pools._views import bytes_of, point, shown
 from opguard.pools.errors import PoolError, PoolFileChanged
 
 __all__ = ["Home", "Member"]
@@ -144,12 +154,7 @@ class Home:
             PoolFileChanged: one is not as it was mapped.
         """
         for part in self._of(segment):
-            try:
-                part.pages.check()
-                if part.user_file is not None:
-                    part.user_file.check()
-            except OSError as error:
-                raise self._said(error, part, "read") from error
+            self._check(part)
 
     def bring_in(self, segment: int | None = None) -> None:
         """Reads the pages in, after a look at whether the file is as it was.
@@ -159,10 +164,8 @@ class Home:
         """
         parts = self._of(segment)
         for part in parts:
+            self._check(part)
             try:
-                part.pages.check()
-                if part.user_file is not None:
-                    part.user_file.check()
                 part.pages.populate(part.start, part.end)
             except OSError as error:
                 raise self._said(error, part, "read") from error
@@ -243,7 +246,7 @@ class Home:
         module = self._module()
         if module is None:
             return []
-        pairs = ((member, _found(module, member.name)) for member in self._members.values())
+        pairs = ((member, tensor_called(module, member.name)) for member in self._members.values())
         return [
             (member, tensor)
             for member, tensor in pairs
@@ -258,7 +261,7 @@ class Home:
         """
         module = self._module()
         name = self._names.get(id(tensor))
-        if module is None or name is None or _found(module, name) is not tensor:
+        if module is None or name is None or tensor_called(module, name) is not tensor:
             raise PoolError(
                 f"expected a parameter or buffer of {self.name}, got another tensor of shape "
                 f"{tuple(tensor.shape)}; pass the module's own, not a copy or view of it"
@@ -279,7 +282,7 @@ class Home:
             fresh: dict[int, Tensor] = {}
             for member, tensor in self.tensors():
                 if tensor.data_ptr() == member.base.data_ptr():
-                    _point(tensor, _copied(member.base, fresh))
+                    point(tensor, _copied(member.base, fresh))
         self.close()
 
     def close(self) -> None:
@@ -294,6 +297,14 @@ class Home:
 
     def _of(self, segment: int | None) -> list[_Part]:
         return [part for part in self._parts if segment is None or part.segment == segment]
+
+    def _check(self, part: _Part) -> None:
+        try:
+            part.pages.check()
+            if part.user_file is not None:
+                part.user_file.check()
+        except OSError as error:
+            raise self._said(error, part, "read") from error
 
     def _trim(self, part: _Part) -> None:
         """Gives back what the kernel, which maps blocks, has mapped beside the part."""
@@ -351,7 +362,7 @@ class Home:
         for storage, at in places:
             flat = torch.frombuffer(pages, dtype=torch.uint8, count=storage.nbytes, offset=at)
             for leaf in storage.leaves:
-                bases[id(leaf)] = _shown(leaf.tensor, flat, storage.start)
+                bases[id(leaf)] = shown(leaf.tensor, flat, storage.start)
         return bases
 
     def _lay_out(self, count: int) -> None:
@@ -381,7 +392,7 @@ class Home:
                     continue
                 before = leaf.tensor.detach()
                 if before.data_ptr() != base.data_ptr():
-                    _point(leaf.tensor, base)
+                    point(leaf.tensor, base)
                     pointed.append((leaf.tensor, before))
                 self._members[leaf.name] = Member(
                     leaf.name, base, segment_of[id(leaf)], base.data_ptr()
@@ -389,7 +400,7 @@ class Home:
                 self._names[id(leaf.tensor)] = leaf.name
         except BaseException:
             for tensor, before in pointed:
-                _point(tensor, before)
+                point(tensor, before)
             self.close()
             raise
 
@@ -441,59 +452,18 @@ def _reader(storage: Storage) -> Any:
     def memory() -> tuple[int, object]:
         if storage.device.type == "cpu":
             return storage.address, storage
-        torch_storage = storage.leaves[0].tensor.untyped_storage()
-        flat = torch.empty(0, dtype=torch.uint8, device=storage.device)
-        flat = flat.set_(torch_storage, storage.start, (storage.nbytes,), (1,)).cpu()
+        flat = bytes_of(storage.leaves[0].tensor, storage.start, storage.nbytes).cpu()
         return flat.data_ptr(), flat
 
     return memory
-
-
-def _shown(tensor: Tensor, flat: Tensor, start: int) -> Tensor:
-    """A tensor like this one over other bytes, which begin at byte ``start`` of its storage."""
-    size = tensor.element_size()
-    offset = (tensor.storage_offset() * size - start) // size
-    # Pointed at another kind, an inference tensor would become half of each.
-    with torch.inference_mode(tensor.is_inference()), torch._C.DisableTorchFunctionSubclass():
-        made: Tensor = torch.empty(0, dtype=tensor.dtype)
-        made.set_(flat.untyped_storage(), offset, tensor.shape, tensor.stride())
-        if tensor.is_conj():
-            made = made.conj()
-        if tensor.is_neg():
-            made = torch._neg_view(made)
-    return made
-
-
-def _point(tensor: Tensor, at: Tensor) -> None:
-    with torch.inference_mode(tensor.is_inference()), torch._C.DisableTorchFunctionSubclass():
-        tensor.data = at
 
 
 def _copied(base: Tensor, fresh: dict[int, Tensor]) -> Tensor:
     """The same view of a copy of its storage; tensors of one storage share the copy."""
     storage = base.untyped_storage()
     if storage._cdata not in fresh:
-        flat = torch.empty(0, dtype=torch.uint8)
-        fresh[storage._cdata] = flat.set_(storage, 0, (storage.nbytes(),), (1,)).clone()
-    return _shown(base, fresh[storage._cdata], 0)
-
-
-def _found(module: nn.Module, name: str) -> Tensor | None:
-    """What the module has under this name now."""
-    path, *inner = name.split("::")
-    owner: Any = module
-    *parts, last = path.split(".")
-    for part in parts:
-        if part not in owner._modules:
-            return None
-        owner = owner._modules[part]
-    value = vars(owner).get(last)
-    for kind in (owner._buffers, owner._parameters):
-        if last in kind:
-            value = kind[last]
-    for attribute in inner:
-        value = getattr(value, attribute, None)
-    return value if isinstance(value, Tensor) else None
+        fresh[storage._cdata] = bytes_of(base, 0, storage.nbytes()).clone()
+    return shown(base, fresh[storage._cdata])
 
 
 def _grouped(
@@ -508,21 +478,11 @@ def _grouped(
     for segment in segments:
         group = []
         for tensor in segment:
-            for leaf in _leaves_in(tensor):
-                index = of.get(id(leaf))
+            for leaf in inner_leaves("", tensor):
+                index = of.get(id(leaf.tensor))
                 if index is not None and index not in taken:
                     taken.add(index)
                     group.append(storages[index])
         groups.append(group)
     rest = [one for index, one in enumerate(storages) if index not in taken]
     return [*groups, rest]
-
-
-def _leaves_in(tensor: Tensor) -> list[Tensor]:
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    return [
-        leaf
-        for attribute in tensor.__tensor_flatten__()[0]
-        for leaf in _leaves_in(getattr(tensor, attribute))
-    ]

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["groups_of", "is_at", "point_all", "tensors_of", "version_of"]
+from opguard.pools._views import point, version_of
+
+__all__ = ["groups_of", "is_at", "point_all", "tensors_of"]
 
 # How many have the tensor beside its Python object: newer torch tells. Where it does not, a patch
 # is not refused under a live graph, and its backward raises.
@@ -32,20 +34,12 @@ def _point(parameter: Tensor, at: Tensor) -> None:
     if held(parameter) and version_of(parameter) is not None:
         # A backward that needs what the parameter was would silently read the other tensor.
         torch.autograd.graph.increment_version(parameter)
-    with torch._C.DisableTorchFunctionSubclass():
-        parameter.data = at
+    point(parameter, at)
 
 
 def held(parameter: Tensor) -> bool:
     """Whether a live graph, or a view, has this parameter; where torch does not say: perhaps."""
     return _use_count is None or _use_count(parameter) > 1
-
-
-def version_of(tensor: Tensor) -> int | None:
-    try:
-        return int(tensor._version)
-    except RuntimeError:  # made in inference mode: nothing counts
-        return None
 
 
 def is_at(parameter: Tensor, tensor: Tensor) -> bool:

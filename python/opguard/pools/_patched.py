@@ -20,7 +20,8 @@ from torch import Tensor
 
 from opguard.pools import _managed, _stacks
 from opguard.pools._arenas import Chunk, put_chunk, rounded, take_chunk
-from opguard.pools._parameters import groups_of, is_at, point_all, tensors_of, version_of
+from opguard.pools._parameters import groups_of, is_at, point_all, tensors_of
+from opguard.pools._views import version_of
 from opguard.pools.commits import CommitABC
 from opguard.pools.errors import PatchFailed
 

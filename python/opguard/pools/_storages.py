@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from opguard.pools.errors import Unmanageable
 
-__all__ = ["Leaf", "Storage", "leaves_of", "refuse", "storages_of"]
+__all__ = [
+    "Leaf",
+    "Storage",
+    "inner_leaves",
+    "leaves_of",
+    "refuse",
+    "storages_of",
+    "tensor_called",
+]
 
 ALIGNMENT = 64
 WIDEST = 16  # bytes of an element of the widest dtype
@@ -71,11 +79,11 @@ class Storage:
         return self.leaves[0].tensor.untyped_storage().data_ptr() + self.start
 
 
-def _inner(name: str, tensor: Tensor) -> Iterator[Leaf]:
+def inner_leaves(name: str, tensor: Tensor) -> Iterator[Leaf]:
     """A wrapper's tensors by torch's own protocol; a plain tensor itself."""
     if hasattr(tensor, "__tensor_flatten__"):
         for attribute in tensor.__tensor_flatten__()[0]:
-            yield from _inner(f"{name}::{attribute}", getattr(tensor, attribute))
+            yield from inner_leaves(f"{name}::{attribute}", getattr(tensor, attribute))
     else:
         yield Leaf(name, tensor)
 
@@ -107,7 +115,7 @@ def leaves_of(module: nn.Module) -> list[Leaf]:
     """
     found: dict[int, Leaf] = {}
     for name, tensor in _named(module):
-        for leaf in _inner(name, tensor):
+        for leaf in inner_leaves(name, tensor):
             found.setdefault(id(leaf.tensor), leaf)
     shared = {
         leaf.tensor.untyped_storage()._cdata
@@ -115,10 +123,28 @@ def leaves_of(module: nn.Module) -> list[Leaf]:
         if _why_not(leaf.tensor) is None
     }
     for name, tensor in _plain_attributes(module):
-        for leaf in _inner(name, tensor):
+        for leaf in inner_leaves(name, tensor):
             if _why_not(leaf.tensor) is None and leaf.tensor.untyped_storage()._cdata in shared:
                 found.setdefault(id(leaf.tensor), leaf)
     return list(found.values())
+
+
+def tensor_called(module: nn.Module, name: str) -> Tensor | None:
+    """What the module has now under the name of a leaf."""
+    path, *inner = name.split("::")
+    owner: Any = module
+    *parts, last = path.split(".")
+    for part in parts:
+        if part not in owner._modules:
+            return None
+        owner = owner._modules[part]
+    value = vars(owner).get(last)
+    for kind in (owner._buffers, owner._parameters):
+        if last in kind:
+            value = kind[last]
+    for attribute in inner:
+        value = getattr(value, attribute, None)
+    return value if isinstance(value, Tensor) else None
 
 
 def storages_of(leaves: list[Leaf]) -> list[Storage]:

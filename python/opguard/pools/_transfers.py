@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from opguard import _C
-from opguard.pools._storages import ALIGNMENT, Leaf, Storage, storages_of
+from opguard.pools._storages import ALIGNMENT, Leaf, storages_of
+from opguard.pools._views import bytes_of, shown
 
 if TYPE_CHECKING:
     from opguard.pools._homes import Home, Member
@@ -52,21 +53,7 @@ class Run:
 
     def shown(self, member: Member, flat: Tensor) -> Tensor:
         """A tensor like the member's at home, over ``flat`` instead of ``host``."""
-        base = member.base
-        size = base.element_size()
-        offset = (base.storage_offset() * size - self.begin) // size
-        made: Tensor = torch.empty(0, dtype=base.dtype, device=flat.device)
-        made.set_(
-            flat.untyped_storage(),
-            flat.storage_offset() // size + offset,
-            base.shape,
-            base.stride(),
-        )
-        if base.is_conj():
-            made = made.conj()
-        if base.is_neg():
-            made = torch._neg_view(made)
-        return made
+        return shown(member.base, flat, self.begin)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,15 +92,10 @@ def _runs_of(home: Home, segment: int) -> tuple[list[Run], int]:
     for storage in sorted(storages_of(leaves), key=lambda one: one.address):
         at = -(-end // ALIGNMENT) * ALIGNMENT
         inside = tuple(members[id(leaf.tensor)] for leaf in storage.leaves)
-        found.append(Run(segment, at, _flat(storage), storage.start, inside))
+        host = bytes_of(storage.leaves[0].tensor, storage.start, storage.nbytes)
+        found.append(Run(segment, at, host, storage.start, inside))
         end = at + storage.nbytes
     return found, end
-
-
-def _flat(storage: Storage) -> Tensor:
-    flat = torch.empty(0, dtype=torch.uint8, device=storage.device)
-    whole = storage.leaves[0].tensor.untyped_storage()
-    return flat.set_(whole, storage.start, (storage.nbytes,), (1,))
 
 
 def _spans_of(home: Home, runs: Sequence[Run]) -> list[Span]:

@@ -22,7 +22,7 @@ from torch import nn
 
 from opguard import _C
 from opguard.pools._block_calls import BlockForward, Course, prefetcher
-from opguard.pools._blocks import Cut, all_storages, cut_module, storages_of
+from opguard.pools._blocks import Cut, all_storages, cut_module, storage_sizes
 from opguard.pools._books import ABSENT, LOADING, READY
 from opguard.pools._budgets import readable
 from opguard.pools._homes import Home
@@ -77,7 +77,7 @@ def _tensors_of(module: nn.Module, cut: Cut) -> list[list[torch.Tensor]]:
         for tensors in (each._parameters, each._buffers):
             for tensor in tensors.values():
                 if tensor is not None:
-                    for key, _ in storages_of(tensor):
+                    for key, _ in storage_sizes(tensor):
                         by_storage.setdefault(key, []).append(tensor)
     return [[t for key in keys for t in by_storage[key]] for keys in cut.segments]
 
