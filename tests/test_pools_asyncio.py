@@ -32,6 +32,54 @@ async def ticks(count=3):
         await asyncio.sleep(0.005)
 
 
+def test_free_in_a_loop_does_not_wait_for_its_tasks(cpu):
+    """One that was granted bytes moves them when the loop goes on, so after this."""
+    a, b = managed(2 * MIB, 2 * MIB)
+    holder = Holder(a)
+
+    async def use():
+        async with pools.auto_manage(b, timeout=WAIT):
+            return b.loaded
+
+    async def main():
+        waits = asyncio.ensure_future(use())
+        await ticks()
+        holder.let_go()  # granted, and asleep
+        started = time.monotonic()
+        pools.free()
+        assert time.monotonic() - started < 5
+        return await waits
+
+    assert asyncio.run(main())
+
+
+def test_cancelled_before_its_thread_began_nothing_moves(cpu, monkeypatch):
+    (a,) = managed(MIB)
+    begin, started = threading.Event(), threading.Thread.start
+
+    def late(thread):
+        run = thread.run
+        thread.run = lambda: begin.wait(5) and run()
+        started(thread)
+
+    async def main():
+        lease = a.lease()
+        waits = asyncio.ensure_future(lease.__aenter__())
+        await ticks()
+        waits.cancel()
+        await asyncio.wait([waits])
+        assert waits.cancelled()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", late)
+        asyncio.run(main())
+    begin.set()
+    until(lambda: not any(t.name == "opguard-pool" for t in threading.enumerate()))
+    assert a.obj.log == []
+    with a.lease(0):
+        assert a.loaded
+
+
 def test_the_loop_goes_on_while_a_task_waits_and_loads(cpu):
     a, b = managed(2 * MIB, 2 * MIB, **{"in": lambda: time.sleep(0.05)})
     holder, turns = Holder(a), []

@@ -114,9 +114,15 @@ def refusal(ask: Ask) -> PoolRefused:
             lines,
         )
     elif answer.verdict == GONE:
-        error = PoolRefused(f"{wanted} was freed, or is not managed any more", lines)
+        error = PoolRefused(
+            f"{wanted} was freed, or is not managed any more: manage it again", lines
+        )
     elif answer.verdict == BUSY:
-        error = LeaseTimeout(f"{wanted} is not free now ({figures}){held}{stuck}", lines)
+        error = LeaseTimeout(
+            f"{wanted} is not free now ({figures}){held}{stuck}; wait for it with a timeout above "
+            "0, or have a holder let go",
+            lines,
+        )
     else:
         error = PoolRefused(
             f"{wanted} does not fit ({figures}{_budgets(ask.management)}){held}{stuck}; raise the "

@@ -17,6 +17,8 @@ from opguard.pools.resource_pools import ResourcePool
 __all__ = ["Moving"]
 
 EVERYTHING = 1 << 60
+# Seconds that `free` waits for others who give back.
+PATIENCE = 1.0
 
 
 class Moving(Books):
@@ -48,9 +50,15 @@ class Moving(Books):
         pool = self.execution_pool if device is None else self.pool(str(device))
         wanted = EVERYTHING if nbytes is None else int(nbytes)
         freed = self.move_all_out(self.ledger.reclaim, pool._index, wanted, 0)
-        while any(self.state(unit) == EVICTING for unit in self.ledger.units(pool._index)):
-            time.sleep(0.0005)  # another thread is at it: what it gives back is free then, too
+        # Another thread is at it: what it gives back is free then, too. Not so one who was granted
+        # bytes and cannot move them before this returns: a task of the loop that runs here.
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until and self._leaving(pool):
+            time.sleep(0.0005)
         return freed
+
+    def _leaving(self, pool: ResourcePool) -> bool:
+        return any(self.state(unit) == EVICTING for unit in self.ledger.units(pool._index))
 
     def condemn(self, entry: Entry) -> None:
         """Tell it to go: it does soon, or when the bytes are needed, or stays if entered again."""

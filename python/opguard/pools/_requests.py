@@ -293,11 +293,13 @@ class _Moving:
 
     async def done(self) -> bool:
         run = contextvars.copy_context().run
-        threading.Thread(target=run, args=(self._work,), name="opguard-pool", daemon=True).start()
+        thread = threading.Thread(target=run, args=(self._work,), name="opguard-pool", daemon=True)
         try:
+            thread.start()
             await self._waiter.wait(None)
         except BaseException:
-            if self._first.setdefault("who", "task") == "task":
+            begun = self._first.setdefault("begun", "never") == "thread"
+            if begun and self._first.setdefault("done", "task") == "task":
                 self._ask.handed_over = True
             raise
         if isinstance(self._outcome, BaseException):
@@ -305,11 +307,13 @@ class _Moving:
         return self._outcome
 
     def _work(self) -> None:
+        if self._first.setdefault("begun", "thread") != "thread":
+            return  # the task was cancelled before, and has cleaned up
         try:
             self._outcome = self._ask.move()
         except BaseException as error:
             self._outcome = error
-        if self._first.setdefault("who", "thread") == "task":
+        if self._first.setdefault("done", "thread") == "task":
             self._ask.handed_over = False
             self._ask.undo()
         else:
