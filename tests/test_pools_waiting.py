@@ -474,7 +474,7 @@ time.sleep(0.1)
 print("end")
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "end\n"
@@ -511,13 +511,14 @@ def test_interrupts_at_any_step_leave_nothing(cpu):
         end, turn = time.monotonic() + 1.5, 0
         while time.monotonic() < end:
             turn += 1
-            try:
-                armed[0] = True
-                with handles[turn % 4].lease(0.2), handles[turn % 3].lease(0.02):
-                    pass
-                armed[0] = False
-            except (KeyboardInterrupt, pools.PoolRefused):
-                armed[0] = False
+            # Disarmed inside the except's reach: one may come on the way there, too.
+            with contextlib.suppress(KeyboardInterrupt, pools.PoolRefused):
+                try:
+                    armed[0] = True
+                    with handles[turn % 4].lease(0.2), handles[turn % 3].lease(0.02):
+                        pass
+                finally:
+                    armed[0] = False
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
