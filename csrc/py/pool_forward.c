@@ -225,8 +225,11 @@ Forward_get_wrapped(PyObject *object, void *ignored)
     if (!is_given(module)) {
         return Py_NewRef(self->function);
     }
-    return PyObject_CallFunctionObjArgs(state_of(object)->pool_lease.method,
-                                        self->function, module, NULL);
+    Py_INCREF(module); /* making the method may collect it */
+    PyObject *method = PyObject_CallFunctionObjArgs(
+        state_of(object)->pool_lease.method, self->function, module, NULL);
+    Py_DECREF(module);
+    return method;
 }
 
 /* Its own attributes, and of what it stands for the others: __name__,
@@ -361,7 +364,7 @@ Forward_traverse(PyObject *object, visitproc visit, void *arg)
     return 0;
 }
 
-/* function stays: a call of what was cleared must not fall. */
+/* function is never NULL: a call of what was cleared must not fall. */
 static int
 Forward_clear(PyObject *object)
 {
@@ -447,10 +450,13 @@ static PyType_Spec Forward_spec = {
     .slots = Forward_slots,
 };
 
+/* NULL with an exception set, also where there is one already. */
 static PyObject *
 type_of(PyObject *types, const char *name)
 {
-    return types == NULL ? NULL : PyObject_GetAttrString(types, name);
+    return types == NULL || PyErr_Occurred() != NULL
+               ? NULL
+               : PyObject_GetAttrString(types, name);
 }
 
 int

@@ -16,6 +16,7 @@ typedef struct {
     PyObject *code; /* where enter_async was asked; or NULL */
     int line;
     og_pool_entry *top;
+    Py_ssize_t ended; /* entries that the collector ended before their block */
     PyObject *weak_list;
 } LeaseObject;
 
@@ -178,6 +179,10 @@ enter(LeaseObject *self, bool wait, og_pool_hold *asked)
 static int
 leave(LeaseObject *self)
 {
+    if (self->top == NULL && self->ended > 0) {
+        self->ended--; /* the block was in a generator that went with us */
+        return 0;
+    }
     if (self->top == NULL) {
         PyErr_SetString(PyExc_RuntimeError,
                         "expected the lease to be entered before it is left, "
@@ -218,6 +223,18 @@ leave_with(LeaseObject *self, PyObject *error)
     return result;
 }
 
+/* leave() on the way out with an exception, which goes on. */
+static void
+unwind(LeaseObject *self)
+{
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    if (leave(self) < 0) {
+        PyErr_WriteUnraisable((PyObject *)self->seat);
+    }
+    PyErr_Restore(type, value, trace);
+}
+
 static PyObject *
 Lease_value(LeaseObject *self)
 {
@@ -254,9 +271,8 @@ Lease_aenter(PyObject *object, PyObject *ignored)
     }
     if (entered > 0) {
         PyObject *done = og_pool_done(state_of(object), Lease_value(self));
-        if (done == NULL && pop(self) < 0) {
-            PyErr_WriteUnraisable(object);
-            PyErr_NoMemory();
+        if (done == NULL) {
+            unwind(self);
         }
         return done;
     }
@@ -312,16 +328,18 @@ Lease_adopt(PyObject *object, PyObject *const *args, Py_ssize_t count)
         .owner = (OwnerObject *)args[0],
         .units = self->seat->units,
     };
+    hold.units->uses++; /* reading extra may run code that sets others */
     og_pool_entry *entry = PyMem_Calloc(1, sizeof *entry);
     if (entry == NULL) {
-        return PyErr_NoMemory();
+        PyErr_NoMemory();
     }
-    if (og_pool_read_extra(count == 2 ? args[1] : Py_None, &hold) < 0) {
+    if (entry == NULL ||
+        og_pool_read_extra(count == 2 ? args[1] : Py_None, &hold) < 0) {
+        og_pool_units_drop(hold.units);
         PyMem_Free(hold.extra);
         PyMem_Free(entry);
         return NULL;
     }
-    hold.units->uses++;
     hold.seat->leases++;
     Py_INCREF((PyObject *)hold.seat);
     Py_INCREF((PyObject *)hold.owner);
@@ -375,18 +393,28 @@ Lease_traverse(PyObject *object, visitproc visit, void *arg)
     return 0;
 }
 
-static int
-Lease_clear(PyObject *object)
+/* The collector calls this before it takes anything apart, so that what is
+ * told here can still be called. */
+static void
+Lease_finalize(PyObject *object)
 {
     LeaseObject *self = (LeaseObject *)object;
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
     while (self->top != NULL) {
+        self->ended++;
         if (leave(self) < 0) {
             PyErr_WriteUnraisable(NULL);
         }
     }
     PyErr_Restore(type, value, trace);
+}
+
+/* What is entered stays until the end: its ledger counts it. */
+static int
+Lease_clear(PyObject *object)
+{
+    LeaseObject *self = (LeaseObject *)object;
     PyObject *seat = (PyObject *)self->seat;
     self->seat = NULL;
     Py_XDECREF(seat);
@@ -405,6 +433,7 @@ Lease_dealloc(PyObject *object)
     if (((LeaseObject *)object)->weak_list != NULL) {
         PyObject_ClearWeakRefs(object);
     }
+    Lease_finalize(object);
     (void)Lease_clear(object);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(object);
@@ -468,6 +497,7 @@ static PyType_Slot Lease_slots[] = {
     {Py_tp_members, Lease_members},
     {Py_tp_traverse, (void *)Lease_traverse},
     {Py_tp_clear, (void *)Lease_clear},
+    {Py_tp_finalize, (void *)Lease_finalize},
     {Py_tp_dealloc, (void *)Lease_dealloc},
     {0, NULL},
 };

@@ -23,10 +23,18 @@ find_asyncio(og_pool_lease_state *lease)
     if (asyncio == NULL) {
         return 0;
     }
-    Py_XDECREF(lease->running_loop);
-    lease->running_loop = PyObject_GetAttrString(asyncio, "_get_running_loop");
-    if (lease->running_loop != NULL) {
-        lease->current_task = PyObject_GetAttrString(asyncio, "current_task");
+    Py_INCREF(asyncio); /* its attributes may be found by code that drops it */
+    PyObject *loop = PyObject_GetAttrString(asyncio, "_get_running_loop");
+    PyObject *task =
+        loop == NULL ? NULL : PyObject_GetAttrString(asyncio, "current_task");
+    Py_DECREF(asyncio);
+    if (task != NULL && lease->current_task == NULL) {
+        lease->running_loop = loop;
+        lease->current_task = task;
+    }
+    else {
+        Py_XDECREF(loop);
+        Py_XDECREF(task);
     }
     if (lease->current_task != NULL) {
         return 1;
@@ -177,9 +185,8 @@ Owner_dealloc(PyObject *object)
     OwnerObject *self = (OwnerObject *)object;
     PyTypeObject *type = Py_TYPE(object);
     og_state *state = (og_state *)PyType_GetModuleState(type);
-    if (self->weak_list != NULL) {
-        PyObject_ClearWeakRefs(object);
-    }
+    /* Before anything is told of its end: who is told may list all that are
+     * alive. */
     if (self->newer != NULL) {
         self->newer->older = self->older;
     }
@@ -188,6 +195,9 @@ Owner_dealloc(PyObject *object)
     }
     if (self->older != NULL) {
         self->older->newer = self->newer;
+    }
+    if (self->weak_list != NULL) {
+        PyObject_ClearWeakRefs(object);
     }
     if (self->id > 0) {
         (void)og_ledger_drop_owner(self->ledger, self->id, NULL);
