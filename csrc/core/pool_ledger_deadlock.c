@@ -3,7 +3,8 @@
  * so on. Who is left could wait for ever.
  *
  * An owner cannot finish before its own tickets, before those of owners that
- * descend from it, and, if a ticket blocks its thread, before that one.
+ * descend from it, and, if a ticket blocks its thread, before that one. Nor
+ * can what a task waits for end before what blocks the task's thread.
  * Finishing only ever frees, so the order does not matter. An owner that
  * waits for another outside the ledger is not seen. */
 #include "core/pool_ledger_parts.h"
@@ -124,10 +125,37 @@ fits(og_ledger *ledger, const og_ticket *ticket)
     return true;
 }
 
+/* Whether a ticket that is not done blocks the thread of another. */
 static bool
-try_ticket(og_ledger *ledger, og_ticket *ticket)
+stops(const og_ledger *ledger, const og_ticket *ticket, int64_t thread)
 {
-    if (ticket->done || !fits(ledger, ticket)) {
+    return ticket != NULL && !ticket->done &&
+           (ticket->flags & OG_POOL_BLOCKS_THREAD) != 0 &&
+           ledger->owners[ticket->owner].thread == thread;
+}
+
+static bool
+is_stopped(const og_ledger *ledger, const og_ticket *ticket,
+           const og_ticket *also)
+{
+    int64_t thread = ledger->owners[ticket->owner].thread;
+    if (thread == 0 || (ticket->flags & OG_POOL_BLOCKS_THREAD) != 0) {
+        return false;
+    }
+    bool stopped = stops(ledger, also, thread);
+    for (uint32_t at = ledger->queue.first; at != 0 && !stopped;) {
+        const og_ticket *other = &ledger->tickets[at];
+        stopped = stops(ledger, other, thread);
+        at = other->next;
+    }
+    return stopped;
+}
+
+static bool
+try_ticket(og_ledger *ledger, og_ticket *ticket, const og_ticket *also)
+{
+    if (ticket->done || !fits(ledger, ticket) ||
+        is_stopped(ledger, ticket, also)) {
         return false;
     }
     ticket->done = true;
@@ -165,13 +193,13 @@ og_deadlock_free(og_ledger *ledger, og_ticket *also)
     bool any = true;
     while (any && left > 0) {
         any = finish_owners(ledger);
-        if (also != NULL && try_ticket(ledger, also)) {
+        if (also != NULL && try_ticket(ledger, also, also)) {
             left--;
             any = true;
         }
         uint32_t at = ledger->queue.first;
         for (; at != 0; at = tickets[at].next) {
-            if (try_ticket(ledger, &tickets[at])) {
+            if (try_ticket(ledger, &tickets[at], also)) {
                 left--;
                 any = true;
             }

@@ -2,7 +2,8 @@
  *
  * What waits for a pool holds up those who come later and touch that pool, so
  * that nobody starves; but not those on whom others depend, because they hold
- * leases, descend from who does, or block a thread of one that does. */
+ * leases, descend from who does, or block a thread in which one that does
+ * runs or waits. */
 #include "core/pool_ledger_parts.h"
 
 #include <stdlib.h>
@@ -212,6 +213,13 @@ may_overtake(const og_ledger *ledger, const og_ticket *ticket)
         }
         at = other->next;
     }
+    for (uint32_t at = ledger->queue.first; at != 0;) {
+        const og_owner *other = &ledger->owners[ledger->tickets[at].owner];
+        if (other->thread == owner->thread && og_owner_holds(ledger, other)) {
+            return true;
+        }
+        at = ledger->tickets[at].next;
+    }
     return false;
 }
 
@@ -238,6 +246,34 @@ grant(og_ledger *ledger, og_ticket *ticket)
     return true;
 }
 
+/* Budgets, pins or sizes have changed under the queue: what can never be met
+ * any more is told so, the latest first where some wait for each other. */
+static void
+refuse_hopeless(og_ledger *ledger)
+{
+    int64_t need, have;
+    ledger->upset = false;
+    for (uint32_t at = ledger->queue.first; at != 0;) {
+        og_ticket *ticket = &ledger->tickets[at];
+        at = ticket->next;
+        og_demand demand;
+        og_plan_demand(ledger, ticket, &demand);
+        if (demand.gone) {
+            decide(ledger, ticket, OG_POOL_GONE);
+        }
+        else if (og_plan_never(ledger, ticket, &need, &have) >= 0) {
+            decide(ledger, ticket, OG_POOL_TOO_LARGE);
+        }
+    }
+    while (ledger->queue.count > 0 && !og_deadlock_free(ledger, NULL)) {
+        uint32_t at = ledger->queue.last;
+        while (ledger->tickets[at].done) {
+            at = ledger->tickets[at].previous;
+        }
+        decide(ledger, &ledger->tickets[at], OG_POOL_DEADLOCK);
+    }
+}
+
 static og_pool_verdict
 first_verdict(og_ledger *ledger, og_ticket *ticket)
 {
@@ -254,6 +290,12 @@ first_verdict(og_ledger *ledger, og_ticket *ticket)
         return OG_POOL_BUSY;
     }
     (void)og_deadlock_free(ledger, ticket);
+    if (!ticket->done && ledger->upset) {
+        /* Perhaps those in the way are hopeless themselves since they began
+         * to wait; who was told so can finish. */
+        refuse_hopeless(ledger);
+        return first_verdict(ledger, ticket);
+    }
     return ticket->done ? OG_POOL_WAIT : OG_POOL_DEADLOCK;
 }
 
@@ -285,34 +327,6 @@ og_ledger_request(og_ledger *ledger, int64_t owner, const int64_t *units,
     ticket->verdict = (uint8_t)verdict;
     *ticket_id = ticket->id;
     return OG_OK;
-}
-
-/* Budgets, pins or sizes have changed under the queue: what can never be met
- * any more is told so, the latest first where some wait for each other. */
-static void
-refuse_hopeless(og_ledger *ledger)
-{
-    int64_t need, have;
-    ledger->upset = false;
-    for (uint32_t at = ledger->queue.first; at != 0;) {
-        og_ticket *ticket = &ledger->tickets[at];
-        at = ticket->next;
-        og_demand demand;
-        og_plan_demand(ledger, ticket, &demand);
-        if (demand.gone) {
-            decide(ledger, ticket, OG_POOL_GONE);
-        }
-        else if (og_plan_never(ledger, ticket, &need, &have) >= 0) {
-            decide(ledger, ticket, OG_POOL_TOO_LARGE);
-        }
-    }
-    while (ledger->queue.count > 0 && !og_deadlock_free(ledger, NULL)) {
-        uint32_t at = ledger->queue.last;
-        while (ledger->tickets[at].done) {
-            at = ledger->tickets[at].previous;
-        }
-        decide(ledger, &ledger->tickets[at], OG_POOL_DEADLOCK);
-    }
 }
 
 /* Whether its thread is stopped by another wait, so that it could do nothing

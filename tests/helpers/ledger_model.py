@@ -75,6 +75,7 @@ class Model:
         self.clock = 0.0
         self.tick = 0
         self.upset = False  # what waits may have become impossible
+        self.news: list[int] = []  # decided, and nobody was told
 
     # --- what is so now ---------------------------------------------------------------------------
 
@@ -289,7 +290,7 @@ class Model:
         left = list(waiting)
         while True:
             stuck = self.cannot_finish(left)
-            good = [t for t in left if self.fits(t, stuck)]
+            good = [t for t in left if self.fits(t, stuck) and not self.is_stopped(t, left)]
             if not good:
                 return left
             left = [t for t in left if t not in good]
@@ -298,12 +299,13 @@ class Model:
         if self.holds(ticket.owner):
             return True
         thread = self.owners[ticket.owner].thread
-        same = {o for o in self.holding() if self.owners[o].thread == thread}
+        needed = self.holding() | {t.owner for t in self.queue if self.holds(t.owner)}
+        same = {o for o in needed if self.owners[o].thread == thread}
         return bool(ticket.flags & BLOCKS_THREAD and thread and same)
 
-    def is_stopped(self, ticket: Ticket) -> bool:
+    def is_stopped(self, ticket: Ticket, waiting: list[Ticket]) -> bool:
         thread = self.owners[ticket.owner].thread
-        stopped = {self.owners[t.owner].thread for t in self.queue if t.flags & BLOCKS_THREAD}
+        stopped = {self.owners[t.owner].thread for t in waiting if t.flags & BLOCKS_THREAD}
         return bool(thread and thread in stopped and not ticket.flags & BLOCKS_THREAD)
 
     def request(self, ticket: Ticket) -> int:
@@ -316,6 +318,9 @@ class Model:
         elif ticket.flags & TRY:
             ticket.verdict = BUSY
         elif ticket in self.hopeless([*self.queue, ticket]):
+            if self.upset:
+                self.refuse_hopeless()
+                return self.request(ticket)
             ticket.verdict = DEADLOCK
         else:
             self.queue.append(ticket)
@@ -337,15 +342,16 @@ class Model:
         self.queue.remove(ticket)
         ticket.verdict = verdict
         self.decided[ticket.id] = ticket
+        self.news.append(ticket.id)
 
     def pump(self, tick: int) -> list[int]:
-        before = set(self.decided)
         while True:
             if self.upset:
                 self.refuse_hopeless()
             self.grant_waiting(tick)
             if not self.upset or not self.queue:
-                return [name for name in self.decided if name not in before]
+                told, self.news = self.news, []
+                return [name for name in told if name in self.decided]
 
     def refuse_hopeless(self) -> None:
         self.upset = False
@@ -360,7 +366,7 @@ class Model:
     def grant_waiting(self, tick: int) -> None:
         held_up: set[int] = set()
         for ticket in list(self.queue):
-            if self.is_stopped(ticket):
+            if self.is_stopped(ticket, self.queue):
                 continue
             in_turn = not self.pools(ticket) & held_up
             if (in_turn or self.may_overtake(ticket)) and self.grant(ticket):

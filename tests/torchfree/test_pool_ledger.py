@@ -517,3 +517,61 @@ def test_a_request_among_a_thousand_idle_units(C):
     request()
     assert best_of(lambda: ledger.reclaim(0, 0)) < 1e-3
     assert best_of(request) < 5e-3  # with all that puts it back
+
+
+def loaded_at_once(ledger, owner, units, flags=0):
+    answer = ledger.request(owner, units, (), 0, flags)
+    for unit in answer.load:
+        ledger.loaded(unit)
+    return answer.verdict
+
+
+def test_a_task_in_a_stopped_thread_keeps_who_waits_for_it(C):
+    """`above` (thread 1) may wait for `task` (thread 2), which waits. Who stops thread 2 until
+    `above` lets go stops them all."""
+    ledger = C.Ledger()
+    ledger.add_pool(10)
+    above, other, stopper = (ledger.add_owner(0, thread) for thread in (1, 3, 2))
+    task = ledger.add_owner(above, 2)
+    held, busy, small, large = (ledger.add_unit(0, nbytes) for nbytes in (6, 2, 3, 8))
+    assert loaded_at_once(ledger, above, (held,)) == C.POOL_GRANTED
+    assert loaded_at_once(ledger, other, (busy,)) == C.POOL_GRANTED
+    assert loaded_at_once(ledger, task, (small,)) == C.POOL_WAIT
+    assert loaded_at_once(ledger, stopper, (large,), C.POOL_BLOCKS_THREAD) == C.POOL_DEADLOCK
+    ledger.leave(other, (busy,))
+    assert [ledger.take(ticket).verdict for ticket in ledger.pump()] == [C.POOL_GRANTED]
+
+
+def test_who_stops_a_thread_that_others_need_is_not_held_up(C):
+    """`first` waits for what `above` holds; `above` may wait for `task`; its thread is stopped by
+    `stopper`, which therefore must not stand behind `first`."""
+    ledger = C.Ledger()
+    ledger.add_pool(10)
+    above, other, first, stopper = (ledger.add_owner(0, thread) for thread in (1, 3, 4, 2))
+    task = ledger.add_owner(above, 2)
+    held, busy, small, large, tiny = (ledger.add_unit(0, n) for n in (5, 3, 4, 8, 1))
+    assert loaded_at_once(ledger, above, (held,)) == C.POOL_GRANTED
+    assert loaded_at_once(ledger, other, (busy,)) == C.POOL_GRANTED
+    assert loaded_at_once(ledger, first, (large,)) == C.POOL_WAIT
+    assert loaded_at_once(ledger, task, (small,)) == C.POOL_WAIT
+    assert loaded_at_once(ledger, stopper, (tiny,), C.POOL_BLOCKS_THREAD) == C.POOL_GRANTED
+
+
+def test_a_request_is_not_refused_for_those_who_cannot_be_met_either(C):
+    """`child` waits, then `above` enters more, so that `child` is hopeless until the next pump.
+    `late` must not be refused for it: `above` ends once `child` is refused."""
+    ledger = C.Ledger()
+    ledger.add_pool(10)
+    above, other, late = (ledger.add_owner(0, thread) for thread in (1, 2, 3))
+    child = ledger.add_owner(above, 4)
+    one, two, wanted = (ledger.add_unit(0, nbytes) for nbytes in (4, 4, 3))
+    assert loaded_at_once(ledger, above, (one,)) == C.POOL_GRANTED
+    assert loaded_at_once(ledger, other, (two,)) == C.POOL_GRANTED
+    assert loaded_at_once(ledger, child, (wanted,)) == C.POOL_WAIT
+    assert ledger.enter(above, (two,))
+    assert loaded_at_once(ledger, late, (one, wanted)) == C.POOL_WAIT
+    told = {ledger.take(ticket).verdict for ticket in ledger.pump()}
+    assert told == {C.POOL_DEADLOCK}
+    ledger.leave(other, (two,))
+    ledger.leave(above, (one, two))
+    assert [ledger.take(ticket).verdict for ticket in ledger.pump()] == [C.POOL_GRANTED]
