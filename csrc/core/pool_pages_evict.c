@@ -5,13 +5,14 @@
  * are not dropped where they lie. mremap with MREMAP_DONTUNMAP takes them, in
  * one step, to a place nobody else knows; from then on the old place shows the
  * file. What turns out, over there, to differ from the file was written late,
- * and goes into the file too. Where such a page was written yet again at the
+ * and goes into the file too, or back to where it was if the file must not be
+ * written. Where such a page was written yet again at the
  * old place meanwhile, both are put together byte by byte.
  *
  * What remains: a thread that, without holding the model, changes one page
  * twice in those microseconds and computes the second value from the first
  * may compute it from the value before. Where the kernel has no such mremap
- * (before 5.13), a write between the second look and the drop is lost. */
+ * (before 5.13), a write between the last look and the drop is lost. */
 #define _GNU_SOURCE
 #include "core/pool_pages.h"
 
@@ -106,6 +107,7 @@ typedef struct settling {
     og_pages_span away; /* where the pages are now */
     char *home;         /* where everybody sees them */
     char *before;       /* room for a page: what the file had */
+    bool writes;        /* else the file is left as it is */
     int64_t written;
     int failed; /* the first error; the scan goes on */
 } settling;
@@ -129,37 +131,43 @@ is_changed(const settling *s, char *page, int64_t offset)
            changed;
 }
 
-/* One page over there against the file; differing, it goes into the file. */
+/* What page changed of before (NULL: all of it) goes to home, except where
+ * home was changed since. */
+static void
+put_together(volatile char *home, const char *page, const char *before,
+             size_t size)
+{
+    for (size_t i = 0; i < size; i++) {
+        if (before == NULL || (page[i] != before[i] && home[i] == before[i])) {
+            home[i] = page[i];
+        }
+    }
+}
+
+/* One page over there against the file; differing, it goes into the file, or
+ * stays in memory, as changed. */
 static void
 settle_page(settling *s, char *page)
 {
     int64_t from = page - s->away.start, offset = s->away.offset + from;
     size_t size = size_in_file(s->pages, offset, og_pages_size());
     ssize_t got = pread(s->fd, s->before, size, (off_t)offset);
-    if (got == (ssize_t)size && memcmp(s->before, page, size) == 0) {
+    const char *before = got == (ssize_t)size ? s->before : NULL;
+    if (before != NULL && memcmp(before, page, size) == 0) {
         return;
     }
-    int failed = got < 0 ? errno : got < (ssize_t)size ? ESTALE : 0;
-    if (failed == 0) {
+    int failed = before != NULL ? 0 : got < 0 ? errno : ESTALE;
+    if (failed == 0 && s->writes) {
         failed = og_pages_pwrite(s->fd, page, size, offset);
+        s->written += failed == 0 ? (int64_t)og_pages_size() : 0;
+    }
+    if (s->failed == 0) {
+        s->failed = failed;
     }
     char *home = s->home == NULL ? NULL : s->home + from;
-    if (failed != 0) {
-        s->failed = s->failed == 0 ? failed : s->failed;
-        if (home != NULL) {
-            memcpy(home, page, size); /* it stays in memory, as changed */
-        }
-        return;
-    }
-    s->written += (int64_t)og_pages_size();
-    if (home == NULL || !is_changed(s, home, offset)) {
-        return;
-    }
-    volatile char *seen = home;
-    for (size_t i = 0; i < size; i++) {
-        if (page[i] != s->before[i] && seen[i] == s->before[i]) {
-            seen[i] = page[i];
-        }
+    bool in_file = failed == 0 && s->writes;
+    if (home != NULL && (!in_file || is_changed(s, home, offset))) {
+        put_together(home, page, before, size);
     }
 }
 
@@ -173,7 +181,8 @@ settle_run(void *context, char *start, char *end)
     return 0;
 }
 
-/* before is room for a page. The lock is held. */
+/* before is room for a page. written: NULL where the file must not be; else
+ * the lock is held. */
 static int
 settle(const og_pages *pages, int fd, og_pages_span away, char *home,
        char *before, int64_t *written)
@@ -182,10 +191,13 @@ settle(const og_pages *pages, int fd, og_pages_span away, char *home,
                   .fd = fd,
                   .away = away,
                   .home = home,
-                  .before = before};
+                  .before = before,
+                  .writes = written != NULL};
     int failed =
         og_pages_each_changed(pages->method, fd, away, settle_run, &s);
-    *written += s.written;
+    if (written != NULL) {
+        *written += s.written;
+    }
     return failed != 0 ? failed : s.failed;
 }
 
@@ -226,26 +238,51 @@ drop(og_pages_span span)
                : 0;
 }
 
+typedef struct dropping {
+    const og_pages *pages;
+    og_pages_span left; /* neither dropped nor kept yet */
+    char *before;
+} dropping;
+
+/* Pages up to end, none of which was changed when they were looked at. */
+static int
+drop_until(dropping *d, char *end)
+{
+    og_pages_span away, run = {d->left.start, end, d->left.offset};
+    void *whole = NULL;
+    size_t size = 0;
+    d->left.start = end;
+    d->left.offset += end - run.start;
+    if (run.start == end) {
+        return 0;
+    }
+    if (take_away(d->pages, run, &away, &whole, &size) != 0) {
+        return drop(run);
+    }
+    int failed =
+        settle(d->pages, d->pages->fd, away, run.start, d->before, NULL);
+    munmap(whole, size);
+    return failed;
+}
+
 static int
 drop_before(void *context, char *start, char *end)
 {
-    char **next = context; /* up to there all is dropped or kept */
-    int failed = drop((og_pages_span){*next, start, 0});
-    *next = end;
+    dropping *d = context;
+    int failed = drop_until(d, start);
+    d->left.start = end;
+    d->left.offset += end - start;
     return failed;
 }
 
 /* The file must not be written: what is changed stays where it is. */
 static int
-drop_unchanged(const og_pages *pages, og_pages_span span)
+drop_unchanged(const og_pages *pages, og_pages_span span, char *before)
 {
-    char *next = span.start;
-    int failed = og_pages_each_changed(pages->method, pages->fd, span,
-                                       drop_before, &next);
-    if (failed == 0) {
-        failed = drop((og_pages_span){next, span.end, 0});
-    }
-    return failed;
+    dropping d = {pages, span, before};
+    int failed =
+        og_pages_each_changed(pages->method, pages->fd, span, drop_before, &d);
+    return failed != 0 ? failed : drop_until(&d, span.end);
 }
 
 /* The lock is held, and what was changed is in the file. */
@@ -287,12 +324,14 @@ og_pages_give_back(og_pages *pages, size_t start, size_t end, int64_t *written)
     if (span.start == span.end) {
         return 0;
     }
-    if (!og_pages_writable(pages)) {
-        return drop_unchanged(pages, span);
-    }
     char *before = malloc(og_pages_size());
     if (before == NULL) {
         return ENOMEM;
+    }
+    if (!og_pages_writable(pages)) {
+        int kept = drop_unchanged(pages, span, before);
+        free(before);
+        return kept;
     }
     pthread_mutex_lock(&pages->lock);
     /* Writing into a file that was cut would make it whole again, with zeros

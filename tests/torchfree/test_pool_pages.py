@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import faulthandler
 import gc
+import mmap
 import os
 import signal
+import sys
 import threading
 import warnings
 
@@ -108,8 +111,6 @@ def test_a_view_keeps_the_map(C, file):
 
 def test_a_map_that_is_somebody_elses(C, file):
     """Its pages can be given back; nothing is written, and what was changed stays."""
-    import mmap
-
     before = content(file)
     theirs = mmap.mmap(file.fileno(), 4 * PAGE, access=mmap.ACCESS_COPY)
     theirs[PAGE] = 200
@@ -211,3 +212,43 @@ def test_threads_that_come_and_go_together(C, file):
     for thread in threads:
         thread.join()
     assert not failed
+
+
+def theirs_and_ours(C, file, method):
+    """Somebody's private map of the file, and pages over it."""
+    theirs = mmap.mmap(file.fileno(), os.fstat(file.fileno()).st_size, access=mmap.ACCESS_COPY)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(theirs))
+    return theirs, C.SpillMap(file.fileno(), 0, len(theirs), method, address)
+
+
+@pytest.mark.parametrize("method", ["scan", "pagemap"])
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_what_a_thread_writes_meanwhile_is_not_lost(C, tmp_path, whose, method):
+    """A stranger writes each page once while they are given back again and again."""
+    count = 1024
+    interval = sys.getswitchinterval()
+    with open(tmp_path / "pages", "w+b", buffering=0) as file:
+        file.write(bytes(count * PAGE))
+        if whose == "theirs":
+            theirs, pages = theirs_and_ours(C, file, method)
+            view = memoryview(theirs)
+        else:
+            pages = C.SpillMap(file.fileno(), 0, count * PAGE, method)
+            view = memoryview(pages)
+        for value in range(1, 9):
+
+            def write(value=value):
+                for i in range(count):
+                    view[i * PAGE + value] = value
+
+            stranger = threading.Thread(target=write)
+            sys.setswitchinterval(1e-5)
+            try:
+                stranger.start()
+                while stranger.is_alive():
+                    pages.give_back()
+            finally:
+                sys.setswitchinterval(interval)
+                stranger.join()
+            assert [i for i in range(count) if view[i * PAGE + value] != value] == []
+        view.release()
