@@ -125,27 +125,24 @@ fits(og_ledger *ledger, const og_ticket *ticket)
     return true;
 }
 
-/* Whether a ticket that is not done blocks the thread of another. */
 static bool
 stops(const og_ledger *ledger, const og_ticket *ticket, int64_t thread)
 {
-    return ticket != NULL && !ticket->done &&
-           (ticket->flags & OG_POOL_BLOCKS_THREAD) != 0 &&
+    return (ticket->flags & OG_POOL_BLOCKS_THREAD) != 0 &&
            ledger->owners[ticket->owner].thread == thread;
 }
 
-static bool
-is_stopped(const og_ledger *ledger, const og_ticket *ticket,
-           const og_ticket *also)
+bool
+og_ticket_stopped(const og_ledger *ledger, const og_ticket *ticket, bool test)
 {
     int64_t thread = ledger->owners[ticket->owner].thread;
     if (thread == 0 || (ticket->flags & OG_POOL_BLOCKS_THREAD) != 0) {
         return false;
     }
-    bool stopped = stops(ledger, also, thread);
+    bool stopped = false;
     for (uint32_t at = ledger->queue.first; at != 0 && !stopped;) {
         const og_ticket *other = &ledger->tickets[at];
-        stopped = stops(ledger, other, thread);
+        stopped = !(test && other->done) && stops(ledger, other, thread);
         at = other->next;
     }
     return stopped;
@@ -155,7 +152,12 @@ static bool
 try_ticket(og_ledger *ledger, og_ticket *ticket, const og_ticket *also)
 {
     if (ticket->done || !fits(ledger, ticket) ||
-        is_stopped(ledger, ticket, also)) {
+        og_ticket_stopped(ledger, ticket, true)) {
+        return false;
+    }
+    int64_t thread = ledger->owners[ticket->owner].thread;
+    bool task = thread != 0 && (ticket->flags & OG_POOL_BLOCKS_THREAD) == 0;
+    if (task && also != NULL && !also->done && stops(ledger, also, thread)) {
         return false;
     }
     ticket->done = true;

@@ -279,4 +279,10 @@ og_plan_never(og_ledger *ledger, const og_ticket *ticket, int64_t *need,
 bool
 og_deadlock_free(og_ledger *ledger, og_ticket *also);
 
+/* Whether its thread is stopped by another wait, so that it could do nothing
+ * with a grant but keep the bytes from that one. test: a wait that the test
+ * has marked as done stops nobody. */
+bool
+og_ticket_stopped(const og_ledger *ledger, const og_ticket *ticket, bool test);
+
 #endif

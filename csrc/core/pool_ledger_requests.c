@@ -329,26 +329,6 @@ og_ledger_request(og_ledger *ledger, int64_t owner, const int64_t *units,
     return OG_OK;
 }
 
-/* Whether its thread is stopped by another wait, so that it could do nothing
- * with a grant but keep the bytes from that one. */
-static bool
-is_stopped(const og_ledger *ledger, const og_ticket *ticket)
-{
-    int64_t thread = ledger->owners[ticket->owner].thread;
-    if (thread == 0 || (ticket->flags & OG_POOL_BLOCKS_THREAD) != 0) {
-        return false;
-    }
-    for (uint32_t at = ledger->queue.first; at != 0;) {
-        const og_ticket *other = &ledger->tickets[at];
-        if ((other->flags & OG_POOL_BLOCKS_THREAD) != 0 &&
-            ledger->owners[other->owner].thread == thread) {
-            return true;
-        }
-        at = other->next;
-    }
-    return false;
-}
-
 static void
 grant_waiting(og_ledger *ledger, int64_t tick)
 {
@@ -356,7 +336,7 @@ grant_waiting(og_ledger *ledger, int64_t tick)
     for (uint32_t at = ledger->queue.first; at != 0;) {
         og_ticket *ticket = &ledger->tickets[at];
         at = ticket->next;
-        if (is_stopped(ledger, ticket)) {
+        if (og_ticket_stopped(ledger, ticket, false)) {
             continue;
         }
         bool in_turn = (ticket->pools & held_up) == 0;
