@@ -15,6 +15,8 @@
 static const char *const schemas[] = {
     "pack(Tensor[] leaves) -> Tensor",
     "unpack(Tensor packed, Tensor[] like) -> Tensor[]",
+    "add_low_rank(Tensor base, Tensor left, Tensor right, Tensor(a!) out) "
+    "-> ()",
 #define X(name, schema) #name schema,
 #include "torch/flag_ops.h"
 #undef X
@@ -26,6 +28,7 @@ static const struct {
     void (*kernel)(StableIValue *, uint64_t, uint64_t);
 } kernels[] = {
     {"CPU", "pack", og_op_pack_cpu},
+    {"CPU", "add_low_rank", og_op_add_low_rank},
 #define X(name, schema) {"CPU", #name, og_op_##name},
 #include "torch/flag_ops.h"
 #undef X

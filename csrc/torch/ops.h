@@ -14,6 +14,11 @@ og_op_pack_cuda(StableIValue *stack, uint64_t inputs, uint64_t outputs);
 void
 og_op_unpack(StableIValue *stack, uint64_t inputs, uint64_t outputs);
 
+/* opguard::add_low_rank(Tensor base, Tensor left, Tensor right,
+ *                       Tensor(a!) out) -> () */
+void
+og_op_add_low_rank(StableIValue *stack, uint64_t inputs, uint64_t outputs);
+
 #define X(name, schema) \
     void og_op_##name(StableIValue *stack, uint64_t inputs, uint64_t outputs);
 #include "torch/flag_ops.h"

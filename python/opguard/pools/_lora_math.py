@@ -1,7 +1,9 @@
 """Low-rank products added to weights: what one LoRA does to one weight.
 
-Each is called with the weight in fp32 (fp64 for fp64) and never keeps it. The product is made tile
-by tile, so that besides the result nothing of the weight's size is needed.
+Each is called with the weight in fp32 (fp64 for fp64) and never keeps it. In host memory one kernel
+of ours adds the product, in one pass, and rounds to narrower dtypes itself: all products of one
+weight together (`together`). Elsewhere it is made tile by tile, so that besides the result nothing
+of the weight's size is needed.
 """
 
 from __future__ import annotations
@@ -12,13 +14,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Added", "LowRank", "Whole"]
+from opguard import _ops
+
+__all__ = ["Added", "LowRank", "Whole", "together"]
 
 # Elements of one tile a thread: the weight is copied from the base into the result and the product
 # added there, so a tile should still be in the second-level cache then. Tiles are whole blocks of
 # rows, so that each element is computed alike however many threads there are at that moment.
 TILE = 1 << 18
 BLOCK = 64
+
+# What the kernel takes.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_RANK = 256
 
 
 def _matrix(tensor: Tensor) -> Tensor | None:
@@ -31,6 +39,35 @@ def _matrix(tensor: Tensor) -> Tensor | None:
     if tensor.dim() == 2:
         return tensor
     return tensor.view(tensor.shape[0], -1) if tensor.is_contiguous() else None
+
+
+def _lies_in_rows(matrix: Tensor) -> bool:
+    rows, columns = matrix.shape
+    step, side = matrix.stride()
+    return (side == 1 or columns == 1) and (step >= columns or rows == 1)
+
+
+def _kernel_fits(source: Tensor, out: Tensor, rank: int) -> bool:
+    """Whether the kernel can add a product of this rank to these matrices."""
+    return (
+        type(source) in (Tensor, torch.nn.Parameter)
+        and type(out) in (Tensor, torch.nn.Parameter)
+        and source.device.type == out.device.type == "cpu"
+        and source.dtype is out.dtype
+        and source.dtype in KERNEL_DTYPES
+        and 0 < rank <= KERNEL_RANK
+        and source.numel() > 0
+        and _lies_in_rows(source)
+        and _lies_in_rows(out)
+        and (
+            (source.data_ptr() == out.data_ptr() and source.stride() == out.stride())
+            or source.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
+        )
+    )
+
+
+def _for_kernel(factor: Tensor) -> Tensor:
+    return factor.to("cpu", torch.float32).contiguous()
 
 
 def _add_product(source: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -59,9 +96,16 @@ class LowRank:
     right: Tensor
 
     def __call__(self, source: Tensor, out: Tensor) -> None:
+        flat, target = _matrix(source), _matrix(out)
+        if (
+            flat is not None
+            and target is not None
+            and _kernel_fits(flat, target, self.left.shape[1])
+        ):
+            _ops.add_low_rank(flat, _for_kernel(self.left), _for_kernel(self.right), target)
+            return
         left = self.left.to(source.device, source.dtype)
         right = self.right.to(source.device, source.dtype)
-        flat, target = _matrix(source), _matrix(out)
         if flat is not None and target is not None:
             _add_product(flat, left, right, target)
         else:
@@ -101,3 +145,27 @@ class Added:
     @classmethod
     def of(cls, parts: Sequence[LowRank | Whole]) -> Added | LowRank | Whole:
         return parts[0] if len(parts) == 1 else cls(tuple(parts))
+
+
+def together(source: Tensor, deltas: Sequence[object], out: Tensor) -> LowRank | None:
+    """All of them as one product that `LowRank` adds to ``source`` in one pass, rounding once.
+
+    ``source`` and ``out`` may be narrow then. None where something else than products is among
+    them, or the kernel does not take this weight.
+    """
+    parts: list[LowRank] = []
+    for delta in deltas:
+        for part in delta.parts if isinstance(delta, Added) else (delta,):
+            if not isinstance(part, LowRank):
+                return None
+            parts.append(part)
+    flat, target = _matrix(source), _matrix(out)
+    rank = sum(part.left.shape[1] for part in parts)
+    if flat is None or target is None or not _kernel_fits(flat, target, rank):
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    return LowRank(
+        torch.cat([_for_kernel(part.left) for part in parts], 1),
+        torch.cat([_for_kernel(part.right) for part in parts], 0),
+    )

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from opguard.pools import _managed, _stacks
+from opguard.pools import _lora_math, _managed, _stacks
 from opguard.pools._arenas import Chunk, put_chunk, rounded, take_chunk
 from opguard.pools._parameters import groups_of, is_at, point_all, tensors_of
 from opguard.pools._views import version_of
@@ -392,23 +392,17 @@ def _report(obj: Any, tensors: dict[str, Tensor]) -> None:
 
 def _compute(base: Tensor, deltas: Sequence[Delta], out: Tensor) -> None:
     """``out`` = the base and all deltas, in float32 or wider, rounded once."""
-    if base.dtype in _WIDE:
+    flat = [part for delta in deltas for part in getattr(delta, "deltas", [delta])]
+    product = _lora_math.together(base, flat, out)
+    if product is not None:
+        product(base, out)
+    elif base.dtype in _WIDE:
         source = base
-        for delta in deltas:
+        for delta in flat:
             delta(source, out)
             source = out
-        return
-    flat = [part for delta in deltas for part in getattr(delta, "deltas", [delta])]
-    by_rows = base.dim() > 0 and all(hasattr(delta, "rows") for delta in flat)
-    rows = base.shape[0] if base.dim() else 1
-    step = max(1, _TILE * rows // max(base.numel(), 1)) if by_rows else rows
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        whole = step >= rows
-        wide = (base if whole else base[start:stop]).to(torch.float32)
-        for delta in flat:
-            (delta if whole else delta.rows(start, stop))(wide, wide)
-        (out if whole else out[start:stop]).copy_(wide)
+    else:
+        _compute_narrow(base, flat, out)
     if (
         base.dtype is torch.float16
         and not bool(out.isfinite().all())
@@ -418,6 +412,21 @@ def _compute(base: Tensor, deltas: Sequence[Delta], out: Tensor) -> None:
             f"expected patched weights of shape {tuple(base.shape)} to fit float16, and some are "
             "above 65504: use bfloat16 weights, or a smaller scale"
         )
+
+
+def _compute_narrow(base: Tensor, deltas: Sequence[Delta], out: Tensor) -> None:
+    """The same for dtypes narrower than float32, by way of it."""
+    by_rows = base.dim() > 0 and all(hasattr(delta, "rows") for delta in deltas)
+    rows = base.shape[0] if base.dim() else 1
+    step = max(1, _TILE * rows // max(base.numel(), 1)) if by_rows else rows
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        whole = step >= rows
+        wide = (base if whole else base[start:stop]).to(torch.float32)
+        for delta in deltas:
+            # Callers that check hasattr above know it has rows.
+            (delta if whole else delta.rows(start, stop))(wide, wide)  # type: ignore[attr-defined]
+        (out if whole else out[start:stop]).copy_(wide)
 
 
 def _refuse_moved(obj: Any, deltas: Mapping[Tensor, Delta]) -> None:
