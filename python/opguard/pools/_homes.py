@@ -246,12 +246,18 @@ class Home:
         module = self._module()
         if module is None:
             return []
-        pairs = ((member, tensor_called(module, member.name)) for member in self._members.values())
-        return [
-            (member, tensor)
-            for member, tensor in pairs
-            if tensor is not None and self._names.get(id(tensor)) == member.name
-        ]
+        found = {}
+        for member in self._members.values():
+            tensor = tensor_called(module, member.name)
+            if tensor is not None and self._names.get(id(tensor)) == member.name:
+                found[member.name] = (member, tensor)
+        if len(found) < len(self._members):
+            # Layers put around a module's own, and parametrizations, give tensors other names.
+            for leaf in leaves_of(module):
+                name = self._names.get(id(leaf.tensor))
+                if name is not None and name not in found:
+                    found[name] = (self._members[name], leaf.tensor)
+        return list(found.values())
 
     def base(self, tensor: Tensor) -> Tensor:
         """A tensor over the home for one of the module's, wherever that points now.
