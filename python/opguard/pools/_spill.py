@@ -220,7 +220,12 @@ class SpillFolder:
     def _opened(self) -> Path:
         """Makes the folder of this process, and removes those of processes that are dead."""
         if self._own is not None and self._process == os.getpid():
-            return self._own
+            if self._own.is_dir():
+                return self._own
+            # Somebody tidies up in /var/tmp. What is mapped is read and written on without names.
+            os.close(self._fd)
+            os.close(self._locked)
+            atexit.unregister(self.close)
         try:
             mine = self._user_folder()
             if _file_system(self._fd) in IN_MEMORY:
