@@ -59,6 +59,10 @@ og_pool_try(og_state *state, SeatObject *seat, og_pool_hold *hold)
     int entered =
         og_ledger_enter(seat->ledger, hold->owner->id, hold->units->ids,
                         hold->units->count, 0, &err);
+    if (entered < 0 && err.status == OG_NOT_FOUND &&
+        seat->enter_slow != NULL && seat->enter_slow != Py_None) {
+        return 0; /* it knows whose unit that was, and says so */
+    }
     if (entered < 0) {
         og_ledger_raise(&err);
         og_pool_hold_drop(hold);

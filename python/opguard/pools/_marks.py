@@ -23,7 +23,7 @@ from torch import nn
 from opguard import _C
 from opguard.pools._inputs import input_mover
 
-__all__ = ["CALL", "Mark", "lock", "manage_here", "mark_of"]
+__all__ = ["CALL", "Mark", "lock", "manage_here", "mark_of", "take_off"]
 
 CALL = "_compiled_call_impl"
 COMPILE = "compile"
@@ -43,6 +43,15 @@ def mark_of(module: nn.Module | None) -> Mark | None:
     """What the hooks of this very module share; what a shallow copy has is another module's."""
     mark = None if module is None else module.__dict__.get(KEY)
     return mark if isinstance(mark, Mark) and mark.module() is module else None
+
+
+def take_off(obj: object) -> None:
+    """All hooks of an object that is managed no more: its calls are its own again."""
+    with lock:
+        mark = mark_of(obj) if isinstance(obj, nn.Module) else None
+        if mark is not None:
+            mark.tokens.clear()
+            mark.uninstall()
 
 
 class Mark:

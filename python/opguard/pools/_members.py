@@ -13,6 +13,7 @@ from typing import Any
 from opguard import _C
 from opguard.pools._books import EVICTING, LOADING, Entry
 from opguard.pools._holders import holder_lines
+from opguard.pools._marks import take_off
 from opguard.pools._moving import Moving
 from opguard.pools._requests import BLOCKS_THREAD, Ask, enter, enter_async
 from opguard.pools._waiting import Latch, ThreadWaiter
@@ -146,7 +147,7 @@ class Members(Moving):
             self.pump()
 
     def unmanage(self, obj: object) -> None:
-        """Let go of ``obj``: it works on as an ordinary object, outside any budget.
+        """Let go of ``obj``: it works on as an ordinary object, without hooks, outside any budget.
 
         Raises:
             PoolRefused: while it is leased, with who holds it.
@@ -162,17 +163,28 @@ class Members(Moving):
                 f"expected {entry.name!r} to be in nobody's use, but {'; '.join(lines)}", lines
             )
         self._remove(entry)
+        take_off(obj)
         self.drain()
 
     def enter_slow(self, seat: Any, owner: Any, timeout: float | None) -> None:
         """What a seat calls where the short road does not do: returns with the lease counted."""
+        self._refuse_gone(seat.units)
         enter(Ask(self, owner.id, seat.units, timeout=timeout, flags=BLOCKS_THREAD))
 
     async def enter_async(self, lease: Any, owner: Any, timeout: float | None) -> Any:
         """The same for a task, whose loop goes on meanwhile; returns what the lease yields."""
+        self._refuse_gone(lease.seat.units)
         ask = Ask(self, owner.id, lease.seat.units, timeout=timeout)
         await enter_async(ask, lambda: lease.adopt(owner, None))
         return lease.value
+
+    def _refuse_gone(self, units: Iterable[int]) -> None:
+        for unit in units:
+            if self.unit(unit) is None:
+                raise PoolError(
+                    f"expected {self.name_of(unit)!r} to be managed, it died or was let go of by "
+                    "unmanage since; manage again what uses it"
+                )
 
     def leave_slow(self, seat: Any) -> None:
         """What a seat calls when a lease ended for which somebody waits. Takes no lock.
@@ -216,6 +228,7 @@ class Members(Moving):
             self._dead.put(entry)
             self._reclaimer.wake()
             return
+        self._names.pop(entry.name, None)
         for unit in entry.units.values():
             self.entries.pop(unit, None)
             self._told_to_go.discard(unit)

@@ -10,7 +10,7 @@ import torch
 
 from opguard.pools._books import EVICTING, READY, Books, Entry
 from opguard.pools._reclaiming import Reclaimer
-from opguard.pools.errors import PoolError
+from opguard.pools.errors import PoolError, PoolFileChanged
 from opguard.pools.policies import Candidate
 from opguard.pools.resource_pools import ResourcePool
 
@@ -49,6 +49,9 @@ class Moving(Books):
         """
         pool = self.execution_pool if device is None else self.pool(str(device))
         wanted = EVERYTHING if nbytes is None else int(nbytes)
+        for unit in tuple(self.would_not_go):  # they may by now: there is room on the disk again
+            if self.state(unit) == READY:
+                self.ledger.condemn(unit)
         freed = self.move_all_out(self.ledger.reclaim, pool._index, wanted, 0)
         # Another thread is at it: what it gives back is free then, too. Not so one who was granted
         # bytes and cannot move them before this returns: a task of the loop that runs here.
@@ -100,6 +103,9 @@ class Moving(Books):
         with entry.moving:
             try:
                 written = self._given_back(entry)
+            except PoolFileChanged as error:
+                # There is nowhere to write it, and kept it would go on in use. It comes in no more.
+                written, entry.stats.trouble = 0, f"{type(error).__name__}: {error}"
             except Exception as error:
                 settled.extend(map(self.ledger.kept, (unit,)))
                 self.would_not_go.add(unit)

@@ -11,6 +11,7 @@ import torch
 from opguard.pools._budgets import readable
 from opguard.pools._homes import Home
 from opguard.pools._lending import home_for
+from opguard.pools._storages import refuse
 from opguard.pools.errors import PoolError, Unmanageable
 from opguard.pools.streaming import StreamedModule, outgrows
 from opguard.pools.users import ResourcePoolUser, register_user
@@ -179,6 +180,7 @@ def module_user(
     verify: str | None = None,
 ) -> ResourcePoolUser:
     """A module as a whole, or in blocks: where ``stream`` says so, or it outgrows the budget."""
+    refuse(module)
     tensors = _refuse_parts(module, management)
     kind: Any = TorchModuleWrapper
     if outgrows(module, management) if stream is None else stream:

@@ -11,7 +11,7 @@ import torch
 from opguard import _C
 from opguard.pools._books import READY, Entry
 from opguard.pools._patched_block import PatchedBlock
-from opguard.pools.errors import PoolRefused
+from opguard.pools.errors import PoolError
 from opguard.pools.management import Management, get_management
 from opguard.pools.pipelines import keepers_of, weakly
 from opguard.pools.proxies import CommitObjectProxy
@@ -52,8 +52,16 @@ class AutoManageWrapper:
 
     @property
     def seat(self) -> Any:
-        """What its leases share; for hooks."""
+        """What its leases share; for hooks. PoolError: the object is not managed any more."""
+        self._look()
         return self._entry.user.seat(self._entry.seat)
+
+    def _look(self) -> None:
+        if self._management.find(self._kept) is not self._entry:
+            raise PoolError(
+                f"expected {self.name!r} to be managed, it was let go of by unmanage since this "
+                "handle was made; use the one that manage returns for it now"
+            )
 
     @property
     def user(self) -> ResourcePoolUser:
@@ -72,6 +80,7 @@ class AutoManageWrapper:
 
     @pinned.setter
     def pinned(self, pin: bool) -> None:
+        self._look()
         self._management.update(self._entry, pin=pin)
 
     @property
@@ -81,6 +90,7 @@ class AutoManageWrapper:
 
     @priority.setter
     def priority(self, priority: int) -> None:
+        self._look()
         self._management.update(self._entry, priority=priority)
 
     def _info(self, field: str) -> list[Any]:
@@ -126,6 +136,7 @@ class AutoManageWrapper:
 
     def let_go(self) -> None:
         """Tell it to go once nobody holds it."""
+        self._look()
         self._management.condemn(self._entry)
 
     def prefetch(self) -> None:
@@ -137,8 +148,23 @@ class AutoManageWrapper:
         try:
             with self.lease(0):
                 pass
-        except PoolRefused:  # not now: whoever needs it will wait for it
+        except PoolError:  # not now: whoever needs it will wait for it, and be told why not
             return
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is a handle on a copy of the object, without the loads of this one."""
+        return {"_obj": self._obj, "_loads": []}
+
+    if not TYPE_CHECKING:  # misspelt names are to be found
+
+        def __getattr__(self, name: str) -> Any:
+            """A copy's object is managed when it is asked for: until then it may be half made."""
+            if name not in ("_management", "_kept", "_entry") or "_obj" not in self.__dict__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self._management = get_management()
+            self._kept = weakly(self._obj)
+            self._entry = self._management.manage(self._kept)
+            return self.__dict__[name]
 
     def __repr__(self) -> str:
         state = "loaded" if self.loaded else "not loaded"
