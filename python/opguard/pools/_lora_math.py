@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opguard import _ops
+from opguard import _C, _ops
 
 __all__ = ["Added", "LowRank", "Whole", "together"]
 
@@ -27,6 +27,8 @@ BLOCK = 64
 # What the kernel takes.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_RANK = 256
+# Where it is made of vectors; elsewhere torch.addmm is faster.
+KERNEL_HERE = _C.ops_info()["isa"] in ("avx2", "avx512")
 
 
 def _matrix(tensor: Tensor) -> Tensor | None:
@@ -50,7 +52,8 @@ def _lies_in_rows(matrix: Tensor) -> bool:
 def _kernel_fits(source: Tensor, out: Tensor, rank: int) -> bool:
     """Whether the kernel can add a product of this rank to these matrices."""
     return (
-        type(source) in (Tensor, torch.nn.Parameter)
+        KERNEL_HERE
+        and type(source) in (Tensor, torch.nn.Parameter)
         and type(out) in (Tensor, torch.nn.Parameter)
         and source.device.type == out.device.type == "cpu"
         and source.dtype is out.dtype
