@@ -37,7 +37,8 @@ typedef struct OwnerObject {
     PyObject_HEAD PyObject *ledger_object;
     og_ledger *ledger;
     int64_t id;
-    unsigned long thread;
+    unsigned long thread;       /* its ident, which a later one may have */
+    int64_t thread_number;      /* no other thread ever has it */
     PyObject *task;             /* a weak reference, or NULL */
     struct OwnerObject *beside; /* the same one in another ledger, owned */
     struct OwnerObject *older, *newer; /* of all that are alive */

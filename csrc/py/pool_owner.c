@@ -70,10 +70,17 @@ find_task(og_pool_lease_state *lease, PyObject **task)
     return failed ? -1 : 0;
 }
 
-static bool
-is_caller(const OwnerObject *owner, unsigned long thread, PyObject *task)
+static int64_t
+thread_number(void)
 {
-    if (owner->thread != thread || (owner->task == NULL) != (task == NULL)) {
+    return (int64_t)PyThreadState_GetID(PyThreadState_Get());
+}
+
+static bool
+is_caller(const OwnerObject *owner, int64_t thread, PyObject *task)
+{
+    if (owner->thread_number != thread ||
+        (owner->task == NULL) != (task == NULL)) {
         return false;
     }
     return task == NULL || PyWeakref_GetObject(owner->task) == task;
@@ -110,12 +117,13 @@ static OwnerObject *
 owner_make(og_pool_lease_state *lease, PyObject *ledger_object,
            og_ledger *ledger, OwnerObject *inherited, PyObject *task)
 {
-    unsigned long thread = PyThread_get_thread_ident();
+    int64_t thread = thread_number();
     OwnerObject *self = owner_alloc(lease, ledger_object, ledger);
     if (self == NULL) {
         return NULL;
     }
-    self->thread = thread;
+    self->thread = PyThread_get_thread_ident();
+    self->thread_number = thread;
     int64_t parent = 0;
     OwnerObject *at = inherited;
     for (; at != NULL; at = at->beside) {
@@ -132,8 +140,7 @@ owner_make(og_pool_lease_state *lease, PyObject *ledger_object,
         Py_DECREF((PyObject *)self);
         return NULL;
     }
-    if (og_ledger_add_owner(ledger, parent, (int64_t)thread, &self->id, &err) <
-        0) {
+    if (og_ledger_add_owner(ledger, parent, thread, &self->id, &err) < 0) {
         og_ledger_raise(&err);
         Py_DECREF((PyObject *)self);
         return NULL;
@@ -161,7 +168,7 @@ og_pool_owner_now(og_state *state, PyObject *ledger_object, og_ledger *ledger)
     OwnerObject *found = NULL;
     if (got != NULL) {
         OwnerObject *inherited = got == Py_None ? NULL : (OwnerObject *)got;
-        unsigned long thread = PyThread_get_thread_ident();
+        int64_t thread = thread_number();
         OwnerObject *at = inherited;
         for (; at != NULL && found == NULL; at = at->beside) {
             if (at->ledger == ledger && is_caller(at, thread, task)) {

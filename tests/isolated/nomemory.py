@@ -527,6 +527,35 @@ def lease_scenarios(C: ModuleType) -> None:
         return calling
 
     @scenario
+    def pool_lease_that_others_wait_for() -> Callable[[], object]:
+        ledger, seat = pool_seat()
+        other = C.Seat(ledger, (ledger.add_unit(0, 10),), seat.enter_slow, lambda seat: None)
+        with C.Lease(other):
+            pass
+        held, told = C.Lease(seat), []
+        held.__enter__()
+        ledger.request(ledger.add_owner(), (ledger.add_unit(0, 995),))
+
+        async def use() -> None:
+            async with C.Lease(other):
+                pass
+
+        def calling() -> object:
+            before, sys.unraisablehook = sys.unraisablehook, told.append
+            try:
+                return use().send(None)
+            except StopIteration:
+                return held
+            finally:
+                _testcapi.remove_mem_hooks()
+                sys.unraisablehook = before
+                if any(one.exc_type is SystemError for one in told):
+                    raise AssertionError("a function was called with an exception set")
+                pool_is_free(ledger, other)
+
+        return calling
+
+    @scenario
     def pool_lease_adopted() -> Callable[[], object]:
         ledger, seat = pool_seat()
         with C.Lease(seat):

@@ -774,3 +774,35 @@ def test_a_module_that_is_dropped_while_leases_live(new_module):
     del other, pool
     gc.collect()
     lease.__exit__(None, None, None)
+
+
+def test_a_thread_of_an_earlier_ones_ident_is_another(C):
+    """A lease outlives its thread; the next thread, of the same ident, may wait for it."""
+    pool = Pool(C, 10)
+    first, second = pool.seat(10), pool.seat(10)
+    lease = C.Lease(first)
+    seen = []
+
+    def hold():
+        seen.append(threading.get_ident())
+        lease.__enter__()
+
+    def ask():
+        if threading.get_ident() == seen[0] and len(seen) == 1:
+            owner = C.pool_owner(pool.ledger)
+            answer = pool.ledger.request(owner.id, second.units, (), 0, C.POOL_BLOCKS_THREAD)
+            seen.append(answer.verdict)
+
+    run(hold)
+    for _ in range(100):
+        run(ask)
+    if len(seen) == 1:
+        pytest.skip("no thread had the ident of an earlier one")
+    assert seen[1] == C.POOL_WAIT
+    lease.__exit__(None, None, None)
+
+
+def run(function):
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
