@@ -187,7 +187,8 @@ og_device_enter(const og_device *device, og_scope *scope, og_error *err)
     }
     scope->device = device;
     scope->mode = OG_CU_RELAXED;
-    /* A graph that another thread captures is not spoilt by what we do. */
+    /* A graph that another thread captures is not spoilt by what we do, save
+     * by OG_MARK_ALL, which has to ask the streams that are captured too. */
     if (device->cu.capture_mode != NULL &&
         device->cu.capture_mode(&scope->mode) != 0) {
         scope->mode = -1;

@@ -174,7 +174,8 @@ og_device_memory(const og_device *device, int64_t *available, int64_t *total,
 typedef enum og_mark {
     OG_MARK_COPIES, /* copies of ours, so far */
     OG_MARK_STREAM, /* one stream, so far */
-    OG_MARK_ALL,    /* all streams of this process, so far */
+    OG_MARK_ALL,    /* all streams of this process, so far; while one of them
+                     * captures a graph the driver refuses, and spoils it */
 } og_mark;
 
 /* *event is NULL where all is done already: an old driver cannot record

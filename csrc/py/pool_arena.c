@@ -49,7 +49,10 @@ Arena_dealloc(PyObject *object)
 {
     ArenaObject *self = (ArenaObject *)object;
     PyObject_GC_UnTrack(object);
-    og_arena_free(self->arena);
+    /* It waits for what is queued, which may need the GIL to get on. */
+    Py_BEGIN_ALLOW_THREADS
+        og_arena_free(self->arena);
+    Py_END_ALLOW_THREADS
     Py_XDECREF((PyObject *)self->driver);
     og_arena_dealloc(object);
 }

@@ -160,13 +160,16 @@ Driver_copies(PyObject *self, PyObject *unused)
     return new_event(self, OG_MARK_COPIES, NULL);
 }
 
-PyDoc_STRVAR(work_doc,
-             "work($self, stream=None, /)\n--\n\n"
-             "The end of what was queued so far on a stream (an int, 0 the "
-             "default one),\nor on every stream of this process, as a "
-             "DeviceEvent. A driver older than\n12.5 cannot mark all streams: "
-             "they are waited for at once.\n\n"
-             "Raises RuntimeError where the driver fails.");
+PyDoc_STRVAR(
+    work_doc,
+    "work($self, stream=None, /)\n--\n\n"
+    "The end of what was queued so far on a stream (an int, 0 the "
+    "default one),\nor on every stream of this process, as a "
+    "DeviceEvent. A driver older than\n12.5 cannot mark all streams: "
+    "they are waited for at once.\n\n"
+    "Raises RuntimeError where the driver fails, as it does for every "
+    "stream while a\nCUDA graph is captured on one: that capture is "
+    "lost then.");
 
 static PyObject *
 Driver_work(PyObject *self, PyObject *args)

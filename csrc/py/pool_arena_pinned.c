@@ -66,7 +66,9 @@ Pinned_dealloc(PyObject *object)
 {
     PinnedObject *self = (PinnedObject *)object;
     PyObject_GC_UnTrack(object);
-    og_pinned_free(self->pinned);
+    Py_BEGIN_ALLOW_THREADS
+        og_pinned_free(self->pinned);
+    Py_END_ALLOW_THREADS
     Py_XDECREF((PyObject *)self->driver);
     og_arena_dealloc(object);
 }

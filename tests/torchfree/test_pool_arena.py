@@ -370,3 +370,26 @@ def test_a_forked_child_lets_the_gpu_alone(C, emulated):
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     arena.unmap(0, UNIT)
+
+
+def test_an_arena_that_dies_lets_other_threads_run(C, emulated):
+    """It waits for what is queued on it."""
+    driver = C.DeviceDriver(emulated.path)
+    arena = C.DeviceArena(driver, UNIT)
+    arena.map(0, UNIT)
+    beats, over = [], threading.Event()
+
+    def beat():
+        while not over.wait(0.01):
+            beats.append(time.monotonic())
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    emulated.add(emulated.stream(), arena.address, UNIT, 0.3)
+    begun = time.monotonic()
+    del arena
+    ended = time.monotonic()
+    over.set()
+    thread.join()
+    assert ended - begun > 0.2
+    assert sum(begun < at < ended - 0.05 for at in beats) >= 3
