@@ -108,6 +108,7 @@ typedef struct settling {
     char *home;         /* where everybody sees them */
     char *before;       /* room for a page: what the file had */
     bool writes;        /* else the file is left as it is */
+    bool unscanned;     /* pages are looked at that may not be in memory */
     int64_t written;
     int failed; /* the first error; the scan goes on */
 } settling;
@@ -164,6 +165,9 @@ settle_page(settling *s, char *page)
     if (s->failed == 0) {
         s->failed = failed;
     }
+    if (before == NULL && s->unscanned) {
+        return; /* a page that the file no longer has: to read it is SIGBUS */
+    }
     char *home = s->home == NULL ? NULL : s->home + from;
     bool in_file = failed == 0 && s->writes;
     if (home != NULL && (!in_file || is_changed(s, home, offset))) {
@@ -193,12 +197,15 @@ settle(const og_pages *pages, int fd, og_pages_span away, char *home,
                   .home = home,
                   .before = before,
                   .writes = written != NULL};
-    int failed =
-        og_pages_each_changed(pages->method, fd, away, settle_run, &s);
+    if (og_pages_each_changed(pages->method, fd, away, settle_run, &s) != 0) {
+        /* Without a descriptor left, say. They are nowhere else by now. */
+        s.unscanned = true;
+        (void)settle_run(&s, away.start, away.end);
+    }
     if (written != NULL) {
         *written += s.written;
     }
-    return failed != 0 ? failed : s.failed;
+    return s.failed;
 }
 
 /* --- giving back -----------------------------------------------------------

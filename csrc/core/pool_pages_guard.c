@@ -55,8 +55,11 @@ slot_of(guard *g, uintptr_t address)
     for (block *b = &g->first; b != NULL; b = atomic_load(&b->next)) {
         for (int i = 0; i < SLOTS; i++) {
             og_pages_slot *slot = &b->slots[i];
-            if (atomic_load(&slot->start) <= address &&
-                address < atomic_load(&slot->end)) {
+            uintptr_t start = atomic_load(&slot->start);
+            /* The same start again: the end is of that range, not of one
+             * that took the slot meanwhile. */
+            if (start <= address && address < atomic_load(&slot->end) &&
+                atomic_load(&slot->start) == start) {
                 return slot;
             }
         }

@@ -7,11 +7,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -331,6 +333,60 @@ check_many(void)
     close(fd);
 }
 
+/* Calls of the library's that come here first: a write just before its pages
+ * are taken away, after which no descriptor is left. */
+static char *late;
+static bool no_descriptors;
+
+void *
+mremap(void *old, size_t size, size_t wanted, int flags, ...)
+{
+    va_list more;
+    va_start(more, flags);
+    void *at = va_arg(more, void *);
+    va_end(more);
+    if (late != NULL) {
+        *late = 'L';
+        no_descriptors = true;
+    }
+    return (void *)syscall(SYS_mremap, old, size, wanted, flags, at);
+}
+
+int
+open(const char *path, int flags, ...)
+{
+    if (no_descriptors) {
+        errno = EMFILE;
+        return -1;
+    }
+    return (int)syscall(SYS_openat, AT_FDCWD, path, flags, 0);
+}
+
+/* What was written late is not lost where nobody can say any more which pages
+ * were changed. */
+static void
+check_late_and_blind(bool borrowed)
+{
+    int fd = new_file(PAGES * page);
+    og_pages own = mapped(fd, PAGES * page, OG_PAGES_SCAN), theirs = own;
+    if (borrowed) {
+        CHECK(og_pages_map(&theirs, fd, 0, PAGES * page, own.start) == 0);
+        theirs.method = OG_PAGES_SCAN;
+    }
+    int64_t written = 0;
+    late = own.start + 3 * page;
+    (void)og_pages_give_back(&theirs, 0, PAGES * page, &written);
+    late = NULL;
+    no_descriptors = false;
+    CHECK(own.start[3 * page] == 'L');
+    CHECK(own.start[4 * page] == FILL);
+    if (borrowed) {
+        og_pages_unmap(&theirs);
+    }
+    og_pages_unmap(&own);
+    close(fd);
+}
+
 int
 main(void)
 {
@@ -348,5 +404,7 @@ main(void)
     check_full();
     check_fork();
     check_many();
+    check_late_and_blind(false);
+    check_late_and_blind(true);
     return failures != 0;
 }
