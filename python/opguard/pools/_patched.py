@@ -94,19 +94,33 @@ class DeltaCommit(CommitABC):
             chunks = _chunks(obj, deltas, leases is not None)
             undo.callback(_free, obj, chunks)
             with _lock:
-                patch = _Patch(obj, deltas, chunks)
+                patch = _Patch(obj, chunks)
                 undo.callback(patch.take_back)
+                patch.put_on(deltas)
             self._keep(obj, patch)
             patch.rest, patch.leases = undo.pop_all(), leases or ExitStack()
 
     def revert(self, obj: Any) -> None:
         """Points the parameters back."""
         patch: _Patch = self._kept_for(obj)
-        if not patch.taken_back:
-            with _lock, torch.inference_mode(False), torch.no_grad():
-                patch.take_back()
-        self._forget(obj)
-        patch.rest.close()
+        try:
+            if not patch.taken_back:
+                with _lock, torch.inference_mode(False), torch.no_grad():
+                    patch.take_back()
+        finally:
+            if patch.taken_back:
+                patch.rest.close()
+                self._forget(obj)
+
+    def _recalled(self, obj: Any) -> Any:
+        kept = super()._recalled(obj)
+        return None if kept is None or getattr(kept[1], "taken_back", False) else kept
+
+    def _remember(self, obj: Any, kept: Any) -> None:
+        gone = None if kept is not None else super()._recalled(obj)
+        super()._remember(obj, kept)
+        if gone is not None and isinstance(gone[1], _Patch):
+            gone[1].rest.close()
 
     def settle(self, obj: Any) -> None:
         """The patch stays, outside of all blocks: what it patched need not stay in memory."""
@@ -180,6 +194,9 @@ class _State:
         self.base: Tensor | None = parameters[0].data
         self.levels: list[_Level] = []
 
+    def has(self, patch: _Patch) -> bool:
+        return any(level.patch is patch for level in self.levels)
+
     def level_of(self, patch: _Patch) -> int:
         return next(i for i, level in enumerate(self.levels) if level.patch is patch)
 
@@ -223,18 +240,17 @@ class _Patch:
     patched weights go with it, and are computed again when it comes back (``park``).
     """
 
-    def __init__(
-        self,
-        obj: Any,
-        deltas: Mapping[Tensor, Delta],
-        chunks: dict[torch.device, Chunk],
-    ) -> None:
+    def __init__(self, obj: Any, chunks: dict[torch.device, Chunk]) -> None:
         self.obj, self.chunks = obj, chunks
         self.taken_back = False
         self.parked: _managed.Parking | None = None
         self.rest = self.leases = ExitStack()
-        groups = groups_of(obj, deltas)
-        _refuse_moved(obj, deltas)
+        self.states: list[_State] = []
+
+    def put_on(self, deltas: Mapping[Tensor, Delta]) -> None:
+        """Computes the patched weights and points there; all of them or none."""
+        groups = groups_of(self.obj, deltas)
+        _refuse_moved(self.obj, deltas)
         self.states = [_states.get(id(group[0])) or _State(group) for group in groups]
         levels = []
         moves: list[_Move] = []
@@ -242,12 +258,17 @@ class _Patch:
             level, more = self._computed(state, len(state.levels), delta)
             levels.append(level)
             moves += more
-        point_all(moves)
-        for state, level in zip(self.states, levels, strict=True):
-            state.note()
-            state.levels.append(level)
-            level.versions = state.versions()
-            _states.update((id(parameter), state) for parameter in state.parameters)
+        try:
+            point_all(moves)
+            for state, level in zip(self.states, levels, strict=True):
+                state.note()
+                state.levels.append(level)
+                level.versions = state.versions()
+                _states.update((id(parameter), state) for parameter in state.parameters)
+        except BaseException:
+            self._strike()
+            point_all([(parameter, there, back) for parameter, back, there in moves])
+            raise
 
     def _computed(self, state: _State, at: int, delta: Delta) -> tuple[_Level, list[_Move]]:
         base = state.base
@@ -265,6 +286,8 @@ class _Patch:
         anew: list[tuple[Tensor, Tensor]] = []
         changed: dict[int, Tensor] = {}
         for state in self.states:
+            if not state.has(self):  # struck before an interrupt
+                continue
             at = state.level_of(self)
             if at + 1 < len(state.levels):
                 anew += _without(state, at)
@@ -272,17 +295,28 @@ class _Patch:
                 more, found = state.moves(at)
                 moves += more
                 changed.update(found)
-        self._point(moves, changed)
-        for tensor, values in anew:
-            tensor.copy_(values)
+        try:
+            self._point(moves, changed)
+            for tensor, values in anew:
+                tensor.copy_(values)
+            self._strike()
+        except BaseException as error:
+            if isinstance(error, Exception) or not all(is_at(p, there) for p, _, there in moves):
+                raise
+            self._strike()  # interrupted after all of them were pointed back
+            self.states, self.taken_back = [], True
+            raise
+        self.states, self.taken_back = [], True
+
+    def _strike(self) -> None:
+        """Its levels are gone from the weights' states. Interrupted, it may be called again."""
         for state in self.states:
             state.levels = [level for level in state.levels if level.patch is not self]
             if state.levels:
                 state.levels[-1].versions = state.versions()
             else:
                 for parameter in state.parameters:
-                    del _states[id(parameter)]
-        self.states, self.taken_back = [], True
+                    _states.pop(id(parameter), None)
 
     def _point(self, moves: list[_Move], changed: dict[int, Tensor]) -> None:
         names = {id(tensor): name for name, tensor in tensors_of(self.obj)} if changed else {}

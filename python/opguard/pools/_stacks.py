@@ -34,6 +34,8 @@ __all__ = [
 
 _records: dict[int, PatchedObject] = {}
 _orphans: deque[PatchedObject] = deque()
+# What a record is held for while nobody's patches are taken back.
+_OURS = object()
 _identities: dict[int, tuple[weakref.ref[Any], str]] = {}
 
 
@@ -78,12 +80,11 @@ def has_record(obj: Any) -> bool:
 class Entry:
     """One open block: the stack it wants on the object, and where it was opened."""
 
-    __slots__ = ("lease", "leased", "line", "owner", "stack")
+    __slots__ = ("lease", "line", "owner", "stack")
 
     def __init__(self, owner: Owner, stack: tuple[CommitABC, ...], line: str) -> None:
         self.owner, self.stack, self.line = owner, stack, line
         self.lease: Any = None
-        self.leased = False
 
 
 class _Applied:
@@ -151,7 +152,8 @@ class PatchedObject(Turn):
 
     def close(self, entry: Entry) -> None:
         """Puts the stack of the innermost block that is left on the object."""
-        self.entries.remove(entry)
+        if entry in self.entries:
+            self.entries.remove(entry)
         self.rebase(self.entries[-1].stack if self.entries else self.resting)
         self._settle()
 
@@ -205,25 +207,47 @@ class PatchedObject(Turn):
         return len(self.applied)
 
     def _apply(self, applied: _Applied) -> None:
-        self._change(applied, applied.unit.apply, "applied to")
-        self.applied.append(applied)
+        self._change(applied, applied.unit.apply, self.applied.append, "applied to")
 
     def _revert_top(self) -> None:
         applied = self.applied[-1]
-        self._change(applied, applied.unit.revert, "taken back from")
-        self.applied.pop()
+        self._change(applied, applied.unit.revert, self.applied.remove, "taken back from")
 
-    def _change(self, applied: _Applied, change: Callable[[Any], None], verb: str) -> None:
-        snapshot = None if applied.unit.undoes_itself else Snapshot(self.obj)
+    def _change(
+        self,
+        applied: _Applied,
+        change: Callable[[Any], None],
+        note: Callable[[_Applied], None],
+        verb: str,
+    ) -> None:
+        """Makes a change and notes it: both or neither, wherever it is interrupted."""
+        unit, was = applied.unit, applied in self.applied
+        snapshot = None if unit.undoes_itself else Snapshot(self.obj)
+        kept = unit._recalled(self.obj)
         try:
             change(self.obj)
+            note(applied)
         except BaseException as error:
-            if snapshot is not None:
-                snapshot.restore()
+            if (applied in self.applied) is was:
+                self._undo(applied, snapshot, kept)
             if isinstance(error, Exception):
                 failed = applied.failed(verb, self.obj, error)
                 raise failed from (error if failed is not error else error.__cause__)
             raise
+
+    def _undo(self, applied: _Applied, snapshot: Snapshot | None, kept: Any) -> None:
+        """After a change that was not noted; one that undid itself may also be complete."""
+        unit = applied.unit
+        if snapshot is not None:
+            snapshot.restore()
+            unit._remember(self.obj, kept)
+        elif kept is None and unit._recalled(self.obj) is not None:
+            unit.revert(self.obj)
+        elif kept is None:
+            unit._remember(self.obj, None)
+        elif kept is not None and unit._recalled(self.obj) is None:
+            self.applied.remove(applied)
+            unit._remember(self.obj, None)
 
     def _go_back(self, before: list[_Applied], error: BaseException) -> None:
         """After a failure: makes the applied stack what it was, as far as that can be done."""
@@ -277,6 +301,13 @@ class _Squashed(CommitABC):
         made = self._made or self._commits[0]
         return made.undoes_itself
 
+    def _recalled(self, obj: Any) -> Any:
+        return None if self._made is None else self._made._recalled(obj)
+
+    def _remember(self, obj: Any, kept: Any) -> None:
+        if self._made is not None:
+            self._made._remember(obj, kept)
+
     def apply(self, obj: Any) -> None:
         if self._made is None:
             self._made = self._commits[0].squash(self._commits)
@@ -315,11 +346,12 @@ def _identity(obj: Any) -> str:
 
 def record_of(obj: Any, proxy: Any) -> PatchedObject:
     """The record of ``obj``, which ``proxy`` keeps as long as it lives."""
-    with locked:
+    with locked.lock:
         record = _records.get(id(obj))
         if record is None:
             record = _records[id(obj)] = PatchedObject(obj)
         record.proxies += 1
+    locked.after()
     weakref.finalize(proxy, _proxy_died, record).atexit = False
     return record
 
@@ -335,40 +367,54 @@ def _proxy_died(record: PatchedObject) -> None:
 def _look_after_orphans() -> None:
     """Counts proxies that died; takes back what nobody is left to take back."""
     while _deaths or _orphans:
-        if not locked.try_enter():
+        record = _next_orphan()
+        if record is None and (_deaths or _orphans):
             return  # whoever holds the lock comes here after it
-        try:
-            while _deaths:
-                dead = _deaths.popleft()
-                dead.proxies -= 1
-                _orphans.append(dead)
-            record = _orphans.popleft() if _orphans else None
-            mine = record is not None and not record.proxies and record.owner is None
-            if mine and record is not None:
-                record.owner, record._holds = current_owner(), 1
-        finally:
-            locked.leave_quietly()
-        if mine and record is not None:
+        if record is not None:
             _take_back(record)
+
+
+def _next_orphan() -> PatchedObject | None:
+    """One that nobody has a proxy of, held by this thread now."""
+    if locked.lock._is_owned():  # this runs in a finalizer
+        return None
+    held: list[bool] = []  # an interrupt may come right after the lock was taken
+    try:
+        held.extend(map(locked.lock.acquire, (False,)))
+        if not held[0]:
+            return None
+        while _deaths:
+            dead = _deaths.popleft()
+            dead.proxies -= 1
+            _orphans.append(dead)
+        while _orphans:
+            record = _orphans.popleft()
+            if not record.proxies and not record._holds:
+                record.owner = current_owner()
+                record._holds.append(_OURS)
+                return record
+        return None
+    finally:
+        if held and held[0]:
+            locked.lock.release()
 
 
 def _take_back(record: PatchedObject) -> None:
     """Nobody has a proxy of this object: it gets back what it was, and the record goes."""
-    failed = True
+    gone = False
     try:
         record.resting = ()
         record.rebase(())
-        failed = False
+        gone = True
     finally:
-        with locked:
-            record._holds -= 1
+        with locked.lock:
+            record._holds.remove(_OURS)
             record.owner = None
-            gone = not failed and not record.proxies and not record._waiters
+            gone = gone and not record.proxies and not record._waiters
             if gone and _records.get(id(record.obj)) is record:
                 del _records[id(record.obj)]
             elif record._waiters:
-                record._holds = 1
-                record._release_locked()
+                record._pass_on()
     if gone:
         for forget in on_forget:
             forget(record.obj)

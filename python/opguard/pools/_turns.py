@@ -13,51 +13,26 @@ from opguard.pools.errors import Deadlock, LeaseTimeout
 
 __all__ = ["Owner", "Turn", "current_owner", "locked"]
 
-# A finalizer may run at any line of the thread that holds this lock. One that only counts leaves a
-# note, and whoever lets go of the lock looks at the notes; one that leaves a block enters again.
-_lock = threading.RLock()
 _waits: dict[tuple[int, int], Turn] = {}
 
 
 class Locked:
-    """The lock; on leaving, ``after`` is called, which looks at what finalizers noted."""
+    """The lock of all turns: ``with locked.lock``, and ``locked.after()`` when it is left.
+
+    The lock's own ``with`` is one step, so that an interrupt finds it taken and let go again, or
+    not taken. A finalizer may run at any line of the thread that holds it. One that only counts
+    leaves a note, and whoever lets go of the lock looks at the notes; one that leaves a block
+    enters again.
+    """
 
     def __init__(self) -> None:
         self.after: Callable[[], None] = lambda: None
-        self._depth = 0
-
-    def __enter__(self) -> None:
-        _lock.acquire()
-        self._depth += 1
-
-    def __exit__(self, *exc: object) -> None:
-        self._depth -= 1
-        outermost = not self._depth
-        _lock.release()
-        if outermost:
-            self.after()
-
-    def try_enter(self) -> bool:
-        """Takes the lock if nobody has it, not even this thread; then ``leave_quietly``."""
-        if not _lock.acquire(blocking=False):
-            return False
-        if self._depth:
-            _lock.release()
-            return False
-        self._depth = 1
-        return True
-
-    def leave_quietly(self) -> None:
-        """Lets go without looking at notes."""
-        self._depth -= 1
-        _lock.release()
+        self.lock: Any = threading.RLock()
 
     def renew(self) -> None:
         """In a forked child, where another thread may have held it."""
-        global _lock  # noqa: PLW0603
-        _lock = threading.RLock()
+        self.lock = threading.RLock()
         _waits.clear()
-        self._depth = 0
 
 
 locked = Locked()
@@ -97,10 +72,10 @@ def current_owner() -> Owner:
 
 
 class _Waiter:
-    __slots__ = ("granted", "owner", "wake")
+    __slots__ = ("granted", "hold", "owner", "wake")
 
-    def __init__(self, owner: Owner, wake: Callable[[], object]) -> None:
-        self.owner, self.wake = owner, wake
+    def __init__(self, owner: Owner, hold: object, wake: Callable[[], object]) -> None:
+        self.owner, self.hold, self.wake = owner, hold, wake
         self.granted = False
 
 
@@ -109,7 +84,8 @@ class Turn:
 
     def __init__(self) -> None:
         self.owner: Owner | None = None
-        self._holds = 0
+        # What it is held for, an object each; where there is none nobody has it.
+        self._holds: list[object] = []
         self._waiters: deque[_Waiter] = deque()
 
     @abstractmethod
@@ -123,13 +99,12 @@ class Turn:
     def on_free(self) -> None:
         """Called under the lock when nobody has it and nobody waits."""
 
-    def _try(self, owner: Owner, waiter: _Waiter | None, blocks_thread: bool) -> bool:
+    def _try(self, owner: Owner, hold: object, waiter: _Waiter | None, blocks_thread: bool) -> bool:
         """Under the lock: takes the object, or queues ``waiter``; Deadlock if that cannot end."""
-        if self.owner is None:
-            self.owner, self._holds = owner, 1
-            return True
+        if not self._holds or self.owner is None:
+            self.owner = owner
         if self.owner.is_same(owner):
-            self._holds += 1
+            self._holds.append(hold)
             return True
         seen: Owner | None = self.owner
         while seen is not None:
@@ -146,8 +121,13 @@ class Turn:
             _waits[owner.key] = self
         return False
 
-    def acquire(self, owner: Owner, timeout: float | None) -> None:
+    def acquire(self, owner: Owner, timeout: float | None, hold: object) -> None:
         """Waits until this owner may change the stack; re-entrant.
+
+        Args:
+            owner: who asks.
+            timeout: seconds to wait; None as long as it takes.
+            hold: what ``release`` is told, which may be told it also where this raised.
 
         Raises:
             LeaseTimeout: not within ``timeout`` seconds.
@@ -155,11 +135,11 @@ class Turn:
         """
         gate = threading.Lock()
         gate.acquire()
-        waiter = _Waiter(owner, gate.release)
-        with locked:
-            if self._try(owner, waiter, blocks_thread=True):
-                return
+        waiter = _Waiter(owner, hold, gate.release)
         try:
+            with locked.lock:
+                if self._try(owner, hold, waiter, blocks_thread=True):
+                    return
             came = gate.acquire(timeout=-1 if timeout is None else max(timeout, 0))
         except BaseException:
             self._withdraw(waiter)
@@ -167,7 +147,7 @@ class Turn:
         if not came and not self._withdraw(waiter, keep=True):
             raise self._late(timeout)
 
-    async def acquire_async(self, owner: Owner, timeout: float | None) -> None:
+    async def acquire_async(self, owner: Owner, timeout: float | None, hold: object) -> None:
         """``acquire`` that lets the other tasks of the loop run meanwhile."""
         import asyncio
 
@@ -178,11 +158,11 @@ class Turn:
             if not came.done():
                 came.set_result(None)
 
-        waiter = _Waiter(owner, lambda: loop.call_soon_threadsafe(tell))
-        with locked:
-            if self._try(owner, waiter, blocks_thread=False):
-                return
+        waiter = _Waiter(owner, hold, lambda: loop.call_soon_threadsafe(tell))
         try:
+            with locked.lock:
+                if self._try(owner, hold, waiter, blocks_thread=False):
+                    return
             await asyncio.wait_for(came, timeout)
         except TimeoutError:
             if not self._withdraw(waiter, keep=True):
@@ -193,34 +173,51 @@ class Turn:
 
     def _withdraw(self, waiter: _Waiter, keep: bool = False) -> bool:
         """Stops waiting; True if it was granted meanwhile, which is given back unless ``keep``."""
-        with locked:
-            _waits.pop(waiter.owner.key, None)
-            if not waiter.granted:
-                self._waiters.remove(waiter)
-                return False
-            if not keep:
-                self._release_locked()
-            return True
+        try:
+            with locked.lock:
+                if _waits.get(waiter.owner.key) is self:
+                    del _waits[waiter.owner.key]
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+                if not keep:
+                    self._release_locked(waiter.hold)
+                return waiter.granted
+        finally:
+            locked.after()
 
-    def release(self) -> None:
-        """Gives up one hold; the first who waits gets the object."""
-        with locked:
-            self._release_locked()
+    def release(self, hold: object) -> None:
+        """Gives up a hold, if it is one; the first who waits gets the object after the last."""
+        try:
+            with locked.lock:
+                self._release_locked(hold)
+        except BaseException:  # interrupted: whoever waits is woken all the same
+            with locked.lock:
+                self._release_locked(hold)
+            raise
+        finally:
+            locked.after()
 
-    def _release_locked(self) -> None:
-        self._holds -= 1
-        if self._holds:
-            return
+    def _release_locked(self, hold: object) -> None:
+        if hold in self._holds:
+            self._holds.remove(hold)
+        if not self._holds:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Under the lock, held for nothing: the first who can still be woken has it."""
         self.owner = None
         while self._waiters and self.owner is None:
-            waiter = self._waiters.popleft()
+            waiter = self._waiters[0]
+            self.owner = waiter.owner
+            self._holds.append(waiter.hold)
             waiter.granted = True
+            self._waiters.popleft()
             _waits.pop(waiter.owner.key, None)
-            self.owner, self._holds = waiter.owner, 1
             try:
                 waiter.wake()
             except RuntimeError:  # its event loop is closed
-                self.owner, self._holds = None, 0
+                self.owner = None
+                self._holds.clear()
         if self.owner is None:
             self.on_free()
 
@@ -237,4 +234,5 @@ class Turn:
         """In a forked child: the other threads are gone."""
         self._waiters.clear()
         if self.owner is not None and self.owner.thread != threading.get_ident():
-            self.owner, self._holds = None, 0
+            self.owner = None
+            self._holds.clear()

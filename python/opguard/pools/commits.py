@@ -89,6 +89,17 @@ class CommitABC(ABC):
             raise ValueError(f"{self!r} is not applied to this {type(obj).__name__}")
         return entry[1]
 
+    def _recalled(self, obj: Any) -> Any:
+        """What is kept for ``obj``, for `_remember`; None for nothing."""
+        return self.__dict__.get("_kept", {}).get(id(obj))
+
+    def _remember(self, obj: Any, kept: Any) -> None:
+        """What is kept for ``obj`` is this again."""
+        if kept is None:
+            self._forget(obj)
+        else:
+            self.__dict__["_kept"][id(obj)] = kept
+
     def _forget(self, obj: Any) -> None:
         self.__dict__.get("_kept", {}).pop(id(obj), None)
 
@@ -179,13 +190,27 @@ class AttributeCommit(CommitABC):
         self._keep(obj, (owner, place, order, old))
         try:
             setattr(owner, self.name, self.value)
-        except BaseException:
+        except Exception:
             self._forget(obj)
+            raise
+        except BaseException:  # an interrupt does not say whether it is set
+            self.revert(obj)
             raise
 
     def revert(self, obj: Any) -> None:
         """Puts back what it was, or removes it where there was none."""
-        owner, place, order, old = self._kept_for(obj)
+        kept = self._kept_for(obj)
+        try:
+            self._put_back(*kept)
+            self._forget(obj)
+        except Exception:
+            raise
+        except BaseException:  # an interrupt does not say how far it came: it is on it again
+            setattr(kept[0], self.name, self.value)
+            self._remember(obj, (obj, kept))
+            raise
+
+    def _put_back(self, owner: Any, place: Any, order: list[str], old: Any) -> None:
         now = next((p for p in _places(owner) if self.name in p), None)
         if old is _MISSING:
             if now is not None or hasattr(owner, self.name):
@@ -199,7 +224,6 @@ class AttributeCommit(CommitABC):
             if list(place) != order and set(place) == set(order):
                 for name in order:
                     place[name] = place.pop(name)
-        self._forget(obj)
 
     def _of_class(self, owner: Any) -> Any:
         """The value to set back where the instance's own dict does not have it."""

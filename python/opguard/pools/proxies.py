@@ -13,8 +13,7 @@ stack back. One thread, or one task of asyncio, has an object's blocks at a time
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -121,14 +120,17 @@ class CommitObjectProxy(Generic[T]):
 
     def __enter__(self) -> T:
         entry = _stacks.Entry(current_owner(), self._commits, _line(sys._getframe(1)))
-        self._record.acquire(entry.owner, self.timeout)
-        with self._undone(entry):
+        try:
+            self._record.acquire(entry.owner, self.timeout, entry)
             entry.lease = self._lease()
             if entry.lease is not None:
                 entry.lease.__enter__()
             self._opened(entry)
-        _stacks.run_later()
-        return self.base
+            _stacks.run_later()
+            return self.base
+        except BaseException:
+            self._left(entry)
+            raise
 
     def __exit__(
         self,
@@ -140,14 +142,17 @@ class CommitObjectProxy(Generic[T]):
 
     async def __aenter__(self) -> T:
         entry = _stacks.Entry(current_owner(), self._commits, _line(sys._getframe(1)))
-        await self._record.acquire_async(entry.owner, self.timeout)
-        with self._undone(entry):
+        try:
+            await self._record.acquire_async(entry.owner, self.timeout, entry)
             entry.lease = self._lease()
             if entry.lease is not None:
                 await entry.lease.__aenter__()
             self._opened(entry)
-        _stacks.run_later()
-        return self.base
+            _stacks.run_later()
+            return self.base
+        except BaseException:
+            self._left(entry)
+            raise
 
     async def __aexit__(
         self,
@@ -161,32 +166,32 @@ class CommitObjectProxy(Generic[T]):
         """What holds a managed object in memory for a block, not entered; None for others."""
         return _managed.block_lease(self.base, self.timeout)
 
-    @contextmanager
-    def _undone(self, entry: _stacks.Entry) -> Iterator[None]:
-        """Where entering fails, gives back what was taken for it."""
-        try:
-            yield
-        except BaseException:
-            self._left(entry)
-            raise
-
     def _opened(self, entry: _stacks.Entry) -> None:
-        entry.leased = entry.lease is not None
         with _managed.waiting(self.timeout):
             self._record.open(entry)
         self._entries.append(entry)
 
     def _left(self, entry: _stacks.Entry) -> None:
+        """Gives back what entering took, however far it came."""
         try:
-            if entry.leased:
+            if entry in self._entries:
+                self._entries.remove(entry)
+            if entry in self._record.entries:  # interrupted before it was closed
+                self._record.close(entry)
+        finally:
+            self._let_go(entry)
+
+    def _let_go(self, entry: _stacks.Entry) -> None:
+        try:
+            if entry.lease is not None and entry.lease.entered:
                 entry.lease.__exit__(None, None, None)
         finally:
-            self._record.release()
+            self._record.release(entry)
 
     def _closed(self, error: BaseException | None) -> None:
         if not self._entries:
             raise RuntimeError(f"{self!r} is left without having been entered")
-        entry = self._entries.pop()
+        entry = self._entries[-1]
         try:
             with _managed.waiting(self.timeout):
                 self._record.close(entry)
@@ -218,12 +223,13 @@ class CommitObjectProxy(Generic[T]):
         return self._rest(())
 
     def _rest(self, stack: tuple[CommitABC, ...]) -> T:
-        self._record.acquire(current_owner(), self.timeout)
+        hold = object()
         try:
+            self._record.acquire(current_owner(), self.timeout, hold)
             with _managed.waiting(self.timeout):
                 self._record.rest(stack)
         finally:
-            self._record.release()
+            self._record.release(hold)
         _stacks.run_later()
         return self.base
 
@@ -232,11 +238,12 @@ class CommitObjectProxy(Generic[T]):
 
         Commits that were made into one with it are struck too.
         """
-        self._record.acquire(current_owner(), self.timeout)
+        hold = object()
         try:
+            self._record.acquire(current_owner(), self.timeout, hold)
             self._record.give_up(commit)
         finally:
-            self._record.release()
+            self._record.release(hold)
 
 
 class AutoManageCommitObjectProxy(CommitObjectProxy[T]):

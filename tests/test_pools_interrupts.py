@@ -1,0 +1,108 @@
+"""Ctrl-C at any step of a block of patches: no turn, lease or weight is left half-way."""
+
+from __future__ import annotations
+
+import dis
+import gc
+import sys
+import threading
+
+import pytest
+import torch
+
+from opguard import pools
+from opguard.pools import AttributeCommit, CommitObjectProxy, DeltaCommit, _patched
+from pools_kit import MIB, fresh_pools
+
+# After these an interpreter looks whether there was a signal.
+BREAKS = {"CALL", "CALL_KW", "CALL_FUNCTION_EX", "RESUME", "JUMP_BACKWARD"}
+
+
+class Adds(DeltaCommit):
+    def deltas(self, obj):
+        return {obj.weight: lambda source, out: torch.add(source, 1, out=out)}
+
+
+def interrupted_at(step, function):
+    """Raises KeyboardInterrupt at so many-th of the steps of the pools; where that was, or None."""
+    count, before, came = 0, {}, None
+
+    def trace(frame, event, _arg):
+        nonlocal count, came
+        code = frame.f_code
+        if "/opguard/pools/" not in code.co_filename or code.co_name == "forget":
+            return None  # an interrupt in a finalizer is nobody's
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode":
+            was = before.get(id(frame))
+            before[id(frame)] = dis.opname[code.co_code[frame.f_lasti]]
+            count += was in BREAKS
+            if was in BREAKS and count == step:
+                came = f"{code.co_filename}:{frame.f_lineno} in {code.co_name}"
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    outer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        assert came
+    finally:
+        sys.settrace(outer)
+    return came
+
+
+def other_thread(function, came):
+    failed = []
+
+    def run():
+        try:
+            function()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), f"hangs after {came}"
+    assert failed == [], came
+
+
+@pytest.mark.parametrize("make", [Adds, lambda: AttributeCommit("mark", 3)], ids=["delta", "set"])
+@pytest.mark.parametrize("managed", [False, True], ids=["bare", "managed"])
+def test_an_interrupt_at_any_step_of_a_block(tmp_path, make, managed):
+    stride, hits = 5 if managed else 3, 0
+    with fresh_pools(tmp_path, MIB) as management:
+        step, came = 1, ""
+        while came is not None:
+            model = torch.nn.Linear(8, 8).requires_grad_(False)
+            handle = pools.manage(model) if managed else None
+            before, commit = model.weight.clone(), make()
+            proxy = CommitObjectProxy(model, [commit])
+
+            def block(proxy=proxy):
+                with proxy:
+                    pass
+
+            came = interrupted_at(step, block)
+            hits += came is not None
+
+            def again(model=model, commit=commit, before=before):
+                with CommitObjectProxy(model, [commit], timeout=5):
+                    assert hasattr(model, "mark") or not torch.equal(model.weight, before)
+                with CommitObjectProxy(model, [], timeout=5):
+                    assert torch.equal(model.weight, before)
+
+            other_thread(again, came)
+            assert torch.equal(model.weight, before), came
+            assert not hasattr(model, "mark"), came
+            assert id(model.weight) not in _patched._states
+            if handle is not None:
+                units = handle.entry.all_units
+                assert not any(management.ledger.holders(unit) for unit in units), came
+            del proxy, block, again, model, handle
+            step += stride
+        gc.collect()
+    assert hits > 20
