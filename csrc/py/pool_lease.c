@@ -7,7 +7,6 @@
 #include "py/pool_lease.h"
 #include "py/state.h"
 
-#include <string.h>
 #include <structmember.h>
 
 typedef struct {
@@ -27,60 +26,6 @@ state_of(PyObject *object)
 }
 
 /* --- entering and leaving ------------------------------------------------ */
-
-/* Whether it is code of this package's pools, which takes leases for others.
- */
-static bool
-is_ours(PyObject *code)
-{
-    PyObject *file = PyObject_GetAttrString(code, "co_filename");
-    const char *name =
-        file == NULL ? NULL : PyUnicode_AsUTF8AndSize(file, NULL);
-    bool ours = name != NULL && strstr(name, "/opguard/pools/") != NULL;
-    if (name == NULL) {
-        PyErr_Clear(); /* then it is told as it is */
-    }
-    Py_XDECREF(file);
-    return ours;
-}
-
-/* The frame that called frame, or NULL. Steals frame. */
-static PyFrameObject *
-frame_before(PyFrameObject *frame)
-{
-    PyObject *back = PyObject_GetAttrString((PyObject *)frame, "f_back");
-    if (back == NULL) {
-        PyErr_Clear(); /* a place that is not known is no reason to fail */
-    }
-    Py_DECREF((PyObject *)frame);
-    if (back == Py_None) {
-        Py_CLEAR(back);
-    }
-    return (PyFrameObject *)back;
-}
-
-/* The source line that asks for the lease: code and line alone, for a frame
- * that is kept keeps what its variables name. */
-static PyObject *
-caller_code(og_pool_lease_state *lease, int *line)
-{
-    PyFrameObject *frame = PyThreadState_GetFrame(PyThreadState_Get());
-    *line = 0;
-    while (frame != NULL) {
-        PyObject *code = (PyObject *)PyFrame_GetCode(frame);
-        if (code == lease->last_code || !is_ours(code)) {
-            *line = PyFrame_GetLineNumber(frame);
-            Py_DECREF((PyObject *)frame);
-            PyObject *last = lease->last_code;
-            lease->last_code = Py_NewRef(code);
-            Py_XDECREF(last);
-            return code;
-        }
-        Py_DECREF(code);
-        frame = frame_before(frame);
-    }
-    return NULL;
-}
 
 /* Steals hold and code. */
 static void
@@ -147,7 +92,7 @@ enter(LeaseObject *self, bool wait, og_pool_hold *asked)
     }
     int line;
     og_state *state = state_of((PyObject *)self);
-    PyObject *code = caller_code(&state->pool_lease, &line);
+    PyObject *code = og_pool_caller(&state->pool_lease, &line);
     og_pool_hold hold;
     int entered;
     if (wait) {

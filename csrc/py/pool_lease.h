@@ -3,7 +3,8 @@
  *
  * Parts: pool_owner.c who the caller is, pool_seat.c what the leases of one
  * user share and the two steps that count, pool_lease.c the `with` block,
- * pool_forward.c a callable that runs inside a lease. All need the GIL. */
+ * pool_caller.c where it stands, pool_forward.c a callable that runs inside a
+ * lease. All need the GIL. */
 #ifndef OPGUARD_PY_POOL_LEASE_H
 #define OPGUARD_PY_POOL_LEASE_H
 
@@ -108,6 +109,11 @@ og_pool_units_drop(og_pool_units *units);
 /* Lets go of the references alone. */
 void
 og_pool_hold_drop(og_pool_hold *hold);
+
+/* The code that runs in this thread and is not of the pools, a new reference,
+ * and its line. NULL without an exception where there is none. */
+PyObject *
+og_pool_caller(og_pool_lease_state *lease, int *line);
 
 /* An awaitable whose answer is value: a new reference. */
 PyObject *
