@@ -6,7 +6,9 @@ import copy
 import os
 import pickle
 import shutil
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -246,3 +248,35 @@ def test_weights_that_got_another_name_are_still_followed(cpu):
     parametrize.register_parametrization(model[1], "weight", nn.Identity())
     assert {id(tensor) for _, tensor in handle.user.home.tensors()} == before
     assert handle.user.home.astray() == []
+
+
+def test_an_interrupt_never_leaves_a_home_locked(cpu):
+    """Ctrl-C between taking the lock and having entered: all who need the model hung from then."""
+    model = tiny(1)
+    expected = model(X)
+    home = pools.manage(model).user.home
+    random = torch.Generator().manual_seed(0)
+    interrupts = 0
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            try:
+                wait = float(torch.rand((), generator=random)) * 2e-4 + 2e-5
+                signal.setitimer(signal.ITIMER_REAL, wait)
+                for _ in range(50):
+                    home.give_back()
+            except KeyboardInterrupt:
+                interrupts += 1
+            assert home._lock.here.acquire(blocking=False)
+            home._lock.here.release()
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupts > 100
+    assert torch.equal(model(X), expected)

@@ -189,7 +189,7 @@ class Home:
         written = 0
         parts = self._of(segment)
         self._here.difference_update(part.segment for part in parts)
-        with self._lock:
+        with self._lock.here:
             for part in parts:
                 try:
                     if self._forks != forks() and part.pages is self._map:

@@ -59,13 +59,13 @@ class ForkLock:
         self._lock = threading.Lock()
         self._process = os.getpid()
 
-    def __enter__(self) -> None:
+    @property
+    def here(self) -> threading.Lock:
+        """What a ``with`` takes. An ``__enter__`` of Python's own could be interrupted between
+        taking the lock and having entered, and nobody would release it."""
         if self._process != os.getpid():
             self._lock, self._process = threading.Lock(), os.getpid()
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        return self._lock
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class SpillFolder:
     @property
     def path(self) -> Path:
         """The folder of this process; made if it is not there yet."""
-        with self._lock:
+        with self._lock.here:
             return self._opened()
 
     def write(
@@ -173,7 +173,7 @@ class SpillFolder:
 
     def close(self) -> None:
         """Removes this process's folder with all files; the next file makes a new one."""
-        with self._lock:
+        with self._lock.here:
             if self._process == os.getpid() and self._own is not None:
                 _remove_folder(self._fd, self._own.name)
                 os.close(self._fd)
@@ -186,7 +186,7 @@ class SpillFolder:
     @contextlib.contextmanager
     def _new_file(self, name: str, size: int) -> Iterator[tuple[int, str]]:
         """An open file of ``size`` bytes, renamed to its name if the block ends well."""
-        with self._lock:
+        with self._lock.here:
             own = self._opened()
         final = f"{_safe(name)}.{secrets.token_hex(4)}.safetensors"
         partial = final + PARTIAL
