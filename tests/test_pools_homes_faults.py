@@ -337,7 +337,7 @@ def test_parent_and_child_write_apart(folder):
 def test_a_fork_in_the_middle_of_an_eviction(folder):
     """Another thread held the locks: the child can use its weights all the same."""
     home = Home.adopt(small(), folder, "forked")
-    with home._lock, folder._lock, warnings.catch_warnings():
+    with home._lock.here, folder._lock.here, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
         if child == 0:
