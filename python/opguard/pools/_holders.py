@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterable, Iterator
-from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 from opguard.pools._budgets import readable
+from opguard.pools._places import is_ours, line_outside, name_of_thread, place
 from opguard.pools._stacks import line_of
 from opguard.pools.errors import Deadlock, LeaseTimeout, PoolRefused
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["holder_lines", "owner_name", "refusal", "timed_out"]
 
 TOO_LARGE, DEADLOCK, BUSY, GONE = 2, 3, 4, 5
-PACKAGE = __file__.rpartition("/pools/")[0]
 
 
 def holder_lines(management: Books, holders: Iterable[tuple[int, int, int]]) -> tuple[str, ...]:
@@ -49,9 +47,9 @@ def owner_name(management: Books, owner: int) -> str:
     thread, task = getattr(who, "thread", 0), getattr(who, "task", None)
     if task is not None:
         return f"task {task.get_name()}"
-    for running in threading.enumerate():
-        if running.ident == thread:
-            return f"thread {running.name}"
+    name = name_of_thread(thread)
+    if name is not None:
+        return f"thread {name}"
     return f"a thread that ended ({thread})" if thread else "an owner that is gone"
 
 
@@ -60,15 +58,10 @@ def _places(who: Any, unit: int) -> Iterator[str]:
     for units, code, line in who.held if who is not None else ():
         if unit not in units or code is None:
             continue
-        if not code.co_filename.startswith(PACKAGE):
+        if not is_ours(code):
             yield place(code, line)
         elif (block := line_of(who.thread, who.task)) is not None:  # a patch took the lease
             yield block
-
-
-def place(code: CodeType, line: int) -> str:
-    file = code.co_filename.rpartition("/")[2]
-    return f"{file}:{line} in {code.co_name}"
 
 
 def _running_place(thread: int, task: Any) -> str | None:
@@ -76,13 +69,7 @@ def _running_place(thread: int, task: Any) -> str | None:
     if task is not None:
         frames = task.get_stack(limit=1)
         return place(frames[-1].f_code, frames[-1].f_lineno) if frames else None
-    frame: FrameType | None = sys._current_frames().get(thread)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if "/torch/" not in name and not name.startswith(PACKAGE):
-            return place(frame.f_code, frame.f_lineno)
-        frame = frame.f_back
-    return None
+    return line_outside(sys._current_frames().get(thread))
 
 
 def _wanted(ask: Ask) -> str:

@@ -1,11 +1,10 @@
 """Patches and pools: what is patched is leased, and what patched tensors take is counted.
 
-Nothing here imports the pools' management: where nobody has set one up, nothing is managed.
+Where nobody has set pools up, nothing is managed, and nothing here sets them up.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -34,9 +33,9 @@ def waiting(timeout: float | None) -> Iterator[None]:
 
 
 def _management() -> Management | None:
-    module = sys.modules.get("opguard.pools.management")
-    current: list[Management] = getattr(module, "_current", [])
-    return current[0] if current else None
+    from opguard.pools.management import current_management
+
+    return current_management()
 
 
 def block_lease(obj: Any, timeout: float | None) -> Any:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from opguard.pools._places import name_of_thread
 from opguard.pools.errors import Deadlock, LeaseTimeout
 
 __all__ = ["Owner", "Turn", "current_owner", "locked"]
@@ -51,8 +52,7 @@ class Owner:
     def __str__(self) -> str:
         if self.task is not None:
             return f"task {self.task.get_name()}"
-        names = {t.ident: t.name for t in threading.enumerate()}
-        return f"thread {names.get(self.thread, self.thread)}"
+        return f"thread {name_of_thread(self.thread) or self.thread}"
 
     def is_same(self, other: Owner) -> bool:
         """Whether both are one thread, or one task."""

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from opguard.pools import _managed, _stacks
+from opguard.pools._places import line_outside
 from opguard.pools._turns import current_owner
 from opguard.pools.commits import CallableCommit, CommitABC
 from opguard.pools.users import ResourcePoolUser, register_user
@@ -28,18 +29,6 @@ __all__ = ["AutoManageCommitObjectProxy", "CommitObjectProxy"]
 
 T = TypeVar("T")
 _Self = TypeVar("_Self", bound="CommitObjectProxy[Any]")
-
-
-_PACKAGE = __file__.rpartition("/pools/")[0]
-
-
-def _line(frame: FrameType | None) -> str:
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame = frame.f_back
-    if frame is None:
-        return "somewhere"
-    code = frame.f_code
-    return f"{code.co_filename.rpartition('/')[2]}:{frame.f_lineno} in {code.co_name}"
 
 
 class CommitObjectProxy(Generic[T]):
@@ -119,7 +108,7 @@ class CommitObjectProxy(Generic[T]):
     # -- blocks ---------------------------------------------------------------------------------
 
     def __enter__(self) -> T:
-        entry = _stacks.Entry(current_owner(), self._commits, _line(sys._getframe(1)))
+        entry = self._entry()
         try:
             self._record.acquire(entry.owner, self.timeout, entry)
             entry.lease = self._lease()
@@ -141,7 +130,7 @@ class CommitObjectProxy(Generic[T]):
         self._closed(error)
 
     async def __aenter__(self) -> T:
-        entry = _stacks.Entry(current_owner(), self._commits, _line(sys._getframe(1)))
+        entry = self._entry()
         try:
             await self._record.acquire_async(entry.owner, self.timeout, entry)
             entry.lease = self._lease()
@@ -161,6 +150,10 @@ class CommitObjectProxy(Generic[T]):
         traceback: TracebackType | None,
     ) -> None:
         self._closed(error)
+
+    def _entry(self) -> _stacks.Entry:
+        line = line_outside(sys._getframe()) or "somewhere"
+        return _stacks.Entry(current_owner(), self._commits, line)
 
     def _lease(self) -> Any:
         """What holds a managed object in memory for a block, not entered; None for others."""
