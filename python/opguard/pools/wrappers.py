@@ -186,6 +186,10 @@ def manage(
 
     Managing it again gives a handle on the same user; what is named then holds from then on.
 
+    What gives it other weights meanwhile (``half()``, ``share_memory()``, torchao's ``quantize_``,
+    ``load_state_dict(assign=True)``, a new Parameter) takes them out of the pools and their
+    budgets, where they stay right and stay in memory: ``unmanage`` it, then manage it again.
+
     Args:
         obj: an nn.Module, a pipeline, or anything `register_user` was told of; or a handle.
         priority: who has more goes later; 0 unless named.
