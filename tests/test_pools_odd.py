@@ -280,3 +280,15 @@ def test_an_interrupt_never_leaves_a_home_locked(cpu):
         signal.signal(signal.SIGALRM, before)
     assert interrupts > 100
     assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("name", [5, b"encoder", ["encoder"]])
+def test_a_name_is_text(cpu, name):
+    with pytest.raises(TypeError, match="expected the name of what is managed as text"):
+        pools.manage(tiny(1), name=name)
+
+
+def test_names_may_be_any_text(cpu):
+    for name in ("a/../b", "é" * 300, "", "a\0b", "..", "%s"):
+        with pools.manage(tiny(1), name=name).lease() as handle:
+            assert handle.loaded

@@ -55,6 +55,8 @@ class Members(Moving):
         **options: Any,
     ) -> Entry:
         """The entry of ``obj``, made now unless it is managed; what is named holds for both."""
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"expected the name of what is managed as text, got {name!r}")
         self.drain()
         entry = self.find(obj)
         while entry is None:
