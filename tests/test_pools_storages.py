@@ -281,19 +281,20 @@ def test_refused_with_the_reason(kind, folder):
     assert folder.used == 0
 
 
-def test_weights_that_inductor_may_have_folded(monkeypatch):
+def test_weights_that_inductor_may_have_folded():
     import torch._inductor.config as inductor
 
     model = torch.compile(nn.Linear(2, 2), backend="eager")
-    refuse(model)
-    monkeypatch.setattr(inductor, "freezing", True)
-    with pytest.raises(Unmanageable, match="freezing folds its weights"):
-        refuse(model)
-    refuse(nn.Linear(2, 2))
     in_place = nn.Linear(2, 2)
     in_place.compile(backend="eager")
-    with pytest.raises(Unmanageable, match="freezing"):
-        refuse(nn.Sequential(in_place))
+    refuse(model)
+    with inductor.patch(freezing=True):  # monkeypatch would leave no such setting behind
+        with pytest.raises(Unmanageable, match="freezing folds its weights"):
+            refuse(model)
+        refuse(nn.Linear(2, 2))
+        with pytest.raises(Unmanageable, match="freezing"):
+            refuse(nn.Sequential(in_place))
+    assert not inductor.freezing
 
 
 def test_a_script_that_is_not_frozen(folder):

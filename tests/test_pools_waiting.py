@@ -488,8 +488,9 @@ def test_interrupts_at_any_step_leave_nothing(cpu):
     handles = managed(MIB, MIB, 2 * MIB, MIB)
     armed, came = [False], [0]
 
-    def interrupt(_number, _frame):
-        if armed[0]:
+    def interrupt(_number, frame):
+        # One that comes in a callback of the garbage collector, as hypothesis has, is lost.
+        if armed[0] and "callback" not in frame.f_code.co_name:
             armed[0] = False
             came[0] += 1
             raise KeyboardInterrupt
