@@ -20,7 +20,7 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from setuptools.command.build_ext import build_ext
 
@@ -112,7 +112,19 @@ class BuildExt(build_ext):
         if ext.name == OPS:
             ext.libraries = ["dl"]
             ext.extra_objects = [self.build_import_library()]
-        super().build_extension(ext)
+        one = self.compiler.compile
+
+        def compile_all(names: list[str], **options: Any) -> list[str]:
+            """setuptools compiles file by file; each is small, and there are many."""
+            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                objects = list(pool.map(lambda name: one([name], **options), names))
+            return [name for group in objects for name in group]
+
+        self.compiler.compile = compile_all
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler.compile = one
 
     def build_import_library(self) -> str:
         """Writes and links an empty libtorch_cpu.so that has the names we call and nothing else."""

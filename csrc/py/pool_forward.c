@@ -216,9 +216,8 @@ Forward_call(PyObject *object, PyObject *args, PyObject *kwargs)
 
 /* What it stands for: a bound method of the module, or function. */
 static PyObject *
-Forward_get_wrapped(PyObject *object, void *ignored)
+wrapped_of(PyObject *object)
 {
-    (void)ignored;
     ForwardObject *self = (ForwardObject *)object;
     PyObject *module =
         self->module == NULL ? NULL : PyWeakref_GetObject(self->module);
@@ -233,7 +232,8 @@ Forward_get_wrapped(PyObject *object, void *ignored)
 }
 
 /* Its own attributes, and of what it stands for the others: __name__,
- * __code__, __self__, ... */
+ * __code__, __self__, ... __wrapped__ is of objects alone: inspect would take
+ * a class that has it for a wrapper itself. */
 static PyObject *
 Forward_getattro(PyObject *object, PyObject *name)
 {
@@ -247,9 +247,13 @@ Forward_getattro(PyObject *object, PyObject *name)
         }
         PyErr_Clear();
     }
-    PyObject *wrapped = Forward_get_wrapped(object, NULL);
-    PyObject *found = wrapped == NULL ? NULL : PyObject_GetAttr(wrapped, name);
-    Py_XDECREF(wrapped);
+    PyObject *wrapped = wrapped_of(object);
+    if (wrapped == NULL ||
+        PyUnicode_CompareWithASCIIString(name, "__wrapped__") == 0) {
+        return wrapped;
+    }
+    PyObject *found = PyObject_GetAttr(wrapped, name);
+    Py_DECREF(wrapped);
     return found;
 }
 
@@ -397,7 +401,6 @@ Forward_dealloc(PyObject *object)
 }
 
 static PyGetSetDef Forward_getset[] = {
-    {"__wrapped__", Forward_get_wrapped, NULL, "What it stands for.", NULL},
     {"seat", Forward_get_seat, Forward_set_seat,
      "The Seat of its leases; None: its keeper is asked at the first call.",
      NULL},
@@ -430,6 +433,10 @@ static PyMethodDef Forward_methods[] = {
 };
 
 static PyType_Slot Forward_slots[] = {
+    {Py_tp_doc,
+     (void *)"LeasedForward(seat, function, module=None, keeper=None)\n"
+             "--\n\nCalls function, of module where there is one, with a "
+             "lease on seat."},
     {Py_tp_new, (void *)Forward_new},
     {Py_tp_call, (void *)Forward_call},
     {Py_tp_getattro, (void *)Forward_getattro},
