@@ -515,8 +515,10 @@ def test_a_request_among_a_thousand_idle_units(C):
         ledger.leave(owner, tuple(units))
 
     request()
-    assert best_of(lambda: ledger.reclaim(0, 0)) < 1e-3
-    assert best_of(request) < 5e-3  # with all that puts it back
+    # Under valgrind all is slower: the bounds are told by work of Python that takes about 1.5 ms.
+    pace = best_of(lambda: sum(i & 1 for i in range(40_000)))
+    assert best_of(lambda: ledger.reclaim(0, 0)) < pace
+    assert best_of(request) < 3 * pace  # with all that puts it back
 
 
 def loaded_at_once(ledger, owner, units, flags=0):
