@@ -89,16 +89,25 @@ static _Thread_local int capture_mode;
 
 #define CONTROL __attribute__((visibility("default")))
 
-CONTROL void emu_configure(long long bytes, long long granularity, int maps,
-                           int record_all);
-CONTROL void emu_fail(const char *name, long nth, int code);
-CONTROL void emu_pause(long microseconds);
-CONTROL long emu_calls(const char *name);
-CONTROL long emu_count(const char *what);
-CONTROL void emu_read(void *on, const void *from, size_t size, long pause);
-CONTROL void emu_add(void *on, void *to, size_t size, long pause);
-CONTROL void *emu_stream(void);
-CONTROL void emu_finish(void);
+CONTROL void
+emu_configure(long long bytes, long long granularity, int maps,
+              int record_all);
+CONTROL void
+emu_fail(const char *name, long nth, int code);
+CONTROL void
+emu_pause(long microseconds);
+CONTROL long
+emu_calls(const char *name);
+CONTROL long
+emu_count(const char *what);
+CONTROL void
+emu_read(void *on, const void *from, size_t size, long pause);
+CONTROL void
+emu_add(void *on, void *to, size_t size, long pause);
+CONTROL void *
+emu_stream(void);
+CONTROL void
+emu_finish(void);
 
 void
 emu_configure(long long bytes, long long granularity, int maps, int record_all)
@@ -145,6 +154,25 @@ find_counter(const char *name)
     }
     strncpy(counters[i].name, name, sizeof counters[i].name - 1);
     return &counters[i];
+}
+
+/* A worker that has the lock at the moment of a fork is not in the child. */
+static void
+before_fork(void)
+{
+    pthread_mutex_lock(&lock);
+}
+
+static void
+after_fork(void)
+{
+    pthread_mutex_unlock(&lock);
+}
+
+__attribute__((constructor)) static void
+keep_forks_apart(void)
+{
+    pthread_atfork(before_fork, after_fork, after_fork);
 }
 
 long
@@ -221,21 +249,21 @@ run(op *one)
     }
     long found = 0;
     switch (one->kind) {
-    case COPY:
-        memcpy(one->to, one->from, one->size);
-        break;
-    case READ:
-        for (size_t i = 0; i < one->size; i++) {
-            found += ((const volatile unsigned char *)one->from)[i];
-        }
-        break;
-    case ADD:
-        for (size_t i = 0; i < one->size; i++) {
-            ((volatile unsigned char *)one->to)[i]++;
-        }
-        break;
-    default:
-        break;
+        case COPY:
+            memcpy(one->to, one->from, one->size);
+            break;
+        case READ:
+            for (size_t i = 0; i < one->size; i++) {
+                found += ((const volatile unsigned char *)one->from)[i];
+            }
+            break;
+        case ADD:
+            for (size_t i = 0; i < one->size; i++) {
+                ((volatile unsigned char *)one->to)[i]++;
+            }
+            break;
+        default:
+            break;
     }
     pthread_mutex_lock(&lock);
     sum += found;
@@ -355,10 +383,9 @@ void
 emu_add(void *on, void *to, size_t size, long pause)
 {
     pthread_mutex_lock(&lock);
-    queue(on, (op){.kind = ADD,
-                   .to = to,
-                   .size = size,
-                   .pause = (useconds_t)pause});
+    queue(
+        on,
+        (op){.kind = ADD, .to = to, .size = size, .pause = (useconds_t)pause});
     pthread_mutex_unlock(&lock);
 }
 
@@ -453,10 +480,10 @@ add(range *ranges, range one)
 }
 
 #define DRIVER __attribute__((visibility("default"))) int
-#define BEGIN(needs_context)                       \
-    int code = begin(__func__, needs_context);     \
-    if (code != 0) {                               \
-        return end(code);                          \
+#define BEGIN(needs_context)                   \
+    int code = begin(__func__, needs_context); \
+    if (code != 0) {                           \
+        return end(code);                      \
     }
 
 /* The prototypes, from the very list that the core looks up. */
@@ -855,7 +882,8 @@ cuCtxRecordEvent(og_cu_context context, og_cu_event given)
     for (int i = 0; i < MOST; i++) {
         if (streams[i] != NULL && streams[i] != own) {
             event *mark = calloc(1, sizeof *mark);
-            queue(streams[i], (op){.kind = RECORD, .event = mark, .number = 1});
+            queue(streams[i],
+                  (op){.kind = RECORD, .event = mark, .number = 1});
             mark->recorded = 1;
             queue(own, (op){.kind = WAIT, .event = mark, .number = 1});
         }
