@@ -80,6 +80,29 @@ def test_headers_are_whole_pages(names):
     assert names[0] in json.loads(header[8:])
 
 
+@pytest.mark.parametrize("names", [1, 3970, 4 << 20], ids=["short", "page", "long"])
+def test_large_data_begin_where_an_entry_of_a_page_table_does(folder, names):
+    """Else no large folio of theirs is mapped as one. What lies before takes no disk."""
+    from safetensors import safe_open
+
+    data = bytearray(os.urandom(2 * MIB + 100))
+    piece_of_data = piece(data, 64, "n" * names)
+    file = folder.write("m", [piece_of_data], 3 * MIB, {})
+    copy = folder.copy(file, file.fd)
+    for one in (file, copy):
+        assert one.offset % (2 * MIB) == 0
+        assert os.pread(one.fd, len(data), one.offset + 64) == data
+        found = os.fstat(one.fd)
+        assert found.st_size == one.offset + 3 * MIB
+        assert found.st_blocks * 512 <= names + 4 * 4096 + 3 * MIB
+        with safe_open(folder.path / one.name, "pt") as tensors:
+            assert bytes(tensors.get_tensor("n" * names).numpy()) == data
+    file.close()
+    copy.close()
+    assert folder.used == 0
+    assert folder.write("m", [piece(data[: 2 * MIB - 1])], 2 * MIB - 1, {}).offset < 2 * MIB
+
+
 def test_many_small_pieces_and_large_ones(folder, monkeypatch):
     """More than one call of the kernel takes, in chunks, with calls that end early."""
     from opguard.pools import _spill

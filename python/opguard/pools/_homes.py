@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from opguard import _C
-from opguard.pools._spill import PAGE, ForkLock, Piece, SpillFile, SpillFolder, forks
+from opguard.pools._spill import BLOCK, PAGE, ForkLock, Piece, SpillFile, SpillFolder, forks
 from opguard.pools._storages import (
     ALIGNMENT,
     Leaf,
@@ -39,8 +39,6 @@ from opguard.pools._views import bytes_of, point, shown
 from opguard.pools.errors import PoolError, PoolFileChanged
 
 __all__ = ["Home", "Member"]
-
-BLOCK = 2 << 20  # what one entry of a page table maps at most
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from typing import Any
 
 from opguard.pools.errors import PoolFileChanged
 
-__all__ = ["PAGE", "ForkLock", "Piece", "SpillFile", "SpillFolder", "forks"]
+__all__ = ["BLOCK", "PAGE", "ForkLock", "Piece", "SpillFile", "SpillFolder", "forks"]
 
 PAGE = os.sysconf("SC_PAGESIZE")
+BLOCK = 2 << 20  # what one entry of a page table maps at most
 DEFAULT = "/var/tmp"
 LOCK = ".lock"
 PARTIAL = ".partial"
@@ -82,24 +83,45 @@ class Piece:
     memory: Callable[[], tuple[int, object]]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where what is in a file, in bytes; between header and data may be a hole."""
+
+    header: int
+    offset: int
+    nbytes: int
+
+    @property
+    def used(self) -> int:
+        return self.header + self.nbytes
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(offset, size) of both."""
+        return (0, self.header), (self.offset, self.nbytes)
+
+
 class SpillFile:
     """One file of weights of ours; its name goes when this does.
 
     Attributes:
         fd: open until ``let_go``, which whoever has mapped the file calls.
-        offset: of the data in the file, in whole pages.
-        nbytes: of data.
+        layout: where the data are in it: from a whole page on.
     """
 
-    def __init__(self, folder: SpillFolder, name: str, fd: int, offset: int, nbytes: int) -> None:
+    def __init__(self, folder: SpillFolder, name: str, fd: int, layout: Layout) -> None:
         self.name = name
         self.fd = fd
-        self.offset = offset
-        self.nbytes = nbytes
-        self._close = weakref.finalize(self, folder._forget, name, offset + nbytes)
+        self.layout = layout
+        self._close = weakref.finalize(self, folder._forget, name, layout.used)
         self._close.atexit = False  # the folder goes whole
         self._let_go = weakref.finalize(self, os.close, fd)
         self._let_go.atexit = False
+
+    @property
+    def offset(self) -> int:
+        """Of the data in the file."""
+        return self.layout.offset
 
     def let_go(self) -> None:
         """Closes the descriptor; the file stays."""
@@ -148,28 +170,18 @@ class SpillFolder:
         Written under another name, synced and renamed. OSError: the disk is full or the folder
         cannot be written. PoolFileChanged: the bytes lie in a file that was cut meanwhile.
         """
-        header = safetensors_header(pieces, nbytes, metadata)
-        size = len(header) + nbytes
-        with self._new_file(name, size) as (fd, final):
+        header, layout = _laid_out(pieces, nbytes, metadata)
+        with self._new_file(name, layout) as (fd, final):
             _write(fd, header, 0)
-            _write_pieces(fd, pieces, len(header))
-        return SpillFile(self, final, fd, len(header), nbytes)
+            _write_pieces(fd, pieces, layout.offset)
+        return SpillFile(self, final, fd, layout)
 
     def copy(self, file: SpillFile, fd: int) -> SpillFile:
         """Another file with the same bytes, read from ``fd``: for after a fork."""
-        size = file.offset + file.nbytes
-        with self._new_file(file.name.partition(".")[0], size) as (fresh, final):
-            done = 0
-            while done < size:
-                part = os.pread(fd, min(CHUNK, size - done), done)
-                if not part:
-                    raise PoolFileChanged(
-                        f"expected {size} bytes in the spilled file {file.name}, it ends after "
-                        f"{done}; somebody has cut it"
-                    )
-                _write(fresh, part, done)
-                done += len(part)
-        return SpillFile(self, final, fresh, file.offset, file.nbytes)
+        with self._new_file(file.name.partition(".")[0], file.layout) as (fresh, final):
+            for at, left in file.layout.ranges:
+                _copy(fd, fresh, at, left)
+        return SpillFile(self, final, fresh, file.layout)
 
     def close(self) -> None:
         """Removes this process's folder with all files; the next file makes a new one."""
@@ -184,8 +196,8 @@ class SpillFolder:
     # --- inside ---------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _new_file(self, name: str, size: int) -> Iterator[tuple[int, str]]:
-        """An open file of ``size`` bytes, renamed to its name if the block ends well."""
+    def _new_file(self, name: str, layout: Layout) -> Iterator[tuple[int, str]]:
+        """An open file with room for all, renamed to its name if the block ends well."""
         with self._lock.here:
             own = self._opened()
         final = f"{_safe(name)}.{secrets.token_hex(4)}.safetensors"
@@ -195,18 +207,19 @@ class SpillFolder:
         folder = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fd = os.open(partial, flags, 0o600, dir_fd=folder)
-            _allocate(fd, size)
+            for at, size in layout.ranges:
+                _allocate(fd, at, size)
             yield fd, final
             os.fsync(fd)
             os.rename(partial, final, src_dir_fd=folder, dst_dir_fd=folder)
-            self._used += size
+            self._used += layout.used
         except BaseException as error:
             if fd >= 0:
                 os.close(fd)
                 with contextlib.suppress(OSError):
                     os.unlink(partial, dir_fd=folder)
             if isinstance(error, OSError):
-                raise _said(error, own, size) from error
+                raise _said(error, own, layout.used) from error
             raise
         finally:
             os.close(folder)
@@ -275,34 +288,63 @@ class SpillFolder:
 # --- the format -----------------------------------------------------------------------------------
 
 
-def safetensors_header(pieces: Sequence[Piece], nbytes: int, metadata: Mapping[str, str]) -> bytes:
-    """A header whose length is a whole number of pages; gaps between pieces have names too."""
+def safetensors_header(
+    pieces: Sequence[Piece],
+    nbytes: int,
+    metadata: Mapping[str, str],
+    lead: int = 0,
+    at_least: int = 0,
+) -> bytes:
+    """A header whose length is a whole number of pages; gaps between pieces have names too.
+
+    Args:
+        lead: bytes between it and the data.
+        at_least: its length, in whole pages.
+    """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for piece in sorted(pieces, key=lambda piece: piece.offset):
-        if piece.offset > end:
-            entries[f"~gap.{end}"] = _entry(end, piece.offset)
-        entries[piece.name] = _entry(piece.offset, piece.offset + piece.nbytes)
-        end = piece.offset + piece.nbytes
-    if nbytes > end:
-        entries[f"~gap.{end}"] = _entry(end, nbytes)
+        start = lead + piece.offset
+        if start > end:
+            entries[f"~gap.{end}"] = _entry(end, start)
+        end = start + piece.nbytes
+        entries[piece.name] = _entry(start, end)
+    if lead + nbytes > end:
+        entries[f"~gap.{end}"] = _entry(end, lead + nbytes)
     text = json.dumps(entries, separators=(",", ":")).encode()
-    length = -(-(len(text) + 8) // PAGE) * PAGE - 8
+    length = max(at_least, -(-(len(text) + 8) // PAGE) * PAGE) - 8
     return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def _laid_out(
+    pieces: Sequence[Piece], nbytes: int, metadata: Mapping[str, str]
+) -> tuple[bytes, Layout]:
+    """The header, and where the data begin: where a block does, if they fill one.
+
+    Else every large folio of theirs would lie across two entries of a page table.
+    """
+    if nbytes < BLOCK:
+        header = safetensors_header(pieces, nbytes, metadata)
+        return header, Layout(len(header), len(header), nbytes)
+    # No number is longer with a smaller lead, so that this is long enough.
+    length = len(safetensors_header(pieces, nbytes, metadata, BLOCK))
+    lead = -length % BLOCK
+    header = safetensors_header(pieces, nbytes, metadata, lead, length)
+    return header, Layout(length, length + lead, nbytes)
 
 
 def _entry(start: int, end: int) -> dict[str, Any]:
     return {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
 
 
-def _allocate(fd: int, size: int) -> None:
+def _allocate(fd: int, offset: int, size: int) -> None:
     """A disk that is too small says so now, where it can."""
     try:
-        os.posix_fallocate(fd, 0, size)
+        os.posix_fallocate(fd, offset, size)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
-        os.ftruncate(fd, size)
+        os.ftruncate(fd, offset + size)
 
 
 def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -310,6 +352,18 @@ def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
     while view:
         done = os.pwrite(fd, view[:CHUNK], offset)
         view, offset = view[done:], offset + done
+
+
+def _copy(fd: int, to: int, at: int, left: int) -> None:
+    while left:
+        part = os.pread(fd, min(CHUNK, left), at)
+        if not part:
+            raise PoolFileChanged(
+                f"expected {left} bytes more in a spilled file, it ends after {at}; somebody has "
+                "cut it"
+            )
+        _write(to, part, at)
+        at, left = at + len(part), left - len(part)
 
 
 def _memory_of(piece: Piece) -> tuple[memoryview, object]:
