@@ -97,7 +97,7 @@ def test_tied_weight_gets_its_delta_once(tmp_path):
     base = gpt2()
     assert base.lm_head.weight is base.transformer.wte.weight
     made = peft_model(base, r=3, lora_alpha=5, target_modules=["wte"])
-    commit = LoraCommit(saved(made, tmp_path))
+    commit = LoraCommit(saved(made, tmp_path), tied="add")
     assert len(commit.deltas(base)) == 1
     theirs = merged(made)["transformer.wte.weight"]
     torch.testing.assert_close(computed(base, commit)["transformer.wte.weight"], theirs)

@@ -9,23 +9,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_config", "check_rank", "config_of", "scaling"]
+__all__ = ["check_config", "check_pair", "config_of", "scaling"]
 
 # Read here.
 USED = {"r", "lora_alpha", "lora_bias", "use_rslora", "rank_pattern", "alpha_pattern",
-        "modules_to_save"}  # fmt: skip
+        "modules_to_save", "ensure_weight_tying"}  # fmt: skip
 # Of training, of choosing modules (the file's keys have chosen) or of how peft runs the adapter:
 # the product of the two matrices is the same whatever they say. fan_in_fan_out follows from the
 # module's type, as in peft, which corrects a wrong value.
 NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "corda_config",
-    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
     "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
-# Each of these moves the base weights when the adapter is made: its file fits those alone.
-MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Beginnings that leave the base weights alone. The file of one that moved them fits those alone.
+KEPT_BASE = ("gaussian", "eva", "orthogonal", "mica")
 WHY_NOT = {
     "bias": "biases that were trained beside it replace the model's own",
     "use_dora": "DoRA scales whole rows by a norm of the sum, which is no product of two matrices",
@@ -46,6 +46,11 @@ def config_of(config: object, where: str) -> dict[str, Any] | None:
     if isinstance(config, str | Path):
         try:
             loaded = json.loads(Path(config).read_bytes())
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"expected the config of {where} at {config}, came nothing; correct the path, or "
+                "give config= as a dict"
+            ) from None
         except ValueError as error:
             raise ValueError(
                 f"expected JSON in {config}, came text that does not parse ({error}); "
@@ -84,11 +89,11 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             "apply it with peft itself and manage the merged model"
         )
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(MOVED_BASE):
+    if isinstance(start, str) and start.lower() not in KEPT_BASE:
         raise ValueError(
             f"expected an adapter for the base weights as published in {where}, came "
-            f"init_lora_weights={start!r}, which moved them; save it by peft's "
-            "path_initial_model_for_weight_conversion"
+            f"init_lora_weights={start!r}, which moved them or is not known here; save it by "
+            "peft's path_initial_model_for_weight_conversion"
         )
     known = USED | NEUTRAL | {"peft_type", "init_lora_weights"}
     for key, value in config.items():
@@ -132,8 +137,10 @@ def _number(value: object, what: str, where: str) -> float:
     return float(value)
 
 
-def check_rank(config: Mapping[str, Any], path: str, rank: int, key: str, where: str) -> None:
-    """Raise where the config and the tensor differ about the rank of one module."""
+def check_pair(
+    config: Mapping[str, Any], path: str, rank: int, *, bias: bool, key: str, where: str
+) -> None:
+    """Raise where the config and the tensors differ about the rank or the bias of one module."""
     said = _pattern(config.get("rank_pattern"), path, where)
     if said is None and config.get("r") is not None:
         said = _number(config["r"], "r", where)
@@ -141,6 +148,12 @@ def check_rank(config: Mapping[str, Any], path: str, rank: int, key: str, where:
         raise ValueError(
             f"expected rank {said:g} of {path} by the config of {where}, came {rank} in {key!r}; "
             "give the config that was saved with this file"
+        )
+    if "lora_bias" in config and bool(config["lora_bias"]) != bias:
+        raise ValueError(
+            f"expected lora_bias={config['lora_bias']!r} of {path} by the config of {where}, came "
+            f"{key!r} with{'' if bias else 'out'} a bias beside it; give the config and the file "
+            "that were saved together"
         )
 
 

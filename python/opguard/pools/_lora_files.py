@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opguard.pools._lora_config import check_config, check_rank, config_of, scaling
+from opguard.pools._lora_config import check_config, check_pair, config_of, scaling
 
 __all__ = ["Adapter", "Pair", "Replacement", "read"]
 
@@ -51,6 +51,7 @@ _ROLES: tuple[tuple[re.Pattern[str], dict[str, str], str], ...] = (
     (re.compile(r"^(.+\.to_(?:q|k|v|out))_lora\.(alpha)$"), {}, "old"),
     (re.compile(r"^(.+)\.(alpha)$"), {}, ""),
 )
+_PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _WHOLE = re.compile(r"^(.+?)(?:\.base_layer|\.modules_to_save(?:\.[^.]+)?)\.(weight|bias)$")
 _OTHER = (
     (("lora_magnitude_vector", "dora_scale"), "DoRA's norms"),
@@ -64,14 +65,15 @@ _OTHER = (
 
 @dataclass
 class Pair:
-    """Two matrices for one module, scaled by the file's alpha and the user's scale.
+    """Two matrices for one module, not scaled yet.
 
     Attributes:
         path: the module's path; with ``_`` for every dot where ``flat``.
         component: kohya's prefix, "" where the path alone says it.
-        up: [rows, r], scaled; down: [r, columns of the flattened kernel]; fp32, or fp64.
+        up: [rows, r]; down: [r, columns of the flattened kernel]; fp32, or fp64.
+        scale: what the product is multiplied by: the file's scaling and the user's.
         kernel: size of the kernel that ``down`` has, () for a linear layer.
-        bias: what is added to the module's bias, scaled.
+        bias: what is added to the module's bias, not scaled either.
         key: a key of the file, for messages.
     """
 
@@ -82,6 +84,7 @@ class Pair:
     embedding: bool
     up: Tensor
     down: Tensor
+    scale: float
     kernel: tuple[int, ...]
     bias: Tensor | None
     key: str
@@ -149,6 +152,11 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors.torch import load
 
     data = path.read_bytes()
+    if data.startswith(_PICKLED):
+        raise ValueError(
+            f"expected a safetensors file at {path}, came a pickled one, which could run code when "
+            "it is read; save it with safe_serialization=True"
+        )
     try:
         tensors = load(data)
         length = int.from_bytes(data[:8], "little")
@@ -240,12 +248,16 @@ def _checked(key: str, tensor: Tensor, where: str) -> Tensor:
 def _placed(path: str) -> tuple[str, str, bool, bool]:
     """(path, component, flat, peft) from what a key says before its role."""
     if path.startswith(PEFT):
-        return path[len(PEFT) :].replace(".base_layer", ""), "", False, True
+        return _without(path[len(PEFT) :], "base_layer"), "", False, True
     kohya = _KOHYA.match(path)
     if kohya and "." not in path:
         return kohya[2], kohya[1], True, False
     # diffusers wrote peft's prefix behind its own for some time.
-    return path.replace(".processor", "").replace(f".{PEFT}", "."), "", False, False
+    return _without(path, "processor").replace(f".{PEFT}", "."), "", False, False
+
+
+def _without(path: str, level: str) -> str:
+    return ".".join(name for name in path.split(".") if name != level)
 
 
 def _old_name(path: str) -> str:
@@ -269,25 +281,42 @@ def _refuse(key: str, where: str) -> ValueError:
     )
 
 
-def _replaced(key: str, saved: object) -> tuple[str, str] | None:
-    """(path, parameter) where a key brings a whole parameter and the file says that it does."""
+def _replaced(key: str, saved: Sequence[str], tied: bool) -> tuple[str, str] | None:
+    """(path, parameter) where a key brings a whole parameter and the file says that it does.
+
+    Args:
+        saved: endings of modules' paths, as peft matches them.
+        tied: peft saves what is tied to one of them too, and its config does not name that.
+    """
+    if not key.startswith(PEFT):
+        return None
     whole = _WHOLE.match(key)
     if whole:
         return whole[1].removeprefix(PEFT), whole[2]
-    path, _, name = key.rpartition(".")
-    path = path.removeprefix(PEFT)
-    for module in saved if isinstance(saved, list | tuple | set | frozenset) else ():
-        if f".{path}.".find(f".{module}.") >= 0:
-            return path, name
-    return None
+    path, _, name = key.removeprefix(PEFT).rpartition(".")
+    named = any(re.search(rf"{re.escape(module)}(\.|$)", path) for module in saved)
+    return (path, name) if named or (saved and tied) else None
+
+
+def _saved(settings: Mapping[str, Any], where: str) -> Sequence[str]:
+    """modules_to_save of a configuration."""
+    saved = settings.get("modules_to_save") or ()
+    listed = isinstance(saved, list | tuple | set | frozenset)
+    if not listed or not all(isinstance(module, str) for module in saved):
+        raise TypeError(
+            f"expected modules_to_save in the config of {where} as a list of names, came "
+            f"{saved!r}; correct the config"
+        )
+    return tuple(saved)
 
 
 def _entries(
-    tensors: Mapping[str, Tensor], saved: object, where: str
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], where: str
 ) -> tuple[dict[tuple[str, str], _Entry], list[Replacement]]:
     """Each key of the file at its place, or an exception that names it."""
     entries: dict[tuple[str, str], _Entry] = {}
     replacements = []
+    saved, tied = _saved(settings, where), bool(settings.get("ensure_weight_tying"))
     for key in sorted(tensors):
         tensor = _checked(key, tensors[key], where)
         for pattern, names, kind in _ROLES:
@@ -307,10 +336,15 @@ def _entries(
             entry.embedding |= kind == "embedding"
             break
         else:
-            whole = _replaced(key, saved)
-            if whole is None or not key.startswith(PEFT):
+            whole = _replaced(key, saved, tied)
+            if whole is None:
                 raise _refuse(key, where)
             replacements.append(Replacement(*whole, tensor, key))
+    if saved and not replacements:
+        raise ValueError(
+            f"expected the weights of {', '.join(saved)} in {where} by modules_to_save of its "
+            "config, came none; the file is incomplete, fetch or save it again"
+        )
     return entries, replacements
 
 
@@ -354,6 +388,11 @@ def _scale(entry: _Entry, rank: int, config: dict[str, Any] | None, where: str) 
         raise ValueError(
             f"expected one number at {entry.keys['alpha']!r} of {where}, came shape "
             f"{list(alpha.shape)}; the file is damaged, fetch or save it again"
+        )
+    if float(alpha) == 0:
+        raise ValueError(
+            f"expected an alpha other than 0 at {entry.keys['alpha']!r} of {where}, which some "
+            "tools take for the rank and others for no change; leave it out, or write the rank"
         )
     own = float(alpha) / rank
     if said is not None and abs(said - own) > 1e-6 * max(abs(said), abs(own)):
@@ -400,15 +439,21 @@ def _pairs(
         rank = up.shape[1]
         own, entry_path = _by_component(config, entry.path)
         if own is not None:
-            check_rank(own, entry_path, rank, entry.keys["down"], where)
+            bias = "bias" in entry.tensors
+            check_pair(own, entry_path, rank, bias=bias, key=entry.keys["down"], where=where)
         scale = _scale(entry, rank, own, where)
         wide = torch.promote_types(up.dtype, down.dtype)
         factor = extra * (1.0 if scale is None else scale)
-        bias = entry.tensors.get("bias")
+        up, down, added = up.to(wide), down.to(wide), entry.tensors.get("bias")
+        if not all(bool((t * factor).isfinite().all()) for t in (up, down)):
+            raise ValueError(
+                f"expected a scaling of {entry.path} in {where} that leaves its matrices finite, "
+                f"came {factor:g}; give a smaller scale"
+            )
         pair = Pair(
             path=entry.path, component=entry.component, flat=entry.flat, peft=entry.peft,
-            embedding=entry.embedding, up=up.to(wide) * factor, down=down.to(wide), kernel=kernel,
-            bias=None if bias is None else bias.to(wide) * factor, key=entry.keys["down"],
+            embedding=entry.embedding, up=up, down=down, scale=factor, kernel=kernel,
+            bias=None if added is None else added.to(wide), key=entry.keys["down"],
         )  # fmt: skip
         yield pair, scale
 
@@ -434,7 +479,7 @@ def read(source: object, config: object = None, scale: float = 1.0) -> Adapter:
     if not tensors:
         raise ValueError(f"expected LoRA matrices in {where}, came no tensor; give another file")
     _check_settings(settings or {}, where)
-    entries, replacements = _entries(tensors, (settings or {}).get("modules_to_save"), where)
+    entries, replacements = _entries(tensors, settings or {}, where)
     made = list(_pairs(entries, settings, scale, where))
     pairs = [pair for pair, _ in made]
     scales = [1.0 if alpha is None else alpha for _, alpha in made]

@@ -222,7 +222,30 @@ def places(
                 f"{', '.join(have) or 'none that name a component'}; leave component out or "
                 "name one of these"
             )
+        nameless = next((what for what in whats if not _component(what)), None)
+        if nameless is not None:
+            raise LookupError(
+                f"expected every key of {where} to name its component, came {nameless.key!r}; "
+                "leave component out, or save each part to a file of its own"
+            )
         whats = chosen
     if isinstance(obj, nn.Module):
-        return _in_module(getattr(obj, "_orig_mod", obj), whats, where)
-    return _in_pipeline(obj, whats, where)
+        found = _in_module(getattr(obj, "_orig_mod", obj), whats, where)
+    else:
+        found = _in_pipeline(obj, whats, where)
+    _refuse_twice(found, where)
+    return found
+
+
+def _refuse_twice(found: Sequence[Place], where: str) -> None:
+    """One file may have a module under names of two layouts: nobody knows whether it means both."""
+    pairs: dict[int, Place] = {}
+    for place in found:
+        if not isinstance(place.what, Pair):
+            continue
+        other = pairs.setdefault(id(place.module), place)
+        if other is not place:
+            raise ValueError(
+                f"expected one pair of matrices for {place.path} in {where}, came "
+                f"{other.what.key!r} and {place.what.key!r}; leave one of them out"
+            )

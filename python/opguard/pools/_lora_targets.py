@@ -26,6 +26,7 @@ class Target:
     """One parameter and what is done to it."""
 
     path: str
+    module: nn.Module
     parameter: nn.Parameter
     change: LowRank | Whole
 
@@ -46,13 +47,15 @@ def _refused_kind(place: Place, what: str, where: str) -> TypeError:
 
 def _parameter(place: Place, name: str, where: str) -> nn.Parameter:
     """A parameter that can be added to, or an exception with the way out."""
-    module = place.module
+    module, whole = place.module, isinstance(place.what, Replacement)
     if "parametrizations" in module._modules:
         raise _refused_kind(
             place, " with parametrizations; remove them (remove_parametrizations) first", where
         )
     parameter = module._parameters.get(name)
     way_out = "give mode='hook' to LoraCommit, which leaves the weights alone"
+    if whole:
+        way_out = "merge it with peft and manage the merged model"
     if parameter is None:
         raise _refused_kind(place, f" without a {name} of its own; {way_out}", where)
     if type(parameter) is not nn.Parameter or parameter.dtype not in _ADDABLE:
@@ -139,8 +142,9 @@ def checked_pair(place: Place, where: str) -> tuple[str, bool]:
 def _of_pair(place: Place, pair: Pair, where: str) -> Iterator[Target]:
     name, transposed = checked_pair(place, where)
     parameter = _parameter(place, name, where)
-    up, down = pair.up, pair.down
-    change = LowRank(down.t(), up.t()) if transposed else LowRank(up, down)
+    left, right = (pair.down.t(), pair.up.t()) if transposed else (pair.up, pair.down)
+    # Scaled on one side whichever way round, so that what is tied can be told to be equal.
+    change = LowRank(left * pair.scale, right)
     if not isinstance(place.module, _KNOWN) and not _is_conv1d(place.module):
         raise _refused_kind(
             place, ", whose weight may lie any way round; give mode='hook' to LoraCommit", where
@@ -151,7 +155,7 @@ def _of_pair(place: Place, pair: Pair, where: str) -> Iterator[Target]:
             f"expected {name} of {rows} x {columns} at {place.path} by the module's own numbers, "
             f"came {list(parameter.shape)}; set them to what the weight is"
         )
-    yield Target(place.path, parameter, change)
+    yield Target(place.path, place.module, parameter, change)
     if pair.bias is None:
         return
     if place.module._parameters.get("bias") is None:
@@ -163,8 +167,8 @@ def _of_pair(place: Place, pair: Pair, where: str) -> Iterator[Target]:
             f"{list(pair.bias.shape)} beside {pair.key!r} of {where}; this LoRA was made for "
             "another model"
         )
-    column = pair.bias.unsqueeze(1)
-    yield Target(place.path, bias, LowRank(column, column.new_ones(1, 1)))
+    column = (pair.bias * pair.scale).unsqueeze(1)
+    yield Target(place.path, place.module, bias, LowRank(column, column.new_ones(1, 1)))
 
 
 def targets_of(place: Place, where: str) -> Iterator[Target]:
@@ -181,4 +185,4 @@ def targets_of(place: Place, where: str) -> Iterator[Target]:
             f"{list(what.tensor.shape)} at {what.key!r} of {where}; resize the model first, as it "
             "was when the adapter was trained"
         )
-    yield Target(place.path, parameter, Whole(what.tensor))
+    yield Target(place.path, place.module, parameter, Whole(what.tensor))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from opguard.pools._views import point, version_of
 
-__all__ = ["groups_of", "is_at", "point_all", "tensors_of"]
+__all__ = ["groups_of", "is_at", "point_all", "roots_of", "tensors_of"]
 
 # How many have the tensor beside its Python object: newer torch tells. Where it does not, a patch
 # is not refused under a live graph, and its backward raises.
@@ -47,7 +47,8 @@ def is_at(parameter: Tensor, tensor: Tensor) -> bool:
     return same and parameter.dtype == tensor.dtype and parameter.device == tensor.device
 
 
-def _modules(obj: Any) -> Iterator[tuple[str, nn.Module]]:
+def roots_of(obj: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The module itself, or the modules among an object's attributes, with their names."""
     if isinstance(obj, nn.Module):
         yield "", obj
         return
@@ -58,7 +59,7 @@ def _modules(obj: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def tensors_of(obj: Any) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers with their names; tied ones once a name."""
-    for prefix, root in _modules(obj):
+    for prefix, root in roots_of(obj):
         for path, module in root.named_modules(prefix=prefix):
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():

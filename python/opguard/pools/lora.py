@@ -10,13 +10,14 @@ from os import PathLike
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opguard.pools._lora_files import Pair, Replacement, read
 from opguard.pools._lora_math import Added, LowRank, Whole
 from opguard.pools._lora_places import Place, places
 from opguard.pools._lora_side import add_sides, drop_sides
 from opguard.pools._lora_targets import Target, targets_of
+from opguard.pools._parameters import roots_of
 from opguard.pools._patched import Delta, DeltaCommit
 
 __all__ = ["LoraCommit"]
@@ -40,8 +41,9 @@ class LoraCommit(DeltaCommit):
         component: take only what the file has for this part of a pipeline (``"unet"``).
         mode: ``"weights"`` patches weights; ``"hook"`` leaves them and adds the product to the
             module's output, which quantized weights need. Slower a call, but no extra weights.
-        tied: two modules of the LoRA that share one weight are refused if they change it
-            differently; ``"add"`` applies both to the one weight.
+        tied: a weight that several modules share is refused unless the LoRA has the same change
+            for all of them: patched, it changes for all. ``"add"`` applies whatever it has for any
+            of them to the one weight; ``mode="hook"`` to each module its own.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: the file is not a LoRA that is understood.
@@ -82,6 +84,7 @@ class LoraCommit(DeltaCommit):
         self._digest = hashlib.blake2b(options.encode(), digest_size=16).hexdigest()
         if mode == "hook":
             self.squash_key = None
+            self.undoes_itself = False  # hooks of many modules: an interrupt may come between two
         if adapter.assumed:
             warnings.warn(
                 f"expected alpha for every matrix of {self.where}, came none for "
@@ -115,7 +118,25 @@ class LoraCommit(DeltaCommit):
         for place in self._places(obj):
             for target in targets_of(place, self.where):
                 found.setdefault(_memory(target.parameter), []).append(target)
+        if self.tied == "refuse":
+            self._refuse_other_ends(obj, found)
         return {group[0].parameter: self._one(group) for group in found.values()}
+
+    def _refuse_other_ends(self, obj: Any, found: Mapping[object, list[Target]]) -> None:
+        """Raises where a weight that is to change belongs to modules that the file does not name.
+
+        The adapter was trained beside one end of it, the other was as it is.
+        """
+        for prefix, root in roots_of(obj):
+            for path, module in root.named_modules(prefix=prefix):
+                for parameter in module._parameters.values():
+                    group = () if parameter is None else found.get(_memory(parameter), ())
+                    if group and all(target.module is not module for target in group):
+                        raise ValueError(
+                            f"expected a change of {group[0].path} alone, which shares its weight "
+                            f"with {path}, for which {self.where} has none; untie the weights, "
+                            "give mode='hook', or give tied='add' to change both"
+                        )
 
     def _one(self, group: list[Target]) -> Added | LowRank | Whole:
         """All that the file has for one weight: replacements first, what two names say once."""
@@ -145,6 +166,11 @@ class LoraCommit(DeltaCommit):
             drop_sides(handles)
             raise
 
+    def settle(self, obj: Any) -> None:
+        """Hooks need nothing in memory; patched weights go with their module."""
+        if self.mode == "weights":
+            super().settle(obj)
+
     def revert(self, obj: Any) -> None:
         """Points the parameters back at the base, bit by bit what they were."""
         if self.mode == "weights":
@@ -156,26 +182,15 @@ class LoraCommit(DeltaCommit):
 
 def _memory(parameter: Tensor) -> object:
     """Equal for parameters that are one piece of memory in one shape."""
-    if parameter.is_meta:
+    if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
         return id(parameter)
-    return (
-        (
-            parameter.device,
-            parameter.data_ptr(),
-            parameter.shape,
-            parameter.stride(),
-            parameter.dtype,
-        )
-        if parameter.numel()
-        else id(parameter)
-    )
+    place = parameter.device, parameter.data_ptr()
+    return place, parameter.shape, parameter.stride(), parameter.dtype
 
 
 def _equal(one: LowRank | Whole, other: LowRank | Whole) -> bool:
-    if isinstance(one, Whole) or isinstance(other, Whole):
-        return (
-            isinstance(one, Whole)
-            and isinstance(other, Whole)
-            and torch.equal(one.tensor, other.tensor)
-        )
-    return torch.equal(one.left, other.left) and torch.equal(one.right, other.right)
+    """Whether two changes of one kind do the same."""
+    if isinstance(one, Whole):
+        return isinstance(other, Whole) and torch.equal(one.tensor, other.tensor)
+    same = isinstance(other, LowRank) and torch.equal(one.left, other.left)
+    return same and torch.equal(one.right, other.right)
