@@ -190,7 +190,8 @@ def _memory(parameter: Tensor) -> object:
 
 def _equal(one: LowRank | Whole, other: LowRank | Whole) -> bool:
     """Whether two changes of one kind do the same."""
-    if isinstance(one, Whole):
-        return isinstance(other, Whole) and torch.equal(one.tensor, other.tensor)
-    same = isinstance(other, LowRank) and torch.equal(one.left, other.left)
-    return same and torch.equal(one.right, other.right)
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        return torch.equal(one.left, other.left) and torch.equal(one.right, other.right)
+    if isinstance(one, Whole) and isinstance(other, Whole):
+        return torch.equal(one.tensor, other.tensor)
+    return False
