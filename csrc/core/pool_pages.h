@@ -60,6 +60,14 @@ typedef struct og_pages_span {
 /* Told of one run of whole pages; other than 0 ends the scan with it. */
 typedef int (*og_pages_visit)(void *context, char *start, char *end);
 
+/* What questions of one call are asked with: opened once, so that none fails
+ * halfway for want of a descriptor. */
+typedef struct og_pages_scan {
+    og_pages_method method;
+    int file;    /* borrowed: what OG_PAGES_COMPARE compares with */
+    int pagemap; /* of this process; -1 where the method needs none */
+} og_pages_scan;
+
 /* Maps nbytes > 0 of fd from offset on, private, readable and writable. With
  * an address the map is there already and stays its owner's: nothing is
  * written to its file, and unmapping leaves it. Guards it against SIGBUS. */
@@ -126,10 +134,20 @@ og_pages_size(void);
 og_pages_span
 og_pages_range(const og_pages *pages, size_t start, size_t end);
 
-/* Runs of pages that were copied on write, in order. fd is the file. */
+/* To be closed by the same thread before it returns to its caller: in a forked
+ * child the descriptor would tell of the parent. */
 int
-og_pages_each_changed(og_pages_method method, int fd, og_pages_span span,
-                      og_pages_visit visit, void *context);
+og_pages_scan_open(og_pages_scan *scan, og_pages_method method, int file);
+
+void
+og_pages_scan_close(og_pages_scan *scan);
+
+/* Runs of pages that were copied on write, in order. held, which may be NULL,
+ * gets the bytes of all pages in memory, or of the whole span where the method
+ * cannot tell. */
+int
+og_pages_each_changed(const og_pages_scan *scan, og_pages_span span,
+                      og_pages_visit visit, void *context, int64_t *held);
 
 /* Whether the file may be written: not borrowed, and in the process that made
  * the map. */

@@ -56,14 +56,13 @@ write_run(void *context, char *start, char *end)
     return failed;
 }
 
-/* The lock is held. */
+/* The lock is held. held may be NULL. */
 static int
-write_changed(const og_pages *pages, int fd, og_pages_span span,
-              int64_t *written)
+write_changed(const og_pages *pages, const og_pages_scan *scan, int fd,
+              og_pages_span span, int64_t *written, int64_t *held)
 {
     writing w = {pages, fd, span, 0};
-    int failed =
-        og_pages_each_changed(pages->method, pages->fd, span, write_run, &w);
+    int failed = og_pages_each_changed(scan, span, write_run, &w, held);
     *written += w.written;
     return failed;
 }
@@ -88,13 +87,19 @@ og_pages_write_back(og_pages *pages, size_t start, size_t end,
     if (og_pages_broken(pages)) {
         return ESTALE;
     }
+    og_pages_scan scan;
+    int failed = og_pages_scan_open(&scan, pages->method, pages->fd);
+    if (failed != 0) {
+        return failed;
+    }
     pthread_mutex_lock(&pages->lock);
-    int failed = write_changed(pages, pages->fd,
-                               og_pages_range(pages, start, end), written);
+    failed = write_changed(pages, &scan, pages->fd,
+                           og_pages_range(pages, start, end), written, NULL);
     if (*written > 0 || failed != 0) {
         stamp_again(pages);
     }
     pthread_mutex_unlock(&pages->lock);
+    og_pages_scan_close(&scan);
     return failed;
 }
 
@@ -103,12 +108,12 @@ og_pages_write_back(og_pages *pages, size_t start, size_t end,
 
 typedef struct settling {
     const og_pages *pages;
-    int fd;
-    og_pages_span away; /* where the pages are now */
-    char *home;         /* where everybody sees them */
-    char *before;       /* room for a page: what the file had */
-    bool writes;        /* else the file is left as it is */
-    bool unscanned;     /* pages are looked at that may not be in memory */
+    const og_pages_scan *scan; /* of the file that the pages are of by now */
+    og_pages_span away;        /* where the pages are now */
+    char *home;                /* where everybody sees them */
+    char *before;              /* room for a page: what the file had */
+    bool writes;               /* else the file is left as it is */
+    bool unscanned; /* pages are looked at that may not be in memory */
     int64_t written;
     int failed; /* the first error; the scan goes on */
 } settling;
@@ -127,8 +132,8 @@ is_changed(const settling *s, char *page, int64_t offset)
 {
     bool changed = false;
     og_pages_span one = {page, page + og_pages_size(), offset};
-    return og_pages_each_changed(s->pages->method, s->fd, one, note_changed,
-                                 &changed) != 0 ||
+    return og_pages_each_changed(s->scan, one, note_changed, &changed, NULL) !=
+               0 ||
            changed;
 }
 
@@ -152,14 +157,14 @@ settle_page(settling *s, char *page)
 {
     int64_t from = page - s->away.start, offset = s->away.offset + from;
     size_t size = size_in_file(s->pages, offset, og_pages_size());
-    ssize_t got = pread(s->fd, s->before, size, (off_t)offset);
+    ssize_t got = pread(s->scan->file, s->before, size, (off_t)offset);
     const char *before = got == (ssize_t)size ? s->before : NULL;
     if (before != NULL && memcmp(before, page, size) == 0) {
         return;
     }
     int failed = before != NULL ? 0 : got < 0 ? errno : ESTALE;
     if (failed == 0 && s->writes) {
-        failed = og_pages_pwrite(s->fd, page, size, offset);
+        failed = og_pages_pwrite(s->scan->file, page, size, offset);
         s->written += failed == 0 ? (int64_t)og_pages_size() : 0;
     }
     if (s->failed == 0) {
@@ -188,17 +193,17 @@ settle_run(void *context, char *start, char *end)
 /* before is room for a page. written: NULL where the file must not be; else
  * the lock is held. */
 static int
-settle(const og_pages *pages, int fd, og_pages_span away, char *home,
-       char *before, int64_t *written)
+settle(const og_pages *pages, const og_pages_scan *scan, og_pages_span away,
+       char *home, char *before, int64_t *written)
 {
     settling s = {.pages = pages,
-                  .fd = fd,
+                  .scan = scan,
                   .away = away,
                   .home = home,
                   .before = before,
                   .writes = written != NULL};
-    if (og_pages_each_changed(pages->method, fd, away, settle_run, &s) != 0) {
-        /* Without a descriptor left, say. They are nowhere else by now. */
+    if (og_pages_each_changed(scan, away, settle_run, &s, NULL) != 0) {
+        /* Without memory, say. They are nowhere else by now. */
         s.unscanned = true;
         (void)settle_run(&s, away.start, away.end);
     }
@@ -247,6 +252,7 @@ drop(og_pages_span span)
 
 typedef struct dropping {
     const og_pages *pages;
+    const og_pages_scan *scan;
     og_pages_span left; /* neither dropped nor kept yet */
     char *before;
 } dropping;
@@ -266,8 +272,7 @@ drop_until(dropping *d, char *end)
     if (take_away(d->pages, run, &away, &whole, &size) != 0) {
         return drop(run);
     }
-    int failed =
-        settle(d->pages, d->pages->fd, away, run.start, d->before, NULL);
+    int failed = settle(d->pages, d->scan, away, run.start, d->before, NULL);
     munmap(whole, size);
     return failed;
 }
@@ -284,29 +289,28 @@ drop_before(void *context, char *start, char *end)
 
 /* The file must not be written: what is changed stays where it is. */
 static int
-drop_unchanged(const og_pages *pages, og_pages_span span, char *before)
+drop_unchanged(const og_pages *pages, const og_pages_scan *scan,
+               og_pages_span span, char *before)
 {
-    dropping d = {pages, span, before};
-    int failed =
-        og_pages_each_changed(pages->method, pages->fd, span, drop_before, &d);
+    dropping d = {pages, scan, span, before};
+    int failed = og_pages_each_changed(scan, span, drop_before, &d, NULL);
     return failed != 0 ? failed : drop_until(&d, span.end);
 }
 
 /* The lock is held, and what was changed is in the file. */
 static int
-drop_written(og_pages *pages, og_pages_span span, char *before,
-             int64_t *written)
+drop_written(const og_pages *pages, const og_pages_scan *scan,
+             og_pages_span span, char *before, int64_t *written)
 {
     og_pages_span away;
     void *whole = NULL;
     size_t size = 0;
     if (take_away(pages, span, &away, &whole, &size) == 0) {
-        int failed =
-            settle(pages, pages->fd, away, span.start, before, written);
+        int failed = settle(pages, scan, away, span.start, before, written);
         munmap(whole, size);
         return failed;
     }
-    int failed = settle(pages, pages->fd, span, NULL, before, written);
+    int failed = settle(pages, scan, span, NULL, before, written);
     return failed != 0 ? failed : drop(span);
 }
 
@@ -320,10 +324,33 @@ is_as_stamped(const og_pages *pages)
            now.nanoseconds == then->nanoseconds && !og_pages_broken(pages);
 }
 
+/* Where the file may be written. The lock is held. */
+static int
+write_and_drop(og_pages *pages, const og_pages_scan *scan, og_pages_span span,
+               char *before, int64_t *written)
+{
+    /* Writing into a file that was cut would make it whole again, with zeros
+     * for what is lost. */
+    if (!is_as_stamped(pages)) {
+        return ESTALE;
+    }
+    int64_t held = 0;
+    int failed = write_changed(pages, scan, pages->fd, span, written, &held);
+    /* Nothing is there to be taken away: an absent model that is swept. */
+    if (failed == 0 && held > 0) {
+        failed = drop_written(pages, scan, span, before, written);
+    }
+    if (*written > 0 || failed != 0) { /* else others have written, if any */
+        stamp_again(pages);
+    }
+    return failed;
+}
+
 int
 og_pages_give_back(og_pages *pages, size_t start, size_t end, int64_t *written)
 {
     og_pages_span span = og_pages_range(pages, start, end);
+    og_pages_scan scan;
     *written = 0;
     if (og_pages_broken(pages)) {
         return ESTALE;
@@ -331,28 +358,24 @@ og_pages_give_back(og_pages *pages, size_t start, size_t end, int64_t *written)
     if (span.start == span.end) {
         return 0;
     }
+    int failed = og_pages_scan_open(&scan, pages->method, pages->fd);
+    if (failed != 0) {
+        return failed;
+    }
     char *before = malloc(og_pages_size());
     if (before == NULL) {
-        return ENOMEM;
+        failed = ENOMEM;
     }
-    if (!og_pages_writable(pages)) {
-        int kept = drop_unchanged(pages, span, before);
-        free(before);
-        return kept;
+    else if (!og_pages_writable(pages)) {
+        failed = drop_unchanged(pages, &scan, span, before);
     }
-    pthread_mutex_lock(&pages->lock);
-    /* Writing into a file that was cut would make it whole again, with zeros
-     * for what is lost. */
-    int failed = is_as_stamped(pages) ? 0 : ESTALE;
-    if (failed == 0) {
-        failed = write_changed(pages, pages->fd, span, written);
-        if (failed == 0) {
-            failed = drop_written(pages, span, before, written);
-        }
-        stamp_again(pages);
+    else {
+        pthread_mutex_lock(&pages->lock);
+        failed = write_and_drop(pages, &scan, span, before, written);
+        pthread_mutex_unlock(&pages->lock);
     }
-    pthread_mutex_unlock(&pages->lock);
     free(before);
+    og_pages_scan_close(&scan);
     return failed;
 }
 
@@ -362,8 +385,8 @@ og_pages_give_back(og_pages *pages, size_t start, size_t end, int64_t *written)
 /* The lock is held, and fd has what was changed. A write by a thread without
  * the model between the two calls that change the map is lost. */
 static int
-show_file(og_pages *pages, int fd, og_pages_span span, char *before,
-          int64_t *written)
+show_file(og_pages *pages, const og_pages_scan *scan, og_pages_span span,
+          char *before, int64_t *written)
 {
     const size_t length = pages->length;
     og_pages_span away;
@@ -371,7 +394,7 @@ show_file(og_pages *pages, int fd, og_pages_span span, char *before,
     size_t size = 0;
     bool taken = take_away(pages, span, &away, &whole, &size) == 0;
     void *made = mmap(span.start, length, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd,
+                      MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, scan->file,
                       (off_t)pages->offset);
     int failed = made == MAP_FAILED ? errno : 0;
     if (failed != 0 && taken) {
@@ -379,7 +402,7 @@ show_file(og_pages *pages, int fd, og_pages_span span, char *before,
                      span.start);
     }
     else if (taken) {
-        failed = settle(pages, fd, away, span.start, before, written);
+        failed = settle(pages, scan, away, span.start, before, written);
     }
     if (whole != NULL && taken) {
         munmap(whole, size);
@@ -387,28 +410,19 @@ show_file(og_pages *pages, int fd, og_pages_span span, char *before,
     return failed;
 }
 
-int
-og_pages_move(og_pages *pages, int fd, int64_t *written)
+/* The lock is held. */
+static int
+move_to(og_pages *pages, og_pages_scan *scan, int fd, char *before,
+        int64_t *written)
 {
     og_pages_span span = og_pages_range(pages, 0, pages->nbytes);
-    *written = 0;
-    if (pages->borrowed || og_pages_broken(pages)) {
-        return pages->borrowed ? EROFS : ESTALE;
-    }
-    char *before = malloc(og_pages_size());
-    if (before == NULL) {
-        return ENOMEM;
-    }
-    if (pages->process != (int64_t)getpid()) {
-        pthread_mutex_init(&pages->lock, NULL); /* perhaps copied locked */
-    }
-    pthread_mutex_lock(&pages->lock);
     int failed = is_as_stamped(pages) ? 0 : ESTALE;
     if (failed == 0) {
-        failed = write_changed(pages, fd, span, written);
+        failed = write_changed(pages, scan, fd, span, written, NULL);
     }
+    scan->file = fd;
     if (failed == 0) {
-        failed = show_file(pages, fd, span, before, written);
+        failed = show_file(pages, scan, span, before, written);
     }
     if (failed == 0 && dup3(fd, pages->fd, O_CLOEXEC) < 0) {
         failed = errno;
@@ -417,7 +431,33 @@ og_pages_move(og_pages *pages, int fd, int64_t *written)
         pages->process = (int64_t)getpid();
         stamp_again(pages);
     }
+    return failed;
+}
+
+int
+og_pages_move(og_pages *pages, int fd, int64_t *written)
+{
+    og_pages_scan scan;
+    *written = 0;
+    if (pages->borrowed || og_pages_broken(pages)) {
+        return pages->borrowed ? EROFS : ESTALE;
+    }
+    int failed = og_pages_scan_open(&scan, pages->method, pages->fd);
+    if (failed != 0) {
+        return failed;
+    }
+    char *before = malloc(og_pages_size());
+    if (before == NULL) {
+        og_pages_scan_close(&scan);
+        return ENOMEM;
+    }
+    if (pages->process != (int64_t)getpid()) {
+        pthread_mutex_init(&pages->lock, NULL); /* perhaps copied locked */
+    }
+    pthread_mutex_lock(&pages->lock);
+    failed = move_to(pages, &scan, fd, before, written);
     pthread_mutex_unlock(&pages->lock);
     free(before);
+    og_pages_scan_close(&scan);
     return failed;
 }

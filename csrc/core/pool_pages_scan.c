@@ -1,6 +1,4 @@
-/* Which pages of a private map were copied on write, asked in three ways. The
- * descriptor of /proc/self/pagemap is opened for each question: one that was
- * opened before a fork tells of the parent. */
+/* Which pages of a private map were copied on write, asked in three ways. */
 #define _GNU_SOURCE
 #include "core/pool_pages.h"
 
@@ -37,17 +35,50 @@ enum {
 #define ENTRY_SWAPPED (UINT64_C(1) << 62)
 #define ENTRY_FILE (UINT64_C(1) << 61)
 
-static int
-open_pagemap(int *fd)
+int
+og_pages_scan_open(og_pages_scan *scan, og_pages_method method, int file)
 {
-    *fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    return *fd < 0 ? errno : 0;
+    *scan = (og_pages_scan){method, file, -1};
+    if (method != OG_PAGES_COMPARE) {
+        scan->pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    }
+    return method != OG_PAGES_COMPARE && scan->pagemap < 0 ? errno : 0;
 }
 
-/* changed: copied on write; else all that is in memory. */
+void
+og_pages_scan_close(og_pages_scan *scan)
+{
+    if (scan->pagemap >= 0) {
+        close(scan->pagemap);
+    }
+    scan->pagemap = -1;
+}
+
+/* One answer of the kernel: which of its runs were changed, and how many bytes
+ * all are. */
 static int
-scan_regions(og_pages_span span, bool changed, og_pages_visit visit,
-             void *context)
+visit_regions(const scan_region *regions, int count, og_pages_visit visit,
+              void *context, int64_t *held)
+{
+    int failed = 0;
+    for (int i = 0; i < count && failed == 0; i++) {
+        char *start = (char *)(uintptr_t)regions[i].start;
+        char *end = (char *)(uintptr_t)regions[i].end;
+        if (held != NULL) {
+            *held += end - start;
+        }
+        if (visit != NULL && (regions[i].categories & IS_FILE) == 0) {
+            failed = visit(context, start, end);
+        }
+    }
+    return failed;
+}
+
+/* visit is told of what was copied on write. Without held only that is asked
+ * for. */
+static int
+scan_regions(int fd, og_pages_span span, og_pages_visit visit, void *context,
+             int64_t *held)
 {
     /* Set, because memcheck does not know that this ioctl writes there. */
     scan_region regions[REGIONS] = {{0}};
@@ -57,44 +88,49 @@ scan_regions(og_pages_span span, bool changed, og_pages_visit visit,
         .end = (uint64_t)(uintptr_t)span.end,
         .vec = (uint64_t)(uintptr_t)regions,
         .vec_len = REGIONS,
-        .inverted = changed ? IS_FILE : 0,
-        .mask = changed ? IS_FILE : 0,
+        .inverted = held == NULL ? IS_FILE : 0,
+        .mask = held == NULL ? IS_FILE : 0,
         .any_of = IS_PRESENT | IS_SWAPPED,
-        .returned = IS_PRESENT | IS_SWAPPED,
+        .returned = IS_PRESENT | IS_SWAPPED | (visit == NULL ? 0 : IS_FILE),
     };
-    int fd = -1, failed = open_pagemap(&fd);
+    int failed = 0;
     while (failed == 0 && arg.start < arg.end) {
         int found = ioctl(fd, SCAN_COMMAND, &arg);
         if (found < 0) {
             failed = errno == EINTR ? 0 : errno;
             continue;
         }
-        for (int i = 0; i < found && failed == 0; i++) {
-            failed = visit(context, (char *)(uintptr_t)regions[i].start,
-                           (char *)(uintptr_t)regions[i].end);
-        }
+        failed = visit_regions(regions, found, visit, context, held);
         arg.start = arg.walk_end;
-    }
-    if (fd >= 0) {
-        close(fd);
     }
     return failed;
 }
 
-static bool
-is_wanted(uint64_t entry, bool changed)
+static int
+visit_entries(const uint64_t *entries, size_t count, char *at,
+              og_pages_visit visit, void *context, int64_t *held)
 {
-    bool held = (entry & (ENTRY_PRESENT | ENTRY_SWAPPED)) != 0;
-    return held && !(changed && (entry & ENTRY_FILE) != 0);
+    const size_t page = og_pages_size();
+    int failed = 0;
+    for (size_t i = 0; i < count && failed == 0; i++, at += page) {
+        bool here = (entries[i] & (ENTRY_PRESENT | ENTRY_SWAPPED)) != 0;
+        if (here && held != NULL) {
+            *held += (int64_t)page;
+        }
+        if (here && visit != NULL && (entries[i] & ENTRY_FILE) == 0) {
+            failed = visit(context, at, at + page);
+        }
+    }
+    return failed;
 }
 
 static int
-scan_entries(og_pages_span span, bool changed, og_pages_visit visit,
-             void *context)
+scan_entries(int fd, og_pages_span span, og_pages_visit visit, void *context,
+             int64_t *held)
 {
     uint64_t entries[ENTRIES];
     const size_t page = og_pages_size();
-    int fd = -1, failed = open_pagemap(&fd);
+    int failed = 0;
     char *at = span.start;
     while (failed == 0 && at < span.end) {
         size_t count = (size_t)(span.end - at) / page;
@@ -109,15 +145,8 @@ scan_entries(og_pages_span span, bool changed, og_pages_visit visit,
             break;
         }
         count = (size_t)got / sizeof *entries;
-        for (size_t i = 0; i < count && failed == 0; i++) {
-            if (is_wanted(entries[i], changed)) {
-                failed = visit(context, at + i * page, at + (i + 1) * page);
-            }
-        }
+        failed = visit_entries(entries, count, at, visit, context, held);
         at += count * page;
-    }
-    if (fd >= 0) {
-        close(fd);
     }
     return failed;
 }
@@ -154,16 +183,19 @@ scan_bytes(int fd, og_pages_span span, og_pages_visit visit, void *context)
 }
 
 int
-og_pages_each_changed(og_pages_method method, int fd, og_pages_span span,
-                      og_pages_visit visit, void *context)
+og_pages_each_changed(const og_pages_scan *scan, og_pages_span span,
+                      og_pages_visit visit, void *context, int64_t *held)
 {
-    switch (method) {
+    if (held != NULL) {
+        *held = scan->method == OG_PAGES_COMPARE ? span.end - span.start : 0;
+    }
+    switch (scan->method) {
         case OG_PAGES_SCAN:
-            return scan_regions(span, true, visit, context);
+            return scan_regions(scan->pagemap, span, visit, context, held);
         case OG_PAGES_PAGEMAP:
-            return scan_entries(span, true, visit, context);
+            return scan_entries(scan->pagemap, span, visit, context, held);
         default:
-            return scan_bytes(fd, span, visit, context);
+            return scan_bytes(scan->file, span, visit, context);
     }
 }
 
@@ -178,10 +210,14 @@ int
 og_pages_changed(const og_pages *pages, size_t start, size_t end,
                  int64_t *changed)
 {
+    og_pages_scan scan;
     int64_t sum = 0;
-    int failed = og_pages_each_changed(pages->method, pages->fd,
-                                       og_pages_range(pages, start, end),
-                                       add_bytes, &sum);
+    int failed = og_pages_scan_open(&scan, pages->method, pages->fd);
+    if (failed == 0) {
+        failed = og_pages_each_changed(
+            &scan, og_pages_range(pages, start, end), add_bytes, &sum, NULL);
+    }
+    og_pages_scan_close(&scan);
     if (failed == 0) {
         *changed = sum;
     }
@@ -193,12 +229,17 @@ og_pages_resident(const og_pages *pages, size_t start, size_t end,
                   int64_t *resident)
 {
     og_pages_span span = og_pages_range(pages, start, end);
+    og_pages_scan scan;
     int64_t sum = 0;
-    int failed = scan_regions(span, false, add_bytes, &sum);
-    if (failed != 0) {
-        sum = 0;
-        failed = scan_entries(span, false, add_bytes, &sum);
+    int failed = og_pages_scan_open(&scan, OG_PAGES_SCAN, -1);
+    if (failed == 0) {
+        failed = scan_regions(scan.pagemap, span, NULL, NULL, &sum);
+        if (failed != 0) {
+            sum = 0;
+            failed = scan_entries(scan.pagemap, span, NULL, NULL, &sum);
+        }
     }
+    og_pages_scan_close(&scan);
     *resident = failed == 0 ? sum : span.end - span.start;
     return 0;
 }
@@ -207,16 +248,21 @@ og_pages_resident(const og_pages *pages, size_t start, size_t end,
 static bool
 tells(og_pages_method method, og_pages_span two)
 {
-    const size_t page = og_pages_size();
+    const int64_t page = (int64_t)og_pages_size();
     volatile char *bytes = two.start;
-    int64_t before = 0, after = 0;
+    int64_t before = 0, after = 0, held = 0;
     char seen = (char)(bytes[0] + bytes[page]);
-    if (og_pages_each_changed(method, -1, two, add_bytes, &before) != 0) {
-        return false;
+    og_pages_scan scan;
+    int failed = og_pages_scan_open(&scan, method, -1);
+    if (failed == 0) {
+        failed = og_pages_each_changed(&scan, two, add_bytes, &before, &held);
     }
     bytes[0] = (char)(seen + 1);
-    return og_pages_each_changed(method, -1, two, add_bytes, &after) == 0 &&
-           before == 0 && after == (int64_t)page;
+    if (failed == 0) {
+        failed = og_pages_each_changed(&scan, two, add_bytes, &after, NULL);
+    }
+    og_pages_scan_close(&scan);
+    return failed == 0 && before == 0 && after == page && held == 2 * page;
 }
 
 og_pages_method

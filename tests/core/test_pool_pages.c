@@ -334,9 +334,23 @@ check_many(void)
 }
 
 /* Calls of the library's that come here first: a write just before its pages
- * are taken away, after which no descriptor is left. */
+ * are taken away, after which no descriptor is left, and no answer. */
 static char *late;
 static bool no_descriptors;
+
+int
+ioctl(int fd, unsigned long request, ...)
+{
+    va_list more;
+    va_start(more, request);
+    void *argument = va_arg(more, void *);
+    va_end(more);
+    if (no_descriptors) {
+        errno = ENOMEM;
+        return -1;
+    }
+    return (int)syscall(SYS_ioctl, fd, request, argument);
+}
 
 void *
 mremap(void *old, size_t size, size_t wanted, int flags, ...)
@@ -374,6 +388,7 @@ check_late_and_blind(bool borrowed)
         theirs.method = OG_PAGES_SCAN;
     }
     int64_t written = 0;
+    CHECK(og_pages_populate(&own, 0, PAGES * page) == 0);
     late = own.start + 3 * page;
     (void)og_pages_give_back(&theirs, 0, PAGES * page, &written);
     late = NULL;
