@@ -59,9 +59,21 @@ class Sparse(nn.Module):
         return self.bag(ids)
 
 
+class Tables(nn.Module):
+    """Every request reads 4 rows of each of 16 tables of 4 MiB, as recommender models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags = nn.ModuleList(nn.EmbeddingBag(8192, 128) for _ in range(LAYERS))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.cat([bag(one) for bag, one in zip(self.bags, ids, strict=True)], dim=1)
+
+
 INPUT = {
     Dense: torch.randn(1, WIDTH),
     Sparse: torch.randint(0, WIDTH * LAYERS, (1, 64)),
+    Tables: torch.randint(0, 8192, (LAYERS, 1, 4)),
 }
 
 
@@ -382,7 +394,14 @@ def rows() -> Iterator[Row]:
                 (_serve_disk_offload, 1 / 5),
             ),
         ),
-        (Sparse, ((_serve_load_file, 1 / 4), (_serve_copies, 1 / 50))),
+        (
+            Sparse,
+            ((_serve_load_file, 1 / 4), (_serve_copies, 1 / 50), (_serve_resident, None)),
+        ),
+        (
+            Tables,
+            ((_serve_load_file, 1 / 4), (_serve_copies, 1 / 50), (_serve_resident, None)),
+        ),
     ):
         for anchor, limit in anchors:
             name = anchor.__name__.removeprefix("_serve_")

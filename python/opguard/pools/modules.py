@@ -11,6 +11,7 @@ import torch
 from opguard.pools._budgets import readable
 from opguard.pools._homes import Home
 from opguard.pools._lending import home_for
+from opguard.pools._reading import Reading
 from opguard.pools._storages import refuse
 from opguard.pools.errors import PoolError, Unmanageable
 from opguard.pools.streaming import StreamedModule, outgrows
@@ -28,7 +29,9 @@ class TorchModuleWrapper(ResourcePoolUser):
     """A module's storages, written once to a file of ours and read from its private map.
 
     On the CPU they point at the map for good: given back, the pages are read again from the file
-    by whoever touches them. On an accelerator they point at its memory while the module is in.
+    by whoever touches them. Where little of them is touched they are left to that, and all of them
+    count all the same: see `opguard.pools._reading`. On an accelerator they point at its memory
+    while the module is in.
 
     Args:
         module: the module.
@@ -67,6 +70,7 @@ class TorchModuleWrapper(ResourcePoolUser):
         self._name = name or type(module).__name__
         home = Home.adopt(module, management.folder, self._name, trust_files=trust_files)
         self.home: Any = home_for(home, management, self._name, verify)
+        self._reading = Reading(home.nbytes if self.home is home else 0)
 
     @property
     def nbytes(self) -> int:
@@ -92,6 +96,10 @@ class TorchModuleWrapper(ResourcePoolUser):
         return {self._pool.name: self.nbytes}
 
     def bring_in(self) -> int:
+        if self._reading.lazily():
+            self.home.check()
+            self.raise_if_broken()
+            return 0
         try:
             self.home.bring_in()
         except torch.OutOfMemoryError:
@@ -103,6 +111,8 @@ class TorchModuleWrapper(ResourcePoolUser):
         return self.nbytes
 
     def give_back(self) -> int:
+        if self._reading.looking:
+            self._reading.saw(self.home.resident())
         written = int(self.home.give_back() or 0)
         left = self.home.changed() if self._trusted else 0
         if left:
