@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import shutil
 import subprocess
@@ -16,8 +17,8 @@ from torch import nn
 
 from checkout import CSRC
 from emulated_pool import UNIT, Emulated, emulated_accelerator
-from opguard.pools import PoolFileChanged, PoolRefused
-from opguard.pools._accelerators import TorchAccelerator, accelerator_for
+from opguard.pools import PoolFileChanged, PoolRefused, _transfers
+from opguard.pools._accelerators import TorchAccelerator, accelerator_for, streams_of
 from opguard.pools._devices import DeviceHome
 from opguard.pools._homes import Home
 from opguard.pools._spill import SpillFolder
@@ -386,6 +387,139 @@ def test_a_stream_can_wait_instead_of_the_thread(folder):
     case.home.close()
 
 
+def test_what_was_queued_after_the_last_use_is_not_waited_for(folder):
+    case = Case("arena", folder)
+    accelerator, compute = case.home.accelerator, case.emulated.stream()
+    other = torch.zeros(1000, dtype=torch.uint8)
+    weight = case.net.first.weight
+    for told in (True, False):
+        case.home.bring_in()
+        case.emulated.read(case.emulated.stream(), weight.data_ptr(), weight.nbytes, seconds=0.05)
+        mark = accelerator.mark()
+        case.emulated.read(compute, other.data_ptr(), 1000, seconds=0.4)
+        case.home.unused_since(mark)
+        if not told:
+            case.home.unused_since(None)
+        begin = time.perf_counter()
+        case.home.give_back()
+        assert (0.04 < time.perf_counter() - begin < 0.3) == told
+        assert case.emulated.count("sum") > 0
+        case.emulated.finish()
+    # A mark is of one stay.
+    case.home.bring_in()
+    assert all(there.last_use is None for there in case.home._there.values())
+    case.home.close()
+
+
+# --- captures -------------------------------------------------------------------------------------
+
+
+def test_weights_come_during_a_capture_and_go_after_it(folder):
+    """Another thread captures a CUDA graph: it is not spoilt, and its end is waited for."""
+    emulated = Emulated()
+    graph = emulated.stream()
+    net = Net()
+    home = DeviceHome(Home.adopt(net, folder, "net"), emulated_accelerator(emulated, graph))
+    told = threading.Event()
+
+    def capture() -> None:
+        with emulated.capture(graph):
+            told.set()
+            time.sleep(0.2)
+
+    for verify in (None, "bytes"):
+        home.verify = verify
+        with thread_that(capture):
+            told.wait(5)
+            told.clear()
+            home.bring_in()
+            net.first.bias.data.add_(1)
+            home.give_back()
+            assert not emulated.library.emu_end(ctypes.c_void_p(graph))
+        assert not home._there
+    assert emulated.count("misuse") == 0
+    home.close()
+
+
+def test_a_capture_without_an_end_keeps_the_weights(folder, monkeypatch):
+    monkeypatch.setattr(_transfers, "PATIENCE", 0.05)
+    emulated = Emulated()
+    graph = emulated.stream()
+    net = Net()
+    home = DeviceHome(Home.adopt(net, folder, "net"), emulated_accelerator(emulated, graph))
+    home.bring_in()
+    mark = home.accelerator.mark()
+    with emulated.capture(graph):
+        with pytest.raises(PoolRefused, match=r"one has been for 0\.05 s"):
+            home.give_back()
+        assert home.is_in(0)
+        assert home.accelerator.mark() is None
+        # With a mark from before there is nothing to ask of all streams.
+        home.unused_since(mark)
+        home.give_back()
+        home.bring_in()
+        assert home.is_in(0)
+    assert emulated.count("misuse") == 0
+    home.close()
+
+
+def test_the_thread_that_captures_is_told_at_once(folder, monkeypatch):
+    emulated = Emulated()
+    graph = emulated.stream()
+    net = Net()
+    home = DeviceHome(Home.adopt(net, folder, "net"), emulated_accelerator(emulated, graph))
+    home.bring_in()
+    monkeypatch.setattr(_transfers, "_this_thread_captures", lambda _device: True)
+    with emulated.capture(graph), pytest.raises(PoolRefused, match="around the capture"):
+        home.give_back()
+    plain = DeviceHome(Home.adopt(Net(), folder, "net"), TorchAccelerator("cpu"))
+    with pytest.raises(PoolRefused, match="around the capture"):
+        plain.bring_in()
+    monkeypatch.undo()
+    home.close()
+    plain.close()
+
+
+class thread_that:
+    """Runs a function in a thread beside a block; what it raises is raised at the end."""
+
+    def __init__(self, function) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(function,))
+
+    def _run(self, function) -> None:
+        try:
+            function()
+        except BaseException as error:
+            self._error = error
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_error) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def test_all_streams_of_torch_are_watched(monkeypatch):
+    """It has 32 of each priority, hands them out in turn and takes higher ones for the highest."""
+    turns: dict[int, int] = {-1: 7}
+
+    class Stream:
+        def __init__(self, _device: torch.device, priority: int = 0) -> None:
+            kind = max(priority, -3)
+            turns[kind] = turns.get(kind, 0) + 1
+            self.cuda_stream = 1000 * (1 - kind) + turns[kind] % 32
+
+        def priority_range(self) -> tuple[int, int]:
+            return (0, -5)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    found = streams_of(torch.device("cuda", 0))
+    assert sorted(found) == [1000 * kind + i for kind in (1, 2, 3, 4) for i in range(32)]
+
+
 # --- failures -------------------------------------------------------------------------------------
 
 
@@ -478,6 +612,44 @@ def test_a_full_disk_keeps_the_change_on_the_device(case, monkeypatch):
 
 def full(*_args) -> int:
     raise OSError(28, "no space left on device")
+
+
+def test_a_gpu_that_broke_down_is_told_and_the_rest_is_given_back(folder):
+    """An error of a kernel sticks. What was changed there is gone with it; nothing else is."""
+    case = Case("arena", folder)
+    case.home.bring_in()
+    case.emulated.break_down()
+    with pytest.raises(RuntimeError, match="700"):
+        case.home.give_back()
+    with pytest.raises(RuntimeError, match="700"):
+        case.home.release()
+    assert case.home.is_in(0)
+    case.home.close()
+    assert not [path for path in folder.path.rglob("*") if path.stat().st_size > UNIT]
+    assert case.emulated.count("misuse") == 0
+
+
+def test_memory_that_a_copy_may_still_fill_is_not_given_back(folder):
+    """The event behind the copy cannot be made, so nobody knows when it ends."""
+    case = Case("arena", folder)
+    for function in ("cuEventCreate", "cuEventSynchronize", "cuEventRecord"):
+        case.emulated.fail(function, 1)
+        real = case.home._place.settle
+        case.home._place.settle = broken
+        with pytest.raises(RuntimeError):
+            case.home.bring_in()
+        case.home._place.settle = real
+        assert case.at_home()
+        case.same()
+        case.home.bring_in()
+        case.same()
+        case.home.give_back()
+    assert case.emulated.count("used") == case.emulated.count("misuse") == 0
+    case.home.close()
+
+
+def broken() -> None:
+    raise RuntimeError("cannot wait")
 
 
 def test_closing_keeps_the_weights(case):

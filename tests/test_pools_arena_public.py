@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 
 import pytest
 import torch
@@ -218,6 +219,68 @@ def test_kernels_in_flight_are_waited_for(arenas, emulated):
         del weight
     free()
     assert emulated.count("sum") > 0
+
+
+def test_who_was_idle_long_ago_goes_without_waiting_for_others(arenas, emulated):
+    """Used, let go, and another one brought in since: its kernels are done for, theirs are not."""
+    handles = [manage(tiny(seed=seed)) for seed in range(3)]
+    stream = emulated.stream()
+
+    def seconds_to_enter(handle) -> float:
+        begin = time.perf_counter()
+        with handle.lease():
+            return time.perf_counter() - begin
+
+    for again in (False, True):
+        free()
+        for handle in handles[:2]:
+            with handle.lease():
+                weight = handle.obj[0].weight
+                emulated.read(stream, weight.data_ptr(), weight.nbytes)
+                del weight
+        with handles[1].lease():
+            weight = handles[1].obj[0].weight
+            if again:  # entered since it was last seen idle: this time its end is not known
+                with handles[0].lease():
+                    pass
+                with handles[1].lease():
+                    pass
+            emulated.read(stream, weight.data_ptr(), weight.nbytes, seconds=0.4)
+            del weight
+            took = seconds_to_enter(handles[2])
+            assert (took > 0.3) == again
+            assert not handles[0].loaded
+        emulated.finish()
+
+
+def test_a_capture_of_another_thread_is_not_spoilt(emulated, tmp_path):
+    """A request that has to wait for its end is met after it."""
+    graph = emulated.stream()
+    accelerator = emulated_accelerator(emulated, graph)
+    with fresh_pools(tmp_path) as management:
+        management.add_pool(EmulatedPool(accelerator, 2 * MIB), 2 * MIB)
+        handles = [manage(tiny(seed=seed)) for seed in range(3)]
+        for handle in handles[:2]:
+            with handle.lease():
+                pass
+        entered = threading.Event()
+
+        def serve() -> None:
+            with handles[2].lease(10):
+                entered.set()
+
+        with handles[1].lease():
+            thread = threading.Thread(target=serve)
+            with handles[0].lease(), emulated.capture(graph):
+                pass  # used since anybody marked the end of its use
+            with emulated.capture(graph):
+                thread.start()
+                assert not entered.wait(0.2)
+            assert entered.wait(5)
+            thread.join()
+        assert handles[1].loaded
+        assert not handles[0].loaded
+        free()
 
 
 def test_prefetch_while_another_runs(arenas):

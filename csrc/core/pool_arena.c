@@ -1,7 +1,12 @@
 /* Reserving addresses, and mapping memory behind them and away. */
+#define _POSIX_C_SOURCE 199309L /* nanosleep */
 #include "core/pool_arena.h"
 
 #include <stdlib.h>
+#include <time.h>
+
+/* Milliseconds to wait for the end of a capture where nobody can be told. */
+#define PATIENCE 1000
 
 static bool
 is_whole(const og_arena *arena, int64_t start, int64_t end)
@@ -61,6 +66,20 @@ og_arena_new(og_device *device, int64_t nbytes, og_arena **out, og_error *err)
     return OG_OK;
 }
 
+/* Whether all that was queued is done by now. */
+static bool
+rest(const og_device *device)
+{
+    const struct timespec moment = {.tv_nsec = 1000000};
+    for (int i = 0; og_device_captures(device); i++) {
+        if (i == PATIENCE) {
+            return false;
+        }
+        (void)nanosleep(&moment, NULL);
+    }
+    return device->cu.synchronize() == 0;
+}
+
 void
 og_arena_free(og_arena *arena)
 {
@@ -70,10 +89,7 @@ og_arena_free(og_arena *arena)
     }
     if (og_device_enter(arena->device, &scope, NULL) == OG_OK) {
         const og_cu_table *cu = &arena->device->cu;
-        if (arena->count > 0) {
-            (void)cu->synchronize();
-        }
-        int code = 0;
+        int code = arena->count > 0 && !rest(arena->device);
         for (size_t i = 0; i < arena->count && code == 0; i++) {
             og_arena_part part = arena->parts[i];
             code = cu->unmap(arena->address + (og_cu_address)part.start,

@@ -26,7 +26,8 @@ typedef struct og_arena {
 og_status
 og_arena_new(og_device *device, int64_t nbytes, og_arena **out, og_error *err);
 
-/* NULL is nothing. Waits for all that is queued, then unmaps what is left. */
+/* NULL is nothing. Waits for all that is queued, then unmaps what is left;
+ * where that cannot be waited for, memory that may be in use stays. */
 void
 og_arena_free(og_arena *arena);
 

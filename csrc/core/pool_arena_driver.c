@@ -6,6 +6,7 @@
 
 #include <dlfcn.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 /* dlsym gives object pointers; ISO C has no cast from them to functions. */
@@ -166,31 +167,38 @@ og_device_close(og_device *device)
         og_device_leave(&scope);
         (void)device->cu.release(device->handle);
     }
+    free(device->watched);
     free(device);
+}
+
+og_status
+og_device_check_process(const og_device *device, og_error *err)
+{
+    return (long)getpid() == device->owner
+               ? OG_OK
+               : og_fail(err, OG_CUDA_FAILED,
+                         "expected the process that opened GPU %d, this is a "
+                         "child forked from it: CUDA does not survive a "
+                         "fork; start workers by spawn",
+                         device->ordinal);
 }
 
 og_status
 og_device_enter(const og_device *device, og_scope *scope, og_error *err)
 {
-    if ((long)getpid() != device->owner) {
-        return og_fail(err, OG_CUDA_FAILED,
-                       "expected the process that opened GPU %d, this is a "
-                       "child forked from it: CUDA does not survive a fork; "
-                       "start workers by spawn",
-                       device->ordinal);
+    og_status status = og_device_check_process(device, err);
+    if (status == OG_OK) {
+        status = og_device_outcome(device, device->cu.push(device->context),
+                                   "entering the primary context", err);
     }
-    og_status status =
-        og_device_outcome(device, device->cu.push(device->context),
-                          "entering the primary context", err);
     if (status != OG_OK) {
         return status;
     }
     scope->device = device;
     scope->mode = OG_CU_RELAXED;
-    /* A graph that another thread captures is not spoilt by what we do, save
-     * by OG_MARK_ALL, which has to ask the streams that are captured too. */
-    if (device->cu.capture_mode != NULL &&
-        device->cu.capture_mode(&scope->mode) != 0) {
+    /* What is unsafe to call beside a capture is told apart by this mode: a
+     * graph that another thread captures is not spoilt by what we do. */
+    if (device->cu.capture_mode(&scope->mode) != 0) {
         scope->mode = -1;
     }
     return OG_OK;
@@ -201,7 +209,7 @@ og_device_leave(og_scope *scope)
 {
     const og_cu_table *cu = &scope->device->cu;
     og_cu_context context;
-    if (cu->capture_mode != NULL && scope->mode >= 0) {
+    if (scope->mode >= 0) {
         (void)cu->capture_mode(&scope->mode);
     }
     (void)cu->pop(&context);
@@ -227,6 +235,46 @@ og_device_memory(const og_device *device, int64_t *available, int64_t *total,
     return status;
 }
 
+/* --- captures ------------------------------------------------------------ */
+
+og_status
+og_device_watch(og_device *device, const og_cu_stream *streams, size_t count,
+                og_error *err)
+{
+    og_cu_stream *copy = malloc((count + 1) * sizeof *copy);
+    if (copy == NULL) {
+        return og_fail(err, OG_NO_MEMORY, "no memory for names of streams");
+    }
+    memcpy(copy, streams, count * sizeof *copy);
+    device->watched = copy;
+    device->watched_count = count;
+    return OG_OK;
+}
+
+bool
+og_device_captures(const og_device *device)
+{
+    bool found = false;
+    for (size_t i = 0; i < device->watched_count && !found; i++) {
+        int status = 0;
+        found = device->cu.stream_captures(device->watched[i], &status) == 0 &&
+                status != 0;
+    }
+    return found;
+}
+
+og_status
+og_device_capturing(const og_device *device, bool *captures, og_error *err)
+{
+    og_scope scope;
+    og_status status = og_device_enter(device, &scope, err);
+    if (status == OG_OK) {
+        *captures = og_device_captures(device);
+        og_device_leave(&scope);
+    }
+    return status;
+}
+
 /* --- events -------------------------------------------------------------- */
 
 static og_status
@@ -234,6 +282,12 @@ record(const og_device *device, og_mark mark, og_cu_stream stream,
        og_cu_event *event, og_error *err)
 {
     const og_cu_table *cu = &device->cu;
+    if (mark == OG_MARK_ALL && og_device_captures(device)) {
+        return og_fail(err, OG_CUDA_FAILED,
+                       "expected no stream of GPU %d to be captured, a graph "
+                       "is: waiting for all streams would spoil it",
+                       device->ordinal);
+    }
     if (mark == OG_MARK_ALL && cu->record_all == NULL) {
         return og_device_outcome(device, cu->synchronize(),
                                  "waiting for the device", err);
@@ -255,7 +309,7 @@ record(const og_device *device, og_mark mark, og_cu_stream stream,
         return OG_OK;
     }
     (void)cu->event_free(made);
-    if (mark == OG_MARK_ALL) {
+    if (mark == OG_MARK_ALL && code == OG_CU_NOT_SUPPORTED) {
         code = cu->synchronize();
     }
     return og_device_outcome(device, code, "recording an event", err);

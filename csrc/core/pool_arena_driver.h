@@ -23,6 +23,7 @@ enum {
     OG_CU_OUT_OF_MEMORY = 2,
     OG_CU_DEINITIALIZED = 4,
     OG_CU_NOT_READY = 600,
+    OG_CU_NOT_SUPPORTED = 801,
     OG_CU_PINNED = 1,            /* CU_MEM_ALLOCATION_TYPE_PINNED */
     OG_CU_ON_DEVICE = 1,         /* CU_MEM_LOCATION_TYPE_DEVICE */
     OG_CU_READ_WRITE = 3,        /* CU_MEM_ACCESS_FLAGS_PROT_READWRITE */
@@ -98,6 +99,9 @@ typedef struct og_cu_access {
     X(stream_new, cuStreamCreate, (og_cu_stream *stream, unsigned flags))     \
     X(stream_free, cuStreamDestroy_v2, (og_cu_stream stream))                 \
     X(stream_finish, cuStreamSynchronize, (og_cu_stream stream))              \
+    X(stream_captures, cuStreamIsCapturing,                                   \
+      (og_cu_stream stream, int *status))                                     \
+    X(capture_mode, cuThreadExchangeStreamCaptureMode, (int *mode))           \
     X(stream_wait, cuStreamWaitEvent,                                         \
       (og_cu_stream stream, og_cu_event event, unsigned flags))               \
     X(event_new, cuEventCreate, (og_cu_event *event, unsigned flags))         \
@@ -106,9 +110,8 @@ typedef struct og_cu_access {
     X(event_query, cuEventQuery, (og_cu_event event))                         \
     X(event_finish, cuEventSynchronize, (og_cu_event event))
 
-/* These may be missing: they are newer, 10.1 and 12.5. */
+/* It may be missing: it is of 12.5. */
 #define OG_CU_NEWER(X)                                                        \
-    X(capture_mode, cuThreadExchangeStreamCaptureMode, (int *mode))           \
     X(record_all, cuCtxRecordEvent,                                           \
       (og_cu_context context, og_cu_event event))
 /* clang-format on */
@@ -127,7 +130,9 @@ typedef struct og_device {
     og_cu_table cu;
     void *library;
     og_cu_context context;
-    og_cu_stream copies; /* side stream of every copy of ours */
+    og_cu_stream copies;   /* side stream of every copy of ours */
+    og_cu_stream *watched; /* see og_device_watch */
+    size_t watched_count;
     int ordinal;
     int handle;          /* CUdevice */
     long owner;          /* process that opened it */
@@ -152,6 +157,25 @@ og_device_open(const char *library, int ordinal, int64_t ring, og_device **out,
 void
 og_device_close(og_device *device);
 
+/* Streams that graphs may be captured on, copied; told once, before anybody
+ * else uses the device. The driver has no way to ask whether any stream is
+ * captured, so a capture on one that is not named here is not seen. */
+og_status
+og_device_watch(og_device *device, const og_cu_stream *streams, size_t count,
+                og_error *err);
+
+/* Whether a watched stream is captured now. */
+og_status
+og_device_capturing(const og_device *device, bool *captures, og_error *err);
+
+/* The same inside of og_device_enter and og_device_leave. */
+bool
+og_device_captures(const og_device *device);
+
+/* OG_CUDA_FAILED in a child that was forked from the device's process. */
+og_status
+og_device_check_process(const og_device *device, og_error *err);
+
 /* Makes the device this thread's until og_device_leave, on every road. */
 og_status
 og_device_enter(const og_device *device, og_scope *scope, og_error *err);
@@ -174,13 +198,16 @@ og_device_memory(const og_device *device, int64_t *available, int64_t *total,
 typedef enum og_mark {
     OG_MARK_COPIES, /* copies of ours, so far */
     OG_MARK_STREAM, /* one stream, so far */
-    OG_MARK_ALL,    /* all streams of this process, so far; while one of them
-                     * captures a graph the driver refuses, and spoils it */
+    OG_MARK_ALL,    /* all streams of this process, so far */
 } og_mark;
 
 /* *event is NULL where all is done already: an old driver cannot record
  * OG_MARK_ALL, so it is waited for at once. stream may be NULL, the default
- * stream; it counts for OG_MARK_STREAM alone. */
+ * stream; it counts for OG_MARK_STREAM alone.
+ *
+ * Whoever asks a driver for all streams while a graph is captured on one of
+ * them is refused by it and spoils the capture, whatever the mode of either
+ * thread. So OG_MARK_ALL fails without asking while a watched stream is. */
 og_status
 og_event_record(const og_device *device, og_mark mark, og_cu_stream stream,
                 og_cu_event *event, og_error *err);

@@ -58,6 +58,9 @@ map_memory(int64_t nbytes)
 #ifdef MADV_HUGEPAGE
     (void)madvise(memory + cut, size, MADV_HUGEPAGE);
 #endif
+    /* After a fork whoever writes first gets another page, and a device goes
+     * on with the one that was pinned. A child has no use for it. */
+    (void)madvise(memory + cut, size, MADV_DONTFORK);
     return memory + cut;
 }
 
@@ -108,8 +111,10 @@ og_pinned_free(og_pinned *pinned)
     bool gone = false;
     if (og_device_enter(pinned->device, &scope, NULL) == OG_OK) {
         const og_cu_table *cu = &pinned->device->cu;
-        (void)cu->stream_finish(pinned->device->copies);
-        int code = cu->unpin(pinned->memory);
+        int code = cu->stream_finish(pinned->device->copies);
+        if (code == 0) {
+            code = cu->unpin(pinned->memory);
+        }
         /* Pages that a device may still read are left alone. */
         gone = code == 0 || code == OG_CU_DEINITIALIZED;
         og_device_leave(&scope);

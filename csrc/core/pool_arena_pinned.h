@@ -3,7 +3,9 @@
  * A pinned block is of our own mmap and of exactly the size asked for; torch's
  * pinned allocator rounds up to a power of two. Pageable memory (a map of a
  * file) is never pinned, which would copy its pages: it goes through a small
- * ring of pinned chunks, one being filled while others are on their way. */
+ * ring of pinned chunks, one being filled while others are on their way.
+ *
+ * Forked children do not have a block: its addresses are nothing there. */
 #ifndef OPGUARD_CORE_POOL_ARENA_PINNED_H
 #define OPGUARD_CORE_POOL_ARENA_PINNED_H
 
@@ -50,8 +52,7 @@ og_arena_stage_out(const og_arena *arena, int64_t start, void *to,
 int64_t
 og_copy_changed(void *to, const void *from, int64_t nbytes);
 
-/* --- for pool_arena_driver.c
- * --------------------------------------------------- */
+/* --- for pool_arena_driver.c --------------------------------------------- */
 
 og_status
 og_ring_new(int64_t nbytes, og_ring **out, og_error *err);

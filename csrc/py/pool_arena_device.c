@@ -45,15 +45,48 @@ og_arena_dealloc(PyObject *self)
 
 /* --- DeviceDriver -------------------------------------------------------- */
 
+/* A stream as an int, as torch's `Stream.cuda_stream` is; 0: the default. */
+static bool
+as_stream(PyObject *value, og_cu_stream *stream)
+{
+    unsigned long long number = PyLong_AsUnsignedLongLong(value);
+    *stream = (og_cu_stream)(uintptr_t)number;
+    return PyErr_Occurred() == NULL;
+}
+
+/* Names the streams that may capture; false with an exception. */
+static bool
+watch(og_device *device, PyObject *streams)
+{
+    PyObject *list = PySequence_List(streams);
+    Py_ssize_t count = list == NULL ? 0 : PyList_Size(list);
+    og_cu_stream *found = PyMem_Calloc((size_t)count + 1, sizeof *found);
+    og_error err = {OG_OK, ""};
+    bool done = list != NULL && found != NULL;
+    if (list != NULL && found == NULL) {
+        PyErr_NoMemory();
+    }
+    for (Py_ssize_t i = 0; done && i < count; i++) {
+        done = as_stream(PyList_GetItem(list, i), &found[i]);
+    }
+    if (done && og_device_watch(device, found, (size_t)count, &err) != OG_OK) {
+        og_arena_raise(&err);
+        done = false;
+    }
+    PyMem_Free(found);
+    Py_XDECREF(list);
+    return done;
+}
+
 static PyObject *
 Driver_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"library", "ordinal", "ring", NULL};
-    PyObject *library = Py_None, *path = NULL;
+    static char *names[] = {"library", "ordinal", "ring", "streams", NULL};
+    PyObject *library = Py_None, *path = NULL, *streams = NULL;
     int ordinal = 0;
     long long ring = 32 << 20;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OiL:DeviceDriver", names,
-                                     &library, &ordinal, &ring)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OiLO:DeviceDriver", names,
+                                     &library, &ordinal, &ring, &streams)) {
         return NULL;
     }
     if (library != Py_None && !PyUnicode_FSConverter(library, &path)) {
@@ -70,6 +103,9 @@ Driver_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         Py_END_ALLOW_THREADS
         if (status != OG_OK) {
             og_arena_raise(&err);
+        }
+        if (status != OG_OK ||
+            (streams != NULL && !watch(self->device, streams))) {
             Py_DECREF((PyObject *)self);
             self = NULL;
         }
@@ -89,7 +125,10 @@ static void
 Driver_dealloc(PyObject *self)
 {
     PyObject_GC_UnTrack(self);
-    og_device_close(((DriverObject *)self)->device);
+    /* It waits for the last copies. */
+    Py_BEGIN_ALLOW_THREADS
+        og_device_close(((DriverObject *)self)->device);
+    Py_END_ALLOW_THREADS
     og_arena_dealloc(self);
 }
 
@@ -114,13 +153,24 @@ Driver_memory(PyObject *self, PyObject *unused)
                : Py_BuildValue("(LL)", (long long)available, (long long)total);
 }
 
-/* A stream as an int, as torch's `Stream.cuda_stream` is; 0: the default. */
-static bool
-as_stream(PyObject *value, og_cu_stream *stream)
+PyDoc_STRVAR(capturing_doc,
+             "capturing($self, /)\n--\n\n"
+             "Whether a CUDA graph is being captured on one of the streams "
+             "that were named\nwhen the driver was opened.\n\n"
+             "Raises RuntimeError where the driver fails.");
+
+static PyObject *
+Driver_capturing(PyObject *self, PyObject *unused)
 {
-    unsigned long long number = PyLong_AsUnsignedLongLong(value);
-    *stream = (og_cu_stream)(uintptr_t)number;
-    return PyErr_Occurred() == NULL;
+    (void)unused;
+    bool captures = false;
+    og_error err = {OG_OK, ""};
+    og_status status;
+    Py_BEGIN_ALLOW_THREADS
+        status = og_device_capturing(((DriverObject *)self)->device, &captures,
+                                     &err);
+    Py_END_ALLOW_THREADS
+    return status == OG_OK ? PyBool_FromLong(captures) : og_arena_raise(&err);
 }
 
 static PyObject *
@@ -167,9 +217,8 @@ PyDoc_STRVAR(
     "default one),\nor on every stream of this process, as a "
     "DeviceEvent. A driver older than\n12.5 cannot mark all streams: "
     "they are waited for at once.\n\n"
-    "Raises RuntimeError where the driver fails, as it does for every "
-    "stream while a\nCUDA graph is captured on one: that capture is "
-    "lost then.");
+    "Raises RuntimeError where the driver fails, and for every stream "
+    "while `capturing()`:\nit would spoil that capture.");
 
 static PyObject *
 Driver_work(PyObject *self, PyObject *args)
@@ -200,6 +249,7 @@ Driver_get_ordinal(PyObject *self, void *unused)
 
 static PyMethodDef Driver_methods[] = {
     {"memory", Driver_memory, METH_NOARGS, memory_doc},
+    {"capturing", Driver_capturing, METH_NOARGS, capturing_doc},
     {"copies", Driver_copies, METH_NOARGS, copies_doc},
     {"work", Driver_work, METH_VARARGS, work_doc},
     {NULL, NULL, 0, NULL},
@@ -213,10 +263,12 @@ static PyGetSetDef Driver_getset[] = {
 };
 
 PyDoc_STRVAR(Driver_doc,
-             "DeviceDriver(library=None, ordinal=0, ring=33554432)\n--\n\n"
+             "DeviceDriver(library=None, ordinal=0, ring=33554432, "
+             "streams=())\n--\n\n"
              "One GPU through the CUDA driver, which is opened here.\n\n"
              "library: path of the driver, None for the system's. ring: bytes "
-             "of pinned\nmemory that pageable memory is copied through.\n"
+             "of pinned\nmemory that pageable memory is copied through. "
+             "streams: ints, those that CUDA\ngraphs are captured on.\n"
              "Raises OSError where there is no driver or no such GPU.");
 
 static PyType_Slot Driver_slots[] = {

@@ -123,6 +123,13 @@ read_range(PinnedObject *self, PyObject *args, bool writable, int64_t *at,
         PyBuffer_Release(buffer);
         return false;
     }
+    og_error err = {OG_OK, ""};
+    if (og_device_check_process(self->driver->device, &err) != OG_OK) {
+        og_arena_raise(&err);
+        PyBuffer_Release(buffer);
+        self->busy = false;
+        return false;
+    }
     int64_t nbytes = self->pinned->nbytes;
     if (from < 0 || from > nbytes || buffer->len > nbytes - from) {
         PyErr_Format(PyExc_ValueError,

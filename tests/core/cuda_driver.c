@@ -3,9 +3,14 @@
  *
  * "Device" addresses are host addresses that can be read only while memory is
  * mapped behind them: what comes too late or too early dies of SIGSEGV.
- * Streams are threads with a queue each, so that copies and "kernels" really
- * are under way when a call returns. What a driver would refuse is refused,
- * and counted in emu_misuse. The functions emu_* are the tests' controls. */
+ * Streams are threads with a queue each, and lazy: what is queued runs only
+ * while somebody waits for the device, so who forgets to wait finds nothing
+ * done. What a driver would refuse is refused and counted in "misuse", and so
+ * is what it would let pass and answer with rubbish later: memory unmapped or
+ * unpinned under work that is queued, a capture that is spoilt. An error may
+ * be made to stick, as those of kernels do (emu_break).
+ *
+ * The functions emu_* are the tests' controls. */
 #define _GNU_SOURCE
 #include "core/pool_arena_driver.h"
 
@@ -20,15 +25,25 @@ enum {
     NOT_INITIALIZED = 3,
     INVALID_DEVICE = 101,
     INVALID_CONTEXT = 201,
+    INVALID_HANDLE = 400,
+    ALREADY_PINNED = 712,
     NOT_PINNED = 713,
     NOT_SUPPORTED = 801,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALIDATED = 901,
+    CAPTURE_ISOLATION = 905,
+    CAPTURED_EVENT = 907,
 };
+
+enum { CAPTURE_GLOBAL, CAPTURE_THREAD, CAPTURE_RELAXED };
 
 #define MOST 4096
 #define NAMES 64
+#define DEVICES 2
+#define DEEP 4096
 
 typedef struct memory {
-    int fd;
+    int fd, device;
     size_t size;
     int uses; /* its handle and its mappings */
 } memory;
@@ -41,7 +56,9 @@ typedef struct range {
 } range;
 
 typedef struct event {
+    int device;
     long recorded, reached;
+    bool captured;
 } event;
 
 typedef enum kind { COPY, RECORD, WAIT, READ, ADD } kind;
@@ -58,9 +75,12 @@ typedef struct op {
 } op;
 
 typedef struct stream {
-    op *first, *last;
+    int device;
+    op *first, *last, *now;
     bool stop, idle;
-    pthread_t thread;
+    bool capturing, spoilt;
+    int mode; /* of the capture */
+    pthread_t thread, by;
 } stream;
 
 typedef struct counter {
@@ -72,17 +92,19 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static range reserved[MOST], mapped[MOST], pinned[MOST];
 static stream *streams[MOST];
-static stream *default_stream;
+static stream *default_streams[DEVICES];
+static int contexts[DEVICES];
 static counter counters[NAMES];
 static size_t capacity = (size_t)64 << 20, used, unit = 1 << 16;
 static long misuse, events, retained, handles, sum, bytes_in, bytes_out;
-static int devices = 1, able = 1, newer = 1;
+static long waiting;
+static int able = 1, newer = 1, broken;
 static useconds_t copy_pause;
 static char fail_name[48];
 static long fail_after;
 static int fail_code;
 static bool initialised;
-static _Thread_local int depth;
+static _Thread_local int stack[DEEP], depth;
 static _Thread_local int capture_mode;
 
 /* --- controls ------------------------------------------------------------ */
@@ -94,6 +116,8 @@ emu_configure(long long bytes, long long granularity, int maps,
               int record_all);
 CONTROL void
 emu_fail(const char *name, long nth, int code);
+CONTROL void
+emu_break(int code);
 CONTROL void
 emu_pause(long microseconds);
 CONTROL long
@@ -108,6 +132,10 @@ CONTROL void *
 emu_stream(void);
 CONTROL void
 emu_finish(void);
+CONTROL void
+emu_capture(void *on, int mode);
+CONTROL int
+emu_end(void *on);
 
 void
 emu_configure(long long bytes, long long granularity, int maps, int record_all)
@@ -118,6 +146,7 @@ emu_configure(long long bytes, long long granularity, int maps, int record_all)
     able = maps;
     newer = record_all;
     misuse = sum = bytes_in = bytes_out = 0;
+    broken = 0;
     copy_pause = 0;
     fail_name[0] = '\0';
     memset(counters, 0, sizeof counters);
@@ -133,6 +162,16 @@ emu_fail(const char *name, long nth, int code)
     strncpy(fail_name, name, sizeof fail_name - 1);
     fail_after = nth;
     fail_code = code;
+    pthread_mutex_unlock(&lock);
+}
+
+/* From now on every call that does something fails, until the next
+ * emu_configure: a kernel went wrong. */
+void
+emu_break(int code)
+{
+    pthread_mutex_lock(&lock);
+    broken = code;
     pthread_mutex_unlock(&lock);
 }
 
@@ -267,10 +306,8 @@ run(op *one)
     }
     pthread_mutex_lock(&lock);
     sum += found;
-    if (one->kind == WAIT) {
-        while (one->event->reached < one->number) {
-            pthread_cond_wait(&changed, &lock);
-        }
+    while (one->kind == WAIT && one->event->reached < one->number) {
+        pthread_cond_wait(&changed, &lock);
     }
     if (one->kind == RECORD && one->event->reached < one->number) {
         one->event->reached = one->number;
@@ -287,7 +324,7 @@ work(void *argument)
         pthread_mutex_lock(&lock);
         self->idle = self->first == NULL;
         pthread_cond_broadcast(&changed);
-        while (self->first == NULL && !self->stop) {
+        while ((self->first == NULL || waiting == 0) && !self->stop) {
             pthread_cond_wait(&changed, &lock);
         }
         op *one = self->first;
@@ -297,18 +334,23 @@ work(void *argument)
         }
         self->idle = false;
         self->first = one->next;
+        self->now = one;
         pthread_mutex_unlock(&lock);
         run(one);
+        pthread_mutex_lock(&lock);
+        self->now = NULL;
+        pthread_mutex_unlock(&lock);
         free(one);
     }
 }
 
 /* Under the lock, as everything below that is called by a driver function. */
 static stream *
-new_stream(void)
+new_stream(int device)
 {
     stream *made = calloc(1, sizeof *made);
     made->idle = true;
+    made->device = device;
     int i = 0;
     while (streams[i] != NULL) {
         i++;
@@ -318,16 +360,23 @@ new_stream(void)
     return made;
 }
 
+static int
+here(void)
+{
+    return depth == 0 ? 0 : stack[depth - 1];
+}
+
 static stream *
 stream_of(void *given)
 {
     if (given != NULL) {
         return given;
     }
-    if (default_stream == NULL) {
-        default_stream = new_stream();
+    int device = here();
+    if (default_streams[device] == NULL) {
+        default_streams[device] = new_stream(device);
     }
-    return default_stream;
+    return default_streams[device];
 }
 
 static void
@@ -348,22 +397,61 @@ queue(void *on, op wanted)
     pthread_cond_broadcast(&changed);
 }
 
+/* Somebody waits, so that what is queued gets on. */
 static void
-finish(stream *one)
+await(int by)
 {
-    while (one->first != NULL || !one->idle) {
-        pthread_cond_wait(&changed, &lock);
-    }
+    waiting += by;
+    pthread_cond_broadcast(&changed);
 }
 
 static void
-finish_all(void)
+finish(stream *one)
+{
+    await(1);
+    while (one->first != NULL || !one->idle) {
+        pthread_cond_wait(&changed, &lock);
+    }
+    await(-1);
+}
+
+static void
+finish_all(int device)
 {
     for (int i = 0; i < MOST; i++) {
-        if (streams[i] != NULL) {
+        if (streams[i] != NULL &&
+            (device < 0 || streams[i]->device == device)) {
             finish(streams[i]);
         }
     }
+}
+
+static bool
+touches(const op *one, uintptr_t start, size_t size)
+{
+    uintptr_t to = (uintptr_t)one->to, from = (uintptr_t)one->from;
+    return (to < start + size && start < to + one->size) ||
+           (from < start + size && start < from + one->size);
+}
+
+/* Whether something that is queued will read or write there. */
+static bool
+in_use(uintptr_t start, size_t size)
+{
+    for (int i = 0; i < MOST; i++) {
+        const stream *one = streams[i];
+        if (one != NULL && one->now != NULL &&
+            touches(one->now, start, size)) {
+            return true;
+        }
+        for (const op *each = one == NULL ? NULL : one->first; each != NULL;
+             each = each->next) {
+            if (touches(each, start, size)) {
+                return true;
+            }
+        }
+    }
+    return false;
 }
 
 /* A kernel that reads a range and adds its bytes to "sum", after a pause. */
@@ -394,7 +482,7 @@ void *
 emu_stream(void)
 {
     pthread_mutex_lock(&lock);
-    stream *made = new_stream();
+    stream *made = new_stream(0);
     pthread_mutex_unlock(&lock);
     return made;
 }
@@ -403,11 +491,111 @@ void
 emu_finish(void)
 {
     pthread_mutex_lock(&lock);
-    finish_all();
+    finish_all(-1);
     pthread_mutex_unlock(&lock);
 }
 
+/* --- captures ------------------------------------------------------------ */
+
+/* This thread begins to capture a graph on a stream, as torch.cuda.graph does
+ * with mode 0. */
+void
+emu_capture(void *on, int mode)
+{
+    stream *one = on;
+    pthread_mutex_lock(&lock);
+    one->capturing = true;
+    one->spoilt = false;
+    one->mode = mode;
+    one->by = pthread_self();
+    pthread_mutex_unlock(&lock);
+}
+
+/* 0, or what the driver says of a capture that was spoilt meanwhile. */
+int
+emu_end(void *on)
+{
+    stream *one = on;
+    pthread_mutex_lock(&lock);
+    one->capturing = false;
+    int code = one->spoilt ? CAPTURE_INVALIDATED : 0;
+    pthread_mutex_unlock(&lock);
+    return code;
+}
+
+static bool
+spoil(stream *one)
+{
+    if (one == NULL || !one->capturing) {
+        return false;
+    }
+    misuse++;
+    return one->spoilt = true;
+}
+
+/* Whether a capture that runs forbids this thread what is not queued on a
+ * stream; it is spoilt if so. */
+static bool
+forbidden(void)
+{
+    bool found = false;
+    for (int i = 0; i < MOST && capture_mode != CAPTURE_RELAXED; i++) {
+        stream *one = streams[i];
+        bool mine = one != NULL && pthread_equal(one->by, pthread_self());
+        if (one != NULL && one->capturing &&
+            ((mine && one->mode != CAPTURE_RELAXED) ||
+             (one->mode == CAPTURE_GLOBAL &&
+              capture_mode == CAPTURE_GLOBAL))) {
+            found |= spoil(one);
+        }
+    }
+    return found;
+}
+
+/* The same for what speaks of all streams of a context: no mode allows it. */
+static bool
+forbidden_everywhere(int device)
+{
+    bool found = false;
+    for (int i = 0; i < MOST; i++) {
+        if (streams[i] != NULL && streams[i]->device == device) {
+            found |= spoil(streams[i]);
+        }
+    }
+    return found;
+}
+
 /* --- what each driver function begins and ends with ---------------------- */
+
+/* What is legal whatever is captured, in any mode. */
+static bool
+is_harmless(const char *name)
+{
+    static const char *const names[] = {
+        "cuInit",
+        "cuDeviceGet",
+        "cuDeviceGetAttribute",
+        "cuDevicePrimaryCtxRetain",
+        "cuDevicePrimaryCtxRelease_v2",
+        "cuCtxPushCurrent_v2",
+        "cuCtxPopCurrent_v2",
+        "cuThreadExchangeStreamCaptureMode",
+        "cuStreamIsCapturing",
+        "cuStreamWaitEvent",
+        "cuEventCreate",
+        "cuEventDestroy_v2",
+        "cuEventRecord",
+        "cuMemcpyHtoDAsync_v2",
+        "cuMemcpyDtoHAsync_v2",
+        "cuMemGetAllocationGranularity",
+    };
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        if (strcmp(names[i], name) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
 
 static int
 begin(const char *name, bool needs_context)
@@ -428,7 +616,10 @@ begin(const char *name, bool needs_context)
         misuse++;
         return INVALID_CONTEXT;
     }
-    return 0;
+    if (!is_harmless(name) && forbidden()) {
+        return CAPTURE_UNSUPPORTED;
+    }
+    return needs_context && strncmp(name, "cuCtxPop", 8) != 0 ? broken : 0;
 }
 
 static int
@@ -521,7 +712,7 @@ cuDeviceGet(int *device, int ordinal)
 {
     BEGIN(false)
     *device = ordinal;
-    return end(ordinal < devices ? 0 : INVALID_DEVICE);
+    return end(ordinal >= 0 && ordinal < DEVICES ? 0 : INVALID_DEVICE);
 }
 
 int
@@ -537,8 +728,7 @@ int
 cuDevicePrimaryCtxRetain(og_cu_context *to, int device)
 {
     BEGIN(false)
-    (void)device;
-    *to = &devices;
+    *to = &contexts[device];
     retained++;
     return end(0);
 }
@@ -555,10 +745,11 @@ int
 cuCtxPushCurrent_v2(og_cu_context context)
 {
     BEGIN(false)
-    if (context != &devices) {
+    long device = (int *)context - contexts;
+    if (device < 0 || device >= DEVICES || depth == DEEP) {
         return end(wrong(INVALID_CONTEXT));
     }
-    depth++;
+    stack[depth++] = (int)device;
     return end(0);
 }
 
@@ -566,8 +757,7 @@ int
 cuCtxPopCurrent_v2(og_cu_context *context)
 {
     BEGIN(true)
-    *context = &devices;
-    depth--;
+    *context = &contexts[stack[--depth]];
     return end(0);
 }
 
@@ -575,7 +765,10 @@ int
 cuCtxSynchronize(void)
 {
     BEGIN(true)
-    finish_all();
+    if (forbidden_everywhere(here())) {
+        return end(CAPTURE_UNSUPPORTED);
+    }
+    finish_all(here());
     return end(0);
 }
 
@@ -617,7 +810,8 @@ cuMemAddressReserve(og_cu_address *to, size_t size, size_t alignment,
                     og_cu_address wanted, unsigned long long flags)
 {
     BEGIN(true)
-    if (size == 0 || size % unit != 0 || wanted != 0 || flags != 0) {
+    if (size == 0 || size % unit != 0 || wanted != 0 || flags != 0 ||
+        alignment < unit || (alignment & (alignment - 1)) != 0) {
         return end(wrong(INVALID_VALUE));
     }
     char *address = mmap(NULL, size + alignment, PROT_NONE,
@@ -657,7 +851,8 @@ cuMemCreate(og_cu_handle *handle, size_t size, const og_cu_property *property,
             unsigned long long flags)
 {
     BEGIN(true)
-    if (size == 0 || size % unit != 0 || flags != 0 || property->type != 1) {
+    if (size == 0 || size % unit != 0 || flags != 0 || property->type != 1 ||
+        property->location.id != here()) {
         return end(wrong(INVALID_VALUE));
     }
     if (used + size > capacity) {
@@ -665,6 +860,7 @@ cuMemCreate(og_cu_handle *handle, size_t size, const og_cu_property *property,
     }
     memory *made = calloc(1, sizeof *made);
     made->fd = memfd_create("emulated", 0);
+    made->device = here();
     made->size = size;
     made->uses = 1;
     if (ftruncate(made->fd, (off_t)size) != 0) {
@@ -710,8 +906,10 @@ cuMemSetAccess(og_cu_address address, size_t size, const og_cu_access *access,
 {
     BEGIN(true)
     range *found = find(mapped, address, size);
-    if (found == NULL || found->size != size || count != 1 ||
-        access->flags != OG_CU_READ_WRITE) {
+    if (found == NULL || found->start != address || found->size != size ||
+        count != 1 || access->flags != OG_CU_READ_WRITE ||
+        access->location.type != OG_CU_ON_DEVICE ||
+        access->location.id != found->memory->device) {
         return end(wrong(INVALID_VALUE));
     }
     mprotect((void *)(uintptr_t)address, size, PROT_READ | PROT_WRITE);
@@ -728,6 +926,7 @@ cuMemUnmap(og_cu_address address, size_t size)
     if (found == NULL || found->start != address || found->size != size) {
         return end(wrong(INVALID_VALUE));
     }
+    misuse += in_use(address, size);
     mmap((void *)(uintptr_t)address, size, PROT_NONE,
          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     found->start = 0;
@@ -739,9 +938,13 @@ int
 cuMemHostRegister_v2(void *host, size_t size, unsigned flags)
 {
     BEGIN(true)
+    long page = sysconf(_SC_PAGESIZE);
     if (size == 0 || flags != OG_CU_PORTABLE ||
-        overlaps(pinned, (uintptr_t)host, size)) {
+        (uintptr_t)host % (size_t)page != 0 || size % (size_t)page != 0) {
         return end(wrong(INVALID_VALUE));
+    }
+    if (overlaps(pinned, (uintptr_t)host, size)) {
+        return end(wrong(ALREADY_PINNED));
     }
     add(pinned, (range){.start = (uintptr_t)host, .size = size});
     return end(0);
@@ -755,6 +958,7 @@ cuMemHostUnregister(void *host)
     if (found == NULL || found->start != (uintptr_t)host) {
         return end(wrong(NOT_PINNED));
     }
+    misuse += in_use(found->start, found->size);
     found->start = 0;
     return end(0);
 }
@@ -766,6 +970,12 @@ copy(og_cu_address device, const void *host, size_t size, void *on, bool in)
     if (there == NULL || !there->allowed ||
         find(pinned, (uintptr_t)host, size) == NULL) {
         return wrong(INVALID_VALUE);
+    }
+    if (stream_of(on)->device != here() || there->memory->device != here()) {
+        return wrong(INVALID_CONTEXT);
+    }
+    if (spoil(stream_of(on))) {
+        return CAPTURE_UNSUPPORTED;
     }
     void *memory = (void *)(uintptr_t)device;
     queue(on, (op){.kind = COPY,
@@ -799,7 +1009,7 @@ int
 cuStreamCreate(og_cu_stream *to, unsigned flags)
 {
     BEGIN(true)
-    *to = new_stream();
+    *to = new_stream(here());
     return end(flags == OG_CU_NON_BLOCKING ? 0 : wrong(INVALID_VALUE));
 }
 
@@ -826,7 +1036,19 @@ int
 cuStreamSynchronize(og_cu_stream on)
 {
     BEGIN(true)
+    if (spoil(stream_of(on))) {
+        return end(CAPTURE_UNSUPPORTED);
+    }
     finish(stream_of(on));
+    return end(0);
+}
+
+int
+cuStreamIsCapturing(og_cu_stream on, int *status)
+{
+    BEGIN(true)
+    const stream *one = stream_of(on);
+    *status = one->capturing ? 1 + one->spoilt : 0;
     return end(0);
 }
 
@@ -835,7 +1057,12 @@ cuStreamWaitEvent(og_cu_stream on, og_cu_event given, unsigned flags)
 {
     BEGIN(true)
     event *one = given;
-    (void)flags;
+    if (flags != 0) {
+        return end(wrong(INVALID_VALUE));
+    }
+    if (!one->captured && spoil(stream_of(on))) {
+        return end(CAPTURE_ISOLATION);
+    }
     queue(on, (op){.kind = WAIT, .event = one, .number = one->recorded});
     return end(0);
 }
@@ -844,7 +1071,9 @@ int
 cuEventCreate(og_cu_event *to, unsigned flags)
 {
     BEGIN(true)
-    *to = calloc(1, sizeof(event));
+    event *made = calloc(1, sizeof *made);
+    made->device = here();
+    *to = made;
     events++;
     return end(flags == OG_CU_SLEEP_NO_TIMING ? 0 : wrong(INVALID_VALUE));
 }
@@ -864,6 +1093,13 @@ cuEventRecord(og_cu_event given, og_cu_stream on)
 {
     BEGIN(true)
     event *one = given;
+    if (stream_of(on)->device != one->device) {
+        return end(wrong(INVALID_HANDLE));
+    }
+    one->captured = stream_of(on)->capturing;
+    if (one->captured) {
+        return end(0);
+    }
     queue(on, (op){.kind = RECORD, .event = one, .number = ++one->recorded});
     return end(0);
 }
@@ -874,13 +1110,20 @@ cuCtxRecordEvent(og_cu_context context, og_cu_event given)
 {
     BEGIN(true)
     event *one = given;
-    (void)context;
+    int device = here();
     if (!newer) {
         return end(NOT_SUPPORTED);
     }
-    stream *own = new_stream();
+    if (context != &contexts[device] || one->device != device) {
+        return end(wrong(INVALID_HANDLE));
+    }
+    if (forbidden_everywhere(device)) {
+        return end(CAPTURE_UNSUPPORTED);
+    }
+    stream *own = new_stream(device);
     for (int i = 0; i < MOST; i++) {
-        if (streams[i] != NULL && streams[i] != own) {
+        if (streams[i] != NULL && streams[i] != own &&
+            streams[i]->device == device) {
             event *mark = calloc(1, sizeof *mark);
             queue(streams[i],
                   (op){.kind = RECORD, .event = mark, .number = 1});
@@ -904,6 +1147,9 @@ cuEventQuery(og_cu_event given)
 {
     BEGIN(true)
     event *one = given;
+    if (one->captured) {
+        return end(wrong(CAPTURED_EVENT));
+    }
     return end(one->reached >= one->recorded ? 0 : OG_CU_NOT_READY);
 }
 
@@ -912,8 +1158,13 @@ cuEventSynchronize(og_cu_event given)
 {
     BEGIN(true)
     event *one = given;
+    if (one->captured) {
+        return end(wrong(CAPTURED_EVENT));
+    }
+    await(1);
     while (one->reached < one->recorded) {
         pthread_cond_wait(&changed, &lock);
     }
+    await(-1);
     return end(0);
 }

@@ -20,9 +20,13 @@ UNIT = 1 << 16
 RING = 1 << 16
 
 
-def emulated_accelerator(emulated: Emulated) -> DriverAccelerator:
-    """Kernels of this accelerator are torch's CPU kernels, run at once by the calling thread."""
-    return DriverAccelerator(torch.device("cpu"), _C.DeviceDriver(emulated.path, ring=RING), kind=1)
+def emulated_accelerator(emulated: Emulated, *streams: int) -> DriverAccelerator:
+    """Kernels of this accelerator are torch's CPU kernels, run at once by the calling thread.
+
+    Graphs are captured on ``streams`` or not at all.
+    """
+    driver = _C.DeviceDriver(emulated.path, ring=RING, streams=streams)
+    return DriverAccelerator(torch.device("cpu"), driver, kind=1)
 
 
 class EmulatedPool(ResourcePool):

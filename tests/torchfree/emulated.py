@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,25 @@ class Emulated:
     def fail(self, name: str, nth: int = 1, code: int = ILLEGAL_ADDRESS) -> None:
         """The nth call from now of a driver function ("*": of any) fails."""
         self.library.emu_fail(name.encode(), ctypes.c_long(nth), code)
+
+    def break_down(self, code: int = ILLEGAL_ADDRESS) -> None:
+        """From now on every call fails with this, as after a kernel that went wrong."""
+        self.library.emu_break(code)
+
+    @contextlib.contextmanager
+    def capture(self, stream: int, mode: int = 0) -> Iterator[None]:
+        """This thread captures a graph on a stream; AssertionError if that was spoilt.
+
+        Args:
+            stream: of this driver.
+            mode: 0 is global, as torch.cuda.graph has it; 1 of this thread; 2 relaxed.
+        """
+        self.library.emu_capture(ctypes.c_void_p(stream), mode)
+        try:
+            yield
+        finally:
+            code = self.library.emu_end(ctypes.c_void_p(stream))
+        assert code == 0, f"the capture was spoilt: {code}"
 
     def pause(self, seconds: float) -> None:
         """How long each copy takes to begin."""

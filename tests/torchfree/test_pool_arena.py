@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import random
@@ -370,6 +371,175 @@ def test_a_forked_child_lets_the_gpu_alone(C, emulated):
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     arena.unmap(0, UNIT)
+
+
+def beside_a_capture(emulated, stream: int, work) -> None:
+    """Calls ``work`` while another thread captures a graph, as torch.cuda.graph does."""
+    begun, over = threading.Event(), threading.Event()
+    spoilt = []
+
+    def capture() -> None:
+        try:
+            with emulated.capture(stream):
+                begun.set()
+                over.wait(10)
+        except AssertionError as error:
+            spoilt.append(error)
+
+    thread = threading.Thread(target=capture)
+    thread.start()
+    begun.wait(10)
+    try:
+        work()
+    finally:
+        over.set()
+        thread.join()
+    assert not spoilt
+
+
+def test_beside_a_capture_everything_goes_but_waiting_for_all(C, emulated):
+    graph = emulated.stream()
+    driver = C.DeviceDriver(emulated.path, ring=4 * 4096, streams=[emulated.stream(), graph])
+    assert driver.capturing() is False
+    before = driver.work()
+
+    def everything() -> None:
+        assert driver.capturing() is True
+        arena = C.DeviceArena(driver, UNIT)
+        pinned = C.PinnedMemory(driver, UNIT)
+        pinned.fill(0, b"7" * UNIT)
+        arena.map(0, UNIT)
+        arena.copy_in(0, pinned, 0, UNIT)
+        ready = driver.copies()
+        ready.done()
+        ready.hold(emulated.stream())
+        ready.wait()
+        back = bytearray(UNIT)
+        arena.stage_out(0, back)
+        assert back == b"7" * UNIT
+        arena.stage_in(0, b"8" * UNIT)
+        driver.copies().wait()
+        with pytest.raises(RuntimeError, match="a graph is: waiting for all"):
+            driver.work()
+        before.wait()
+        driver.memory()
+        arena.unmap(0, UNIT)
+        pinned.close()
+
+    beside_a_capture(emulated, graph, everything)
+    driver.work().wait()
+
+
+@pytest.mark.parametrize("marks", [True, False], ids=["12.5", "older"])
+def test_the_emulation_spoils_captures_as_the_driver_does(C, marks):
+    """A stream that the driver was not told of: nobody could know."""
+    emulated = Emulated(marks=marks)
+    driver = C.DeviceDriver(emulated.path)
+    with (
+        pytest.raises(AssertionError, match="spoilt"),
+        emulated.capture(emulated.stream(), 1),
+        pytest.raises(RuntimeError, match="GPU 0"),
+    ):
+        driver.work()
+    assert emulated.count("misuse") == 1
+    assert emulated.calls("cuCtxSynchronize") == (0 if marks else 1)
+
+
+def test_an_arena_that_dies_during_a_capture_waits_for_its_end(C, emulated):
+    graph = emulated.stream()
+    driver = C.DeviceDriver(emulated.path, streams=[graph])
+    arena = [C.DeviceArena(driver, UNIT)]
+    arena[0].map(0, UNIT)
+    over = threading.Timer(0.1, lambda: emulated.library.emu_end(ctypes.c_void_p(graph)))
+    with emulated.capture(graph):
+        over.start()
+        arena.clear()
+        assert emulated.count("used") == 0
+        over.join()
+
+
+@pytest.mark.parametrize("function", ["cuCtxSynchronize", "cuStreamSynchronize"])
+def test_memory_stays_where_nobody_can_wait_for_what_uses_it(C, function):
+    emulated = Emulated()
+    driver = C.DeviceDriver(emulated.path)
+    arena, pinned = C.DeviceArena(driver, UNIT), C.PinnedMemory(driver, UNIT)
+    arena.map(0, UNIT)
+    arena.copy_in(0, pinned, 0, UNIT)
+    emulated.fail(function)
+    del arena
+    pinned.close()
+    assert emulated.count("misuse") == 0
+    assert (emulated.count("used") > 0) == (function == "cuCtxSynchronize")
+    assert (emulated.count("pinned") > 0) == (function == "cuStreamSynchronize")
+    emulated.finish()
+
+
+def test_a_second_gpu_is_another_context(C, emulated):
+    """From a thread that has the first one current: what is made on one is used on that one."""
+    first, second = (C.DeviceDriver(emulated.path, ordinal) for ordinal in (0, 1))
+    assert second.ordinal == 1
+    pinned = C.PinnedMemory(second, UNIT)
+    arenas = [C.DeviceArena(driver, UNIT) for driver in (first, second)]
+    for arena in arenas:
+        arena.map(0, UNIT)
+    arenas[1].copy_in(0, pinned, 0, UNIT)
+    second.copies().wait()
+    # Neither waits for the other's kernels.
+    emulated.read(emulated.stream(), arenas[0].address, UNIT, seconds=0.2)
+    second.work().wait()
+    assert emulated.count("sum") == 0
+    first.work().wait()
+    assert emulated.count("sum") == 0xA5 * UNIT
+    with pytest.raises(ValueError, match="own driver"):
+        arenas[0].copy_in(0, pinned, 0, UNIT)
+
+
+def test_a_gpu_that_broke_down_is_an_exception_each_time(C):
+    """An error of a kernel sticks: every call fails from then on, and freeing is no crash."""
+    emulated = Emulated()
+    driver = C.DeviceDriver(emulated.path)
+    arena, pinned = C.DeviceArena(driver, UNIT), C.PinnedMemory(driver, UNIT)
+    arena.map(0, UNIT)
+    emulated.break_down()
+    calls = (
+        driver.work,
+        driver.copies,
+        driver.memory,
+        lambda: arena.unmap(0, UNIT),
+        lambda: arena.copy_in(0, pinned, 0, UNIT),
+        lambda: arena.stage_in(0, b"x"),
+        lambda: C.PinnedMemory(driver, 1),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match="700"):
+            call()
+    assert arena.mapped == UNIT
+    pinned.close()
+    assert emulated.count("misuse") == 0
+
+
+def areas_without_forks() -> int:
+    with open("/proc/self/smaps") as file:
+        return sum("dc" in line.split() for line in file if line.startswith("VmFlags"))
+
+
+def test_forked_children_have_no_pinned_memory(C, emulated):
+    """Else the first write after a fork would go to a page that the GPU does not copy from."""
+    kept = areas_without_forks()
+    driver = C.DeviceDriver(emulated.path)
+    block = C.PinnedMemory(driver, 4096)
+    assert areas_without_forks() == kept + 1
+    block.fill(0, b"1" * 4096)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            block.fill(0, b"2" * 4096)
+        except RuntimeError as error:
+            status = 0 if "fork" in str(error) else 2
+        os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_an_arena_that_dies_lets_other_threads_run(C, emulated):

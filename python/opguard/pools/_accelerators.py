@@ -12,7 +12,16 @@ import torch
 from opguard import _C
 from opguard.pools._transfers import ArenaPlace, Place, TorchPlace
 
-__all__ = ["Accelerator", "DriverAccelerator", "TorchAccelerator", "accelerator_for"]
+# More than torch has of one priority: where it stopped handing them out in turn, this ends it.
+MOST_STREAMS = 256
+
+__all__ = [
+    "Accelerator",
+    "DriverAccelerator",
+    "TorchAccelerator",
+    "accelerator_for",
+    "streams_of",
+]
 
 
 class Accelerator(ABC):
@@ -29,6 +38,10 @@ class Accelerator(ABC):
     @abstractmethod
     def place(self, sizes: Sequence[int]) -> Place:
         """Room for a module of segments of so many bytes."""
+
+    def mark(self) -> _C.DeviceEvent | None:
+        """The end of what is queued now, on every stream; None where that cannot be had."""
+        return None
 
 
 class DriverAccelerator(Accelerator):
@@ -49,6 +62,9 @@ class DriverAccelerator(Accelerator):
     def place(self, sizes: Sequence[int]) -> Place:
         return ArenaPlace(self.driver, self.device, sizes, self.kind)
 
+    def mark(self) -> _C.DeviceEvent | None:
+        return None if self.driver.capturing() else self.driver.work()
+
 
 class TorchAccelerator(Accelerator):
     """Any device of torch's, by torch's own allocations and copies."""
@@ -66,6 +82,8 @@ _lock = threading.Lock()
 
 def accelerator_for(device: torch.device) -> Accelerator:
     """The one accelerator of a device, opened at the first call."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     with _lock:
         if device not in _known:
             _known[device] = _open(device)
@@ -74,11 +92,26 @@ def accelerator_for(device: torch.device) -> Accelerator:
 
 def _open(device: torch.device) -> Accelerator:
     if device.type == "cuda" and torch.version.cuda is not None:
-        index = torch.cuda.current_device() if device.index is None else device.index
         # torch's number of a GPU is the driver's: both follow CUDA_VISIBLE_DEVICES.
         with contextlib.suppress(OSError, RuntimeError):
             torch.cuda.init()  # type: ignore[no-untyped-call]
-            driver = _C.DeviceDriver(None, index)
+            driver = _C.DeviceDriver(None, device.index, streams=streams_of(device))
             if driver.granularity:
-                return DriverAccelerator(torch.device("cuda", index), driver)
+                return DriverAccelerator(device, driver)
     return TorchAccelerator(device)
+
+
+def streams_of(device: torch.device) -> list[int]:
+    """Every stream that torch has of a GPU but the default one, which no graph is captured on.
+
+    Torch hands out its streams in turn, a round for each priority, and has no list of them.
+    """
+    found: dict[int, None] = {}
+    least, greatest = torch.cuda.Stream(device).priority_range()
+    for priority in range(greatest, least + 1):
+        for _ in range(MOST_STREAMS):
+            stream = torch.cuda.Stream(device, priority=priority).cuda_stream
+            if stream in found:
+                break
+            found[stream] = None
+    return list(found)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from opguard import _C
 from opguard.pools._accelerators import Accelerator
 from opguard.pools._lending import Lender
 from opguard.pools._transfers import (
@@ -57,6 +58,7 @@ class _Segment:
     versions: dict[str, int | None] = field(default_factory=dict)
     sums: dict[Run, int] | None = None
     arrived: bool = False
+    last_use: _C.DeviceEvent | None = None
 
 
 @contextlib.contextmanager
@@ -190,8 +192,9 @@ class DeviceHome:
             home.give_back(index)
             return _Segment(arrival, lent)
         except BaseException:
-            with lent:
-                self._rest_quietly()
+            # What may still be copied into is kept, and used by the next that comes in.
+            with lent, contextlib.suppress(RuntimeError):
+                place.settle()
                 place.drop(index)
             raise
 
@@ -205,6 +208,7 @@ class DeviceHome:
         with torch.inference_mode(False), torch.no_grad():
             if self.verify == "bytes":
                 there.arrival.wait()
+                self._place.still()
                 there.sums = {run: checksum(self._place.flat(run)) for run in self._runs[index]}
             tensors = self._tensors()
             for run in self._runs[index]:
@@ -222,17 +226,37 @@ class DeviceHome:
             there = self._there.pop(index, None)
             if there is not None:
                 self._point_home(there)
-                with there.lent:
-                    self._rest_quietly()
-                    there.views.clear()
-                    with contextlib.suppress(RuntimeError):
-                        self._place.drop(index)
-
-    def _rest_quietly(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._place.rest()
+                there.views.clear()
+                with there.lent, contextlib.suppress(RuntimeError):
+                    # Nobody has seen it yet but the copy, and checksums where there are some.
+                    if self.verify is None:
+                        self._place.settle()
+                    else:
+                        self._place.rest()
+                    self._place.drop(index)
 
     # --- going ------------------------------------------------------------------------------------
+
+    def unused_since(self, mark: _C.DeviceEvent | None, segment: int | None = None) -> None:
+        """Tells `give_back` what to wait for, in place of all that is queued when it is called.
+
+        Args:
+            mark: was recorded when nobody used the weights any more, and nobody has since. None
+                takes that back.
+            segment: only this one.
+        """
+        for index in self._of(segment):
+            there = self._there.get(index)
+            if there is not None:
+                there.last_use = mark
+
+    def _rest(self, there: _Segment) -> None:
+        """Wait for all that may use a segment's memory."""
+        if there.last_use is None or there.sums is not None:
+            self._place.rest()
+        else:
+            there.arrival.wait()
+            there.last_use.wait()
 
     def give_back(self, segment: int | None = None) -> int:
         """Points the parameters home and gives the device's memory back; changes go home first.
@@ -241,7 +265,8 @@ class DeviceHome:
             Bytes written to the file.
 
         Raises:
-            PoolRefused: somebody still has a tensor of the device's memory; all is as it was.
+            PoolRefused: somebody still has a tensor of the device's memory, or a CUDA graph is
+                being captured that waiting would spoil; all is as it was.
             OSError, RuntimeError: what was changed could not be copied or written.
         """
         written = 0
@@ -261,13 +286,13 @@ class DeviceHome:
         written = 0
         if there.arrived:
             self._refuse_viewed(index, there)
+        self._rest(there)
+        if there.arrived:
             changed = self._changed_runs(index, there)
             if changed:
                 written = self._fetch(index, changed)
             self._point_home(there)
         try:
-            # What was queued up to now may use the memory, on any stream.
-            self._place.rest()
             there.lent.close()
             self._place.drop(index)
         except BaseException:
@@ -280,7 +305,6 @@ class DeviceHome:
 
     def _fetch(self, index: int, changed: Sequence[Run]) -> int:
         """Copy changed runs home and into the file."""
-        self._place.rest()
         with contextlib.ExitStack() as stack:
             master = self._place.master
             if master is not None and index in master.filled and master.memory is not None:
@@ -320,6 +344,8 @@ class DeviceHome:
             for index in self._of(segment):
                 there = self._there.get(index)
                 if there is not None and there.arrived:
+                    if there.sums is not None:
+                        self._place.rest()
                     total += sum(run.nbytes for run in self._changed_runs(index, there))
                 else:
                     total += self.home.changed(index)
@@ -327,7 +353,6 @@ class DeviceHome:
 
     def _changed_runs(self, index: int, there: _Segment) -> list[Run]:
         if there.sums is not None:
-            self._place.rest()
             sums = ((run, checksum(self._place.flat(run))) for run in self._runs[index])
             return [run for run, found in sums if there.sums[run] != found]
         tensors = self._tensors()
@@ -426,7 +451,7 @@ class DeviceHome:
 
     def close(self) -> None:
         """Removes the file. Tensors that point home or to the device stay good while they live."""
-        with contextlib.suppress(PoolRefused):
+        with contextlib.suppress(RuntimeError):  # still used by somebody, or the device broke down
             self.give_back()
         self._close_place()
         self.home.close()

@@ -214,6 +214,8 @@ class Members(Moving):
 
     def _remove(self, entry: Entry) -> None:
         pump = [self.ledger.remove_unit(unit) for unit in entry.units.values()]
+        for unit in entry.units.values():
+            self._last_uses.pop(unit, None)
         with self._mutex:
             if self._by_id.get(entry.key) is entry:
                 del self._by_id[entry.key]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -31,6 +32,8 @@ class Moving(Books):
         self._rank: Callable[[Candidate], float] | None = None
         self._reclaimer = Reclaimer(self)
         self._sweep_next = 0
+        # By unit: how often it had been used when nobody did, and the mark set after that.
+        self._last_uses: dict[int, tuple[int, Any]] = {}
 
     def stop(self) -> None:
         """End the thread that gives back later. The next object that is managed starts it again."""
@@ -100,7 +103,7 @@ class Moving(Books):
             The exception of a user that would not go.
         """
         entry = self.entries[unit]
-        with entry.moving:
+        with entry.moving, self._told_last_use(entry, unit):
             try:
                 written = self._given_back(entry)
             except PoolFileChanged as error:
@@ -117,6 +120,39 @@ class Moving(Books):
         entry.stats.evictions += 1
         self.record_all(entry)
         return None
+
+    @contextmanager
+    def _told_last_use(self, entry: Entry, unit: int) -> Iterator[None]:
+        """For a block the user knows the mark after its last use, where there is one."""
+        uses, mark = self._last_uses.pop(unit, (-1, None))
+        info = self.unit(unit)
+        entry.user.unused_since(mark if info is not None and info.uses == uses else None)
+        try:
+            yield
+        finally:
+            entry.user.unused_since(None)
+
+    def _mark_last_uses(self, entry: Entry) -> None:
+        """Before a user comes in: who is idle need not wait later for what is queued from now on.
+
+        A lease sets no mark when it ends: that would cost every call, for the few that are followed
+        by an eviction.
+        """
+        pool = self.execution_pool
+        accelerator = pool.accelerator
+        if accelerator is None or pool.name not in entry.units:
+            return
+        infos = ((unit, self.unit(unit)) for unit in self.ledger.units(pool._index))
+        idle = {
+            unit: info.uses
+            for unit, info in infos
+            if info is not None and info.state == READY and not info.leases
+            if self._last_uses.get(unit, (-1, None))[0] != info.uses
+        }
+        with suppress(RuntimeError):
+            mark = accelerator.mark() if idle else None
+            if mark is not None:
+                self._last_uses.update({unit: (uses, mark) for unit, uses in idle.items()})
 
     @staticmethod
     def _given_back(entry: Entry) -> int:
@@ -157,6 +193,7 @@ class Moving(Books):
         if entry.ref() is None:
             raise PoolError(f"expected {entry.name!r} to be alive to be brought in; it is gone")
         with entry.moving, entry.stats.loading():
+            self._mark_last_uses(entry)
             try:
                 moved = entry.user.bring_in()
                 self._ride_in(entry)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,15 @@ from torch import Tensor
 from opguard import _C
 from opguard.pools._storages import ALIGNMENT, Leaf, storages_of
 from opguard.pools._views import bytes_of, shown
+from opguard.pools.errors import PoolRefused
 
 if TYPE_CHECKING:
     from opguard.pools._homes import Home, Member
 
 __all__ = ["ArenaPlace", "Master", "Place", "Run", "Span", "TorchPlace", "checksum", "lay_out"]
 
-CHUNK = 1 << 22  # words of eight bytes that a checksum looks at together
+CHUNK = 1 << 20  # words of eight bytes that a checksum looks at together
+PATIENCE = 5.0  # seconds to wait for the end of a capture before memory is kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,10 +212,12 @@ class Place(ABC):
     """Room on an accelerator for the segments of one module.
 
     Attributes:
+        device: what torch calls the accelerator.
         sizes: bytes a segment takes while it is there.
         copies_outlive: whether tensors over the place are good after its memory went.
     """
 
+    device: torch.device
     sizes: list[int]
     copies_outlive = True
     master: Master | None = None
@@ -243,15 +248,29 @@ class Place(ABC):
 
     @abstractmethod
     def rest(self) -> None:
-        """Wait for what was queued on the accelerator up to now, on every stream."""
+        """Wait for what was queued on the accelerator up to now, on every stream.
+
+        PoolRefused where that would spoil a CUDA graph that is being captured.
+        """
+
+    def still(self) -> None:
+        """Wait until no CUDA graph is captured that torch's own work and waits would spoil.
+
+        PoolRefused where this thread captures it, or it takes too long.
+        """
+        if _this_thread_captures(self.device):
+            raise PoolRefused(
+                "expected weights to come and go outside of the capture of a CUDA graph, this "
+                f"thread captures one on {self.device}; hold the lease around the capture"
+            )
+
+    def settle(self) -> None:
+        """Wait for the copies that were sent and fetched."""
+        self.rest()
 
 
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    try:
-        yield
-    except MemoryError as error:
-        raise torch.OutOfMemoryError(str(error)) from error
+def _this_thread_captures(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class ArenaPlace(Place):
@@ -264,7 +283,7 @@ class ArenaPlace(Place):
     ) -> None:
         unit = driver.granularity
         self._driver = driver
-        self._device = device
+        self.device = device
         self._kind = kind
         self.sizes = [-(-size // unit) * unit for size in sizes]
         self.starts = [sum(self.sizes[:index]) for index in range(len(sizes))]
@@ -281,11 +300,14 @@ class ArenaPlace(Place):
         try:
             self.arena.map(start, end)
         except MemoryError:
-            # What torch's allocator keeps for later is as good as free, to torch alone.
-            if self._device.type == "cuda":
+            # What torch's allocator keeps for later is as good as free, to torch alone. Giving it
+            # back waits for the whole device.
+            if self.device.type == "cuda" and not self._driver.capturing():
                 torch.cuda.empty_cache()
-            with _memory_errors():
+            try:
                 self.arena.map(start, end)
+            except MemoryError as error:
+                raise torch.OutOfMemoryError(str(error)) from error
         self._taken.add(segment)
 
     def drop(self, segment: int) -> None:
@@ -314,7 +336,7 @@ class ArenaPlace(Place):
         except BaseException:
             # Some of it may be under way into memory that is about to go.
             with contextlib.suppress(RuntimeError):
-                self._driver.work().wait()
+                self.settle()
             raise
 
     def fetch(self, run: Run, master: Master | None) -> int:
@@ -327,26 +349,42 @@ class ArenaPlace(Place):
         whole = run.segment in master.filled
         master.filled.discard(run.segment)
         self.arena.copy_out(start, master.memory, at, run.nbytes)
-        self._driver.copies().wait()
+        self.settle()
         if whole:
             master.filled.add(run.segment)
         return master.memory.pour(at, target)
 
     def rest(self) -> None:
+        self.still()
         self._driver.work().wait()
+
+    def still(self) -> None:
+        until = time.monotonic() + PATIENCE
+        while self._driver.capturing():
+            super().still()
+            if time.monotonic() > until:
+                raise PoolRefused(
+                    f"expected no CUDA graph to be captured on {self.device}, one has been for "
+                    f"{PATIENCE:g} s: waiting for the kernels that use the memory would spoil it"
+                )
+            time.sleep(0.001)
+
+    def settle(self) -> None:
+        self._driver.copies().wait()
 
 
 class TorchPlace(Place):
     """Tensors of torch's own, for devices whose driver is not spoken to here."""
 
     def __init__(self, device: torch.device, sizes: Sequence[int]) -> None:
-        self._device = device
+        self.device = device
         self.sizes = list(sizes)
         self._flats: dict[int, Tensor] = {}
         self._lock = threading.Lock()
 
     def take(self, segment: int) -> None:
-        flat = torch.empty(self.sizes[segment], dtype=torch.uint8, device=self._device)
+        self.still()
+        flat = torch.empty(self.sizes[segment], dtype=torch.uint8, device=self.device)
         with self._lock:
             self._flats[segment] = flat
 
@@ -372,8 +410,9 @@ class TorchPlace(Place):
         return run.nbytes
 
     def rest(self) -> None:
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
+        if self.device.type != "cpu":
+            self.still()
+            torch.accelerator.synchronize(self.device)
 
 
 # --- looking at bytes -----------------------------------------------------------------------------

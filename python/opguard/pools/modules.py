@@ -122,6 +122,10 @@ class TorchModuleWrapper(ResourcePoolUser):
             )
         return written
 
+    def unused_since(self, mark: Any) -> None:
+        if not isinstance(self.home, Home):
+            self.home.unused_since(mark)
+
     def raise_if_broken(self) -> None:
         self.home.raise_if_broken()
 

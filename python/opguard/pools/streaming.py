@@ -134,6 +134,10 @@ class SegmentUser(ResourcePoolUser):
     def give_back(self) -> int:
         return int(self._home.give_back(self._number) or 0)
 
+    def unused_since(self, mark: Any) -> None:
+        if not isinstance(self._home, Home):
+            self._home.unused_since(mark, self._number)
+
     def raise_if_broken(self) -> None:
         self._home.raise_if_broken()
 

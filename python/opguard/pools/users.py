@@ -72,6 +72,12 @@ class ResourcePoolUser(ABC):
     def sweep(self) -> None:  # noqa: B027
         """Give back what readers outside any lease brought in. Never called while it is in use."""
 
+    def unused_since(self, mark: Any) -> None:  # noqa: B027
+        """Told before ``give_back``: what used the object was queued before this mark.
+
+        A mark is what the pool's accelerator gave, and may be waited for; None says nothing.
+        """
+
     def raise_if_broken(self) -> None:  # noqa: B027
         """Raise where what was computed while the object was in cannot be trusted."""
 
