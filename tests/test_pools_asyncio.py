@@ -233,6 +233,35 @@ def test_a_task_uses_what_its_parent_holds(cpu):
     assert asyncio.run(main()) == [True] * 5
 
 
+@pytest.mark.parametrize("timeout", [None, 0.2, WAIT])
+def test_a_child_and_what_its_parent_holds(cpu, timeout):
+    """Nobody can tell whether the parent waits for it: so it waits where it gives up by itself."""
+    a, b = managed(2 * MIB, MIB)
+
+    async def child():
+        async with b.lease(timeout):
+            return b.loaded
+
+    async def main():
+        async with a.lease():
+            task = asyncio.create_task(child())
+            await asyncio.wait([task], timeout=0.01)
+            if timeout is None:
+                assert task.done(), "nobody would be waiting for ever"
+            elif timeout < 1:  # in vain: it holds until the child has ended
+                await asyncio.wait([task])
+        return await task
+
+    if timeout == WAIT:
+        assert asyncio.run(main()) is True
+    else:
+        refused = pools.LeaseTimeout if timeout else pools.Deadlock
+        with pytest.raises(
+            refused, match=r"task Task-\d+ holds 'thing0'.*(with a timeout|wait longer)"
+        ):
+            asyncio.run(main())
+
+
 def test_a_load_that_fails_reaches_its_task(cpu):
     fails = [OSError("no weights")]
 

@@ -78,7 +78,7 @@ class LedgerMachine(RuleBasedStateMachine):
         owner=INDEX,
         units=st.lists(INDEX, min_size=1, max_size=3),
         extra=st.none() | st.tuples(INDEX, st.integers(0, 40)),
-        flags=st.sampled_from([0, 0, 0, 1, 2, 2, 3]),
+        flags=st.sampled_from([0, 0, 0, 1, 2, 2, 3, 4, 6]),
         tick=st.sampled_from([0, 0, 5]),
     )
     def request(self, owner, units, extra, flags, tick) -> None:
@@ -268,7 +268,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.pump(0)
             while self.model.decided:
                 self.take(0)
-            busy = self.model.cannot_finish(self.model.queue)
+            busy = set().union(*map(self.model.kept, self.model.queue))
             for index, (owner, _) in reversed(list(enumerate(sorted(+self.model.leases)))):
                 if owner not in busy:
                     self.leave(index, False)

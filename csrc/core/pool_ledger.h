@@ -51,8 +51,10 @@ typedef enum og_pool_policy {
 } og_pool_policy;
 
 enum og_pool_flags {
-    OG_POOL_TRY = 1,          /* do not queue */
-    OG_POOL_BLOCKS_THREAD = 2 /* the thread can do nothing else meanwhile */
+    OG_POOL_TRY = 1,           /* do not queue */
+    OG_POOL_BLOCKS_THREAD = 2, /* the thread can do nothing else meanwhile */
+    OG_POOL_ENDS =
+        4 /* gives up by itself: who started it may not wait for it */
 };
 
 typedef enum og_unit_field {

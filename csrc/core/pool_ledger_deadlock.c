@@ -3,11 +3,36 @@
  * so on. Who is left could wait for ever.
  *
  * An owner cannot finish before its own tickets, before those of owners that
- * descend from it, and, if a ticket blocks its thread, before that one. Nor
- * can what a task waits for end before what blocks the task's thread.
- * Finishing only ever frees, so the order does not matter. An owner that
- * waits for another outside the ledger is not seen. */
+ * descend from it (unless such a ticket ends by itself), and before one that
+ * blocks its thread. Nor can what a task waits for end before what blocks the
+ * task's thread. An owner that waits for another outside the ledger is not
+ * seen.
+ *
+ * Whom a grant lets finish only frees, so such grants are made in any order.
+ * What is granted to an owner that another's ticket still keeps from going on
+ * stays with it, is charged to it here, and is put off as long as others can
+ * go on. (One owner that asks twice at a time is in truth two who go on by
+ * themselves.) The same test says whether a real grant is safe, so that one
+ * who was told to wait is never told later that it was in vain. */
 #include "core/pool_ledger_parts.h"
+
+/* The tickets of a test, from one to the next: the queue, and in front of it
+ * the one that is not in it. */
+static og_ticket *
+ticket_at(const og_ledger *ledger, uint32_t slot)
+{
+    return slot == 0 ? NULL : &ledger->tickets[slot];
+}
+
+/* What is absent was left by the test before as it happened to be. */
+static void
+forget_absent(og_unit *unit)
+{
+    if (unit->state == OG_UNIT_ABSENT) {
+        unit->stuck = false;
+        unit->left = 0;
+    }
+}
 
 /* What cannot be had while nobody has finished. */
 static void
@@ -26,38 +51,109 @@ begin_pools(og_ledger *ledger)
             slot = unit->next;
         }
     }
-    for (uint32_t at = ledger->holding; at != 0;) {
-        og_owner *owner = &ledger->owners[at];
-        owner->blocked = 0;
-        owner->finished = false;
-        for (uint32_t slot = owner->holds; slot != 0;) {
-            const og_hold *hold = &ledger->holds[slot];
-            if ((hold->unit & HOLD_EXTRA) == 0) {
-                ledger->units[hold->unit].left++;
-            }
-            slot = hold->owner_next;
+}
+
+/* Calls on_unit for each unit of which the owner holds leases. */
+static void
+for_held(og_ledger *ledger, const og_owner *owner, void (*on_unit)(og_unit *))
+{
+    for (uint32_t slot = owner->holds; slot != 0;) {
+        const og_hold *hold = &ledger->holds[slot];
+        if ((hold->unit & HOLD_EXTRA) == 0) {
+            on_unit(&ledger->units[hold->unit]);
         }
-        at = owner->next;
+        slot = hold->owner_next;
     }
 }
 
-/* Adds change to the count of what blocks, for each owner the ticket does. */
+static void
+count_holder(og_unit *unit)
+{
+    unit->left++;
+}
+
+static void
+begin_owners(og_ledger *ledger)
+{
+    for (uint32_t at = ledger->holding; at != 0;
+         at = ledger->owners[at].next) {
+        ledger->owners[at].blocked = 0;
+        ledger->owners[at].finished = false;
+        for_held(ledger, &ledger->owners[at], forget_absent);
+    }
+    for (uint32_t at = ledger->holding; at != 0;
+         at = ledger->owners[at].next) {
+        for_held(ledger, &ledger->owners[at], count_holder);
+    }
+}
+
+/* Adds change to the count of what blocks, for its owner and those above. */
 static void
 block(og_ledger *ledger, const og_ticket *ticket, uint32_t change)
 {
+    bool ends = (ticket->flags & OG_POOL_ENDS) != 0;
     uint32_t above = ticket->owner;
-    int64_t thread = ledger->owners[above].thread;
-    bool whole = (ticket->flags & OG_POOL_BLOCKS_THREAD) != 0 && thread != 0;
-    while (above != 0) {
+    do {
         ledger->owners[above].blocked += change;
-        above = ledger->owners[above].parent;
+        above = ends ? 0 : ledger->owners[above].parent;
+    } while (above != 0);
+}
+
+/* Counts from zero also for owners that hold nothing. */
+static void
+begin_ticket(og_ledger *ledger, og_ticket *ticket)
+{
+    ticket->done = ticket->charged = false;
+    for (uint32_t at = ticket->owner; at != 0;) {
+        ledger->owners[at].blocked = 0;
+        at = ledger->owners[at].parent;
     }
-    for (uint32_t at = whole ? ledger->holding : 0; at != 0;) {
-        og_owner *owner = &ledger->owners[at];
-        if (owner->thread == thread) {
-            owner->blocked += change;
+    for (uint32_t i = 0; i < ticket->unit_count; i++) {
+        forget_absent(&ledger->units[ticket->units[i]]);
+    }
+}
+
+/* Whether a ticket that is not done blocks the thread. */
+static bool
+is_stopped(const og_ledger *ledger, uint32_t first, int64_t thread)
+{
+    const og_ticket *at = thread == 0 ? NULL : ticket_at(ledger, first);
+    for (; at != NULL; at = ticket_at(ledger, at->next)) {
+        if (!at->done && (at->flags & OG_POOL_BLOCKS_THREAD) != 0 &&
+            ledger->owners[at->owner].thread == thread) {
+            return true;
         }
-        at = owner->next;
+    }
+    return false;
+}
+
+static bool
+can_finish(const og_ledger *ledger, uint32_t first, const og_owner *owner)
+{
+    return owner->blocked == 0 && !is_stopped(ledger, first, owner->thread);
+}
+
+/* Whether it can do what it was granted something for. */
+static bool
+can_go_on(const og_ledger *ledger, uint32_t first, uint32_t slot)
+{
+    const og_owner *owner = &ledger->owners[slot];
+    uint32_t own = 0;
+    const og_ticket *at = owner->blocked > 0 ? ticket_at(ledger, first) : NULL;
+    for (; at != NULL; at = ticket_at(ledger, at->next)) {
+        own += !at->done && at->owner == slot;
+    }
+    return owner->blocked == own && !is_stopped(ledger, first, owner->thread);
+}
+
+/* One owner less has it. */
+static void
+release(og_ledger *ledger, og_unit *unit)
+{
+    unit->left--;
+    if (unit->left == 0 && unit->stuck && !unit->pinned && !unit->kept) {
+        unit->stuck = false;
+        ledger->pools[unit->pool].stuck -= unit->bytes;
     }
 }
 
@@ -70,28 +166,60 @@ finish(og_ledger *ledger, og_owner *owner)
         slot = hold->owner_next;
         if ((hold->unit & HOLD_EXTRA) != 0) {
             ledger->pools[hold->unit & ~HOLD_EXTRA].stuck -= hold->count;
-            continue;
         }
-        og_unit *unit = &ledger->units[hold->unit];
-        bool resident = unit->state != OG_UNIT_ABSENT;
-        if (--unit->left == 0 && resident && !unit->pinned && !unit->kept) {
-            unit->stuck = false;
-            ledger->pools[unit->pool].stuck -= unit->bytes;
+        else {
+            release(ledger, &ledger->units[hold->unit]);
         }
     }
 }
 
+/* What the ticket is granted stays with its owner, or no longer does. */
+static void
+charge(og_ledger *ledger, og_ticket *ticket, bool charged)
+{
+    uint64_t stamp = ++ledger->stamp;
+    ticket->charged = charged;
+    for (uint32_t i = 0; i < ticket->unit_count; i++) {
+        og_unit *unit = &ledger->units[ticket->units[i]];
+        if (unit->stamp == stamp) {
+            continue;
+        }
+        unit->stamp = stamp;
+        if (!charged) {
+            release(ledger, unit);
+            continue;
+        }
+        unit->left++;
+        if (!unit->stuck) {
+            unit->stuck = true;
+            ledger->pools[unit->pool].stuck += unit->bytes;
+        }
+    }
+    for (uint32_t i = 0; i < ticket->extra_count; i++) {
+        const og_pool_extra *extra = &ticket->extra[i];
+        ledger->pools[extra->pool].stuck +=
+            charged ? extra->bytes : -extra->bytes;
+    }
+}
+
 static bool
-finish_owners(og_ledger *ledger)
+finish_owners(og_ledger *ledger, uint32_t first)
 {
     bool any = false;
     for (uint32_t at = ledger->holding; at != 0;) {
         og_owner *owner = &ledger->owners[at];
-        if (!owner->finished && owner->blocked == 0) {
+        if (!owner->finished && can_finish(ledger, first, owner)) {
             finish(ledger, owner);
             any = true;
         }
         at = owner->next;
+    }
+    og_ticket *at = ticket_at(ledger, first);
+    for (; at != NULL; at = ticket_at(ledger, at->next)) {
+        if (at->charged && can_go_on(ledger, first, at->owner)) {
+            charge(ledger, at, false);
+            any = true;
+        }
     }
     return any;
 }
@@ -107,8 +235,7 @@ fits(og_ledger *ledger, const og_ticket *ticket)
         if (unit->doomed) {
             return true; /* it will be told so */
         }
-        bool there = unit->state != OG_UNIT_ABSENT && unit->stuck;
-        if (unit->stamp != stamp && !there) {
+        if (unit->stamp != stamp && !unit->stuck) {
             need[unit->pool] += unit->bytes;
         }
         unit->stamp = stamp;
@@ -125,87 +252,154 @@ fits(og_ledger *ledger, const og_ticket *ticket)
     return true;
 }
 
+/* A task's ticket waits for what stops the task's thread. */
 static bool
-stops(const og_ledger *ledger, const og_ticket *ticket, int64_t thread)
+can_be_met(og_ledger *ledger, uint32_t first, const og_ticket *ticket)
 {
-    return (ticket->flags & OG_POOL_BLOCKS_THREAD) != 0 &&
-           ledger->owners[ticket->owner].thread == thread;
+    bool task = (ticket->flags & OG_POOL_BLOCKS_THREAD) == 0;
+    int64_t thread = ledger->owners[ticket->owner].thread;
+    return !ticket->done && fits(ledger, ticket) &&
+           !(task && is_stopped(ledger, first, thread));
+}
+
+/* Grants that let their owners finish. */
+static uint32_t
+grant_finishing(og_ledger *ledger, uint32_t first)
+{
+    uint32_t count = 0;
+    og_ticket *at = ticket_at(ledger, first);
+    for (; at != NULL; at = ticket_at(ledger, at->next)) {
+        if (!can_be_met(ledger, first, at)) {
+            continue;
+        }
+        at->done = true;
+        block(ledger, at, (uint32_t)-1);
+        if (can_go_on(ledger, first, at->owner)) {
+            count++;
+            continue;
+        }
+        at->done = false;
+        block(ledger, at, 1);
+    }
+    return count;
+}
+
+/* Whether others of its thread could go on, were it granted; if not, it can as
+ * well be granted after those who keep its owner. */
+static bool
+stops_others(const og_ledger *ledger, uint32_t first, const og_ticket *ticket)
+{
+    int64_t thread = ledger->owners[ticket->owner].thread;
+    bool found = false;
+    if ((ticket->flags & OG_POOL_BLOCKS_THREAD) == 0 || thread == 0) {
+        return false;
+    }
+    const og_ticket *at = ticket_at(ledger, first);
+    for (; at != NULL && !found; at = ticket_at(ledger, at->next)) {
+        bool other = at->owner != ticket->owner && (!at->done || at->charged);
+        found = other && ledger->owners[at->owner].thread == thread;
+    }
+    for (uint32_t slot = ledger->holding; slot != 0 && !found;) {
+        const og_owner *owner = &ledger->owners[slot];
+        found = slot != ticket->owner && !owner->finished &&
+                owner->thread == thread;
+        slot = owner->next;
+    }
+    return found;
+}
+
+/* One grant whose owner goes on to wait for another. */
+static uint32_t
+grant_charged(og_ledger *ledger, uint32_t first)
+{
+    og_ticket *at = ticket_at(ledger, first);
+    for (; at != NULL; at = ticket_at(ledger, at->next)) {
+        if (can_be_met(ledger, first, at) && stops_others(ledger, first, at)) {
+            at->done = true;
+            block(ledger, at, (uint32_t)-1);
+            charge(ledger, at, true);
+            return 1;
+        }
+    }
+    return 0;
 }
 
 bool
-og_ticket_stopped(const og_ledger *ledger, const og_ticket *ticket, bool test)
+og_deadlock_free(og_ledger *ledger, og_ticket *also, bool granted)
+{
+    uint32_t first = ledger->queue.first, left = ledger->queue.count;
+    if (also != NULL && also->state != TICKET_QUEUED) {
+        also->next = first;
+        first = og_slot_of(also->id);
+        left++;
+    }
+    begin_pools(ledger);
+    og_ticket *at = ticket_at(ledger, first);
+    for (; at != NULL; at = ticket_at(ledger, at->next)) {
+        begin_ticket(ledger, at);
+    }
+    begin_owners(ledger);
+    for (at = ticket_at(ledger, first); at != NULL;
+         at = ticket_at(ledger, at->next)) {
+        block(ledger, at, 1);
+    }
+    if (granted) {
+        also->done = true;
+        block(ledger, also, (uint32_t)-1);
+        charge(ledger, also, true);
+        left--;
+    }
+    bool any = true;
+    while (any && left > 0) {
+        any = finish_owners(ledger, first);
+        uint32_t count = grant_finishing(ledger, first);
+        if (!any && count == 0) {
+            count = grant_charged(ledger, first);
+        }
+        any = any || count > 0;
+        left -= count;
+    }
+    return left == 0;
+}
+
+/* --- what the queue means for one that asks now --- */
+
+bool
+og_ticket_stopped(const og_ledger *ledger, const og_ticket *ticket)
 {
     int64_t thread = ledger->owners[ticket->owner].thread;
-    if (thread == 0 || (ticket->flags & OG_POOL_BLOCKS_THREAD) != 0) {
-        return false;
-    }
     bool stopped = false;
-    for (uint32_t at = ledger->queue.first; at != 0 && !stopped;) {
-        const og_ticket *other = &ledger->tickets[at];
-        stopped = !(test && other->done) && stops(ledger, other, thread);
-        at = other->next;
+    bool task = thread != 0 && (ticket->flags & OG_POOL_BLOCKS_THREAD) == 0;
+    og_ticket *at = task ? ticket_at(ledger, ledger->queue.first) : NULL;
+    for (; at != NULL && !stopped; at = ticket_at(ledger, at->next)) {
+        stopped = (at->flags & OG_POOL_BLOCKS_THREAD) != 0 &&
+                  ledger->owners[at->owner].thread == thread;
     }
     return stopped;
 }
 
-static bool
-try_ticket(og_ledger *ledger, og_ticket *ticket, const og_ticket *also)
-{
-    if (ticket->done || !fits(ledger, ticket) ||
-        og_ticket_stopped(ledger, ticket, true)) {
-        return false;
-    }
-    int64_t thread = ledger->owners[ticket->owner].thread;
-    bool task = thread != 0 && (ticket->flags & OG_POOL_BLOCKS_THREAD) == 0;
-    if (task && also != NULL && !also->done && stops(ledger, also, thread)) {
-        return false;
-    }
-    ticket->done = true;
-    block(ledger, ticket, (uint32_t)-1);
-    return true;
-}
-
-/* Counts from zero also for owners that hold nothing. */
-static void
-begin_ticket(og_ledger *ledger, og_ticket *ticket)
-{
-    ticket->done = false;
-    for (uint32_t at = ticket->owner; at != 0;) {
-        ledger->owners[at].blocked = 0;
-        at = ledger->owners[at].parent;
-    }
-}
-
 bool
-og_deadlock_free(og_ledger *ledger, og_ticket *also)
+og_owner_blocked(const og_ledger *ledger, uint32_t owner, const og_ticket *but)
 {
-    og_ticket *tickets = ledger->tickets;
-    uint32_t left = ledger->queue.count + (also != NULL);
-    begin_pools(ledger);
-    for (uint32_t at = ledger->queue.first; at != 0; at = tickets[at].next) {
-        begin_ticket(ledger, &tickets[at]);
-    }
-    if (also != NULL) {
-        begin_ticket(ledger, also);
-        block(ledger, also, 1);
-    }
-    for (uint32_t at = ledger->queue.first; at != 0; at = tickets[at].next) {
-        block(ledger, &tickets[at], 1);
-    }
-    bool any = true;
-    while (any && left > 0) {
-        any = finish_owners(ledger);
-        if (also != NULL && try_ticket(ledger, also, also)) {
-            left--;
-            any = true;
+    int64_t thread = ledger->owners[owner].thread;
+    const og_ticket *at = ticket_at(ledger, ledger->queue.first);
+    for (; at != NULL; at = ticket_at(ledger, at->next)) {
+        if (at == but) {
+            continue;
         }
-        uint32_t at = ledger->queue.first;
-        for (; at != 0; at = tickets[at].next) {
-            if (try_ticket(ledger, &tickets[at], also)) {
-                left--;
-                any = true;
-            }
+        bool stops = (at->flags & OG_POOL_BLOCKS_THREAD) != 0 && thread != 0;
+        if (stops && ledger->owners[at->owner].thread == thread) {
+            return true;
+        }
+        bool ends = (at->flags & OG_POOL_ENDS) != 0;
+        uint32_t above =
+            ends || at->owner == owner ? 0 : ledger->owners[at->owner].parent;
+        while (above != 0 && above != owner) {
+            above = ledger->owners[above].parent;
+        }
+        if (above == owner) {
+            return true;
         }
     }
-    return left == 0;
+    return false;
 }

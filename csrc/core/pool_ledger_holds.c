@@ -191,8 +191,6 @@ og_hold_add(og_ledger *ledger, uint32_t owner, uint32_t slot, int64_t count)
         hold = make(ledger, owner, slot);
     }
     hold->count += count;
-    /* Who gets more while it waits elsewhere may have locked itself out. */
-    ledger->upset = ledger->upset || ledger->queue.count > 0;
     if ((slot & HOLD_EXTRA) != 0) {
         og_pool *pool = &ledger->pools[slot & ~HOLD_EXTRA];
         pool->extra += count;

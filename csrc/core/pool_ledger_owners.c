@@ -102,16 +102,35 @@ og_ledger_owner_holds(const og_ledger *ledger, int64_t id, og_error *err)
 
 /* --- enter and leave --- */
 
-/* Whether a request that waits comes before the units of these pools. */
 static bool
-is_behind(const og_ledger *ledger, const og_owner *owner, uint64_t pools)
+holds_all(const og_ledger *ledger, uint32_t owner, const int64_t *units,
+          size_t count)
 {
-    for (uint32_t i = 0; i < ledger->pool_count; i++) {
-        if ((pools >> i & 1) != 0 && ledger->pools[i].waiting > 0) {
-            return !og_owner_holds(ledger, owner);
+    bool all = true;
+    for (size_t i = 0; i < count && all; i++) {
+        uint32_t at = owner;
+        while (at != 0 &&
+               og_hold_find(ledger, at, og_slot_of(units[i])) == NULL) {
+            at = ledger->owners[at].parent;
         }
+        all = at != 0;
     }
-    return false;
+    return all;
+}
+
+/* Whether the request that waits for one of these pools comes before the
+ * owner, who holds nothing, or may not be met after it: more than it has, or
+ * somebody it descends from, would stay with an owner that cannot finish. */
+static bool
+is_behind(const og_ledger *ledger, uint32_t owner, uint64_t pools,
+          const int64_t *units, size_t count)
+{
+    if ((pools & og_waited_for(ledger)) == 0) {
+        return false;
+    }
+    return !og_owner_holds(ledger, &ledger->owners[owner]) ||
+           (og_owner_blocked(ledger, owner, NULL) &&
+            !holds_all(ledger, owner, units, count));
 }
 
 int
@@ -133,7 +152,8 @@ og_ledger_enter(og_ledger *ledger, int64_t owner_id, const int64_t *units,
         pools |= (uint64_t)1 << unit->pool;
     }
     if (!ready ||
-        (ledger->queue.count > 0 && is_behind(ledger, owner, pools))) {
+        (ledger->queue.count > 0 &&
+         is_behind(ledger, og_slot_of(owner_id), pools, units, count))) {
         return 0;
     }
     if (!og_holds_reserve(ledger, count)) {

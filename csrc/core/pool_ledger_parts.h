@@ -66,7 +66,8 @@ typedef struct og_ticket {
     uint32_t next, previous; /* of the queue, the news, or the free slots */
     uint32_t victims;        /* first of what it evicts */
     uint8_t state, verdict, flags;
-    bool is_news, done;
+    bool is_news, needed;
+    bool done, charged; /* deadlock test: granted; with more to wait for */
 } og_ticket;
 
 typedef struct og_pool {
@@ -197,6 +198,17 @@ og_should_pump(const og_ledger *ledger, bool freed)
            (ledger->queue.count > 0 && (freed || ledger->upset));
 }
 
+/* The pools of what waits already. */
+static inline uint64_t
+og_waited_for(const og_ledger *ledger)
+{
+    uint64_t pools = 0;
+    for (uint32_t i = 0; i < ledger->pool_count; i++) {
+        pools |= (uint64_t)(ledger->pools[i].waiting > 0) << i;
+    }
+    return pools;
+}
+
 /* pool_ledger_units.c */
 
 /* Changes the state, the used bytes and the list of what is resident. */
@@ -259,8 +271,12 @@ int
 og_plan_short(const og_ledger *ledger, const og_ticket *ticket,
               const og_demand *demand);
 
-/* Grants the ticket, or changes nothing. */
+/* Whether it fits now, once what is idle has gone. */
 bool
+og_plan_fits(og_ledger *ledger, const og_ticket *ticket);
+
+/* Grants a ticket that fits. */
+void
 og_plan_grant(og_ledger *ledger, og_ticket *ticket);
 
 /* The inverse. */
@@ -275,14 +291,20 @@ og_plan_never(og_ledger *ledger, const og_ticket *ticket, int64_t *need,
 /* pool_ledger_deadlock.c */
 
 /* Marks as done every ticket that waits (and `also`, NULL allowed) that can
- * be met once those who can finish have; true if all can. */
+ * be met once those who can finish have; true if all can. granted: as if also,
+ * which may be in the queue, were granted now. */
 bool
-og_deadlock_free(og_ledger *ledger, og_ticket *also);
+og_deadlock_free(og_ledger *ledger, og_ticket *also, bool granted);
 
 /* Whether its thread is stopped by another wait, so that it could do nothing
- * with a grant but keep the bytes from that one. test: a wait that the test
- * has marked as done stops nobody. */
+ * with a grant but keep the bytes from that one. */
 bool
-og_ticket_stopped(const og_ledger *ledger, const og_ticket *ticket, bool test);
+og_ticket_stopped(const og_ledger *ledger, const og_ticket *ticket);
+
+/* Whether the owner cannot go on before somebody who waits, but for this
+ * ticket (NULL allowed). Who is not blocked gives back what it is granted. */
+bool
+og_owner_blocked(const og_ledger *ledger, uint32_t owner,
+                 const og_ticket *but);
 
 #endif

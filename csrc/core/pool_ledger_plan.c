@@ -192,21 +192,25 @@ take_leases(og_ledger *ledger, og_ticket *ticket)
 }
 
 bool
+og_plan_fits(og_ledger *ledger, const og_ticket *ticket)
+{
+    og_demand demand;
+    og_plan_demand(ledger, ticket, &demand);
+    return !demand.evicting && !demand.gone &&
+           og_plan_short(ledger, ticket, &demand) < 0;
+}
+
+void
 og_plan_grant(og_ledger *ledger, og_ticket *ticket)
 {
     og_demand demand;
     og_plan_demand(ledger, ticket, &demand);
-    if (demand.evicting || demand.gone ||
-        og_plan_short(ledger, ticket, &demand) >= 0) {
-        return false;
-    }
     for (uint32_t i = 0; i < ledger->pool_count; i++) {
         if ((ticket->pools >> i & 1) != 0) {
             make_room(ledger, ticket, i, demand.need[i]);
         }
     }
     take_leases(ledger, ticket);
-    return true;
 }
 
 void

@@ -1,9 +1,9 @@
 /* Requests: decided at once or queued, in the order in which they came.
  *
  * What waits for a pool holds up those who come later and touch that pool, so
- * that nobody starves; but not those on whom others depend, because they hold
- * leases, descend from who does, or block a thread in which one that does
- * runs or waits. */
+ * that nobody starves; but not those on whom others depend: who holds leases,
+ * descends from who does, or blocks its thread, and then who descends from or
+ * blocks the thread of one of these. */
 #include "core/pool_ledger_parts.h"
 
 #include <stdlib.h>
@@ -196,54 +196,83 @@ free_ticket(og_ledger *ledger, og_ticket *ticket)
 
 /* --- deciding --- */
 
+/* Whether the owner can do nothing before the ticket is met. */
 static bool
-may_overtake(const og_ledger *ledger, const og_ticket *ticket)
+comes_before(const og_ledger *ledger, const og_ticket *ticket, uint32_t owner)
 {
-    const og_owner *owner = &ledger->owners[ticket->owner];
-    if (og_owner_holds(ledger, owner)) {
+    int64_t thread = ledger->owners[owner].thread;
+    uint32_t at = ticket->owner;
+    if ((ticket->flags & OG_POOL_BLOCKS_THREAD) != 0 && thread != 0 &&
+        ledger->owners[at].thread == thread) {
         return true;
     }
-    if ((ticket->flags & OG_POOL_BLOCKS_THREAD) == 0 || owner->thread == 0) {
-        return false;
+    while (at != 0 && at != owner) {
+        at = ledger->owners[at].parent;
     }
-    for (uint32_t at = ledger->holding; at != 0;) {
-        const og_owner *other = &ledger->owners[at];
-        if (other->thread == owner->thread) {
-            return true;
-        }
-        at = other->next;
-    }
-    for (uint32_t at = ledger->queue.first; at != 0;) {
-        const og_owner *other = &ledger->owners[ledger->tickets[at].owner];
-        if (other->thread == owner->thread && og_owner_holds(ledger, other)) {
-            return true;
-        }
-        at = ledger->tickets[at].next;
-    }
-    return false;
+    return at != 0;
 }
 
-/* The pools of what waits already. */
-static uint64_t
-waited_for(const og_ledger *ledger)
+/* Whether somebody who holds leases depends on it, also by way of others that
+ * wait, of which those are marked who are needed so. */
+static bool
+is_needed(const og_ledger *ledger, const og_ticket *ticket)
 {
-    uint64_t pools = 0;
-    for (uint32_t i = 0; i < ledger->pool_count; i++) {
-        pools |= (uint64_t)(ledger->pools[i].waiting > 0) << i;
+    bool needed = og_owner_holds(ledger, &ledger->owners[ticket->owner]);
+    for (uint32_t at = ledger->holding; at != 0 && !needed;) {
+        needed = comes_before(ledger, ticket, at);
+        at = ledger->owners[at].next;
     }
-    return pools;
+    for (uint32_t at = ledger->queue.first; at != 0 && !needed;) {
+        const og_ticket *other = &ledger->tickets[at];
+        needed = other->needed && comes_before(ledger, ticket, other->owner);
+        at = other->next;
+    }
+    return needed;
+}
+
+static void
+mark_needed(og_ledger *ledger)
+{
+    og_ticket *tickets = ledger->tickets;
+    for (uint32_t at = ledger->queue.first; at != 0; at = tickets[at].next) {
+        tickets[at].needed = false;
+    }
+    bool any = true;
+    while (any) {
+        any = false;
+        uint32_t at = ledger->queue.first;
+        for (; at != 0; at = tickets[at].next) {
+            if (!tickets[at].needed && is_needed(ledger, &tickets[at])) {
+                tickets[at].needed = any = true;
+            }
+        }
+    }
 }
 
 static bool
-grant(og_ledger *ledger, og_ticket *ticket)
+is_held_up(og_ledger *ledger, const og_ticket *ticket)
 {
-    uint32_t reserved = lease_count(ticket);
-    ledger->hold_reserved -= reserved;
-    if (!og_plan_grant(ledger, ticket)) {
-        ledger->hold_reserved += reserved;
+    if ((ticket->pools & og_waited_for(ledger)) == 0) {
         return false;
     }
-    return true;
+    mark_needed(ledger);
+    return !is_needed(ledger, ticket);
+}
+
+/* Whether everybody who waits can still be met after the grant. Who can finish
+ * gives back what it gets. */
+static bool
+is_safe(og_ledger *ledger, og_ticket *ticket)
+{
+    return !og_owner_blocked(ledger, ticket->owner, ticket) ||
+           og_deadlock_free(ledger, ticket, true);
+}
+
+static void
+grant(og_ledger *ledger, og_ticket *ticket)
+{
+    ledger->hold_reserved -= lease_count(ticket);
+    og_plan_grant(ledger, ticket);
 }
 
 /* Budgets, pins or sizes have changed under the queue: what can never be met
@@ -265,7 +294,7 @@ refuse_hopeless(og_ledger *ledger)
             decide(ledger, ticket, OG_POOL_TOO_LARGE);
         }
     }
-    while (ledger->queue.count > 0 && !og_deadlock_free(ledger, NULL)) {
+    while (ledger->queue.count > 0 && !og_deadlock_free(ledger, NULL, false)) {
         uint32_t at = ledger->queue.last;
         while (ledger->tickets[at].done) {
             at = ledger->tickets[at].previous;
@@ -278,9 +307,9 @@ static og_pool_verdict
 first_verdict(og_ledger *ledger, og_ticket *ticket)
 {
     int64_t need, have;
-    bool free_to_go = (ticket->pools & waited_for(ledger)) == 0 ||
-                      may_overtake(ledger, ticket);
-    if (free_to_go && grant(ledger, ticket)) {
+    if (!is_held_up(ledger, ticket) && og_plan_fits(ledger, ticket) &&
+        is_safe(ledger, ticket)) {
+        grant(ledger, ticket);
         return OG_POOL_GRANTED;
     }
     if (og_plan_never(ledger, ticket, &need, &have) >= 0) {
@@ -289,14 +318,14 @@ first_verdict(og_ledger *ledger, og_ticket *ticket)
     if ((ticket->flags & OG_POOL_TRY) != 0) {
         return OG_POOL_BUSY;
     }
-    (void)og_deadlock_free(ledger, ticket);
-    if (!ticket->done && ledger->upset) {
+    bool can_wait = og_deadlock_free(ledger, ticket, false);
+    if (!can_wait && ledger->upset) {
         /* Perhaps those in the way are hopeless themselves since they began
          * to wait; who was told so can finish. */
         refuse_hopeless(ledger);
         return first_verdict(ledger, ticket);
     }
-    return ticket->done ? OG_POOL_WAIT : OG_POOL_DEADLOCK;
+    return can_wait ? OG_POOL_WAIT : OG_POOL_DEADLOCK;
 }
 
 og_status
@@ -329,37 +358,45 @@ og_ledger_request(og_ledger *ledger, int64_t owner, const int64_t *units,
     return OG_OK;
 }
 
-static void
+/* One pass over the queue: whether it granted anything. */
+static bool
 grant_waiting(og_ledger *ledger, int64_t tick)
 {
     uint64_t held_up = 0;
+    bool any = false;
+    mark_needed(ledger);
     for (uint32_t at = ledger->queue.first; at != 0;) {
         og_ticket *ticket = &ledger->tickets[at];
         at = ticket->next;
-        if (og_ticket_stopped(ledger, ticket, false)) {
+        if (og_ticket_stopped(ledger, ticket)) {
             continue;
         }
         bool in_turn = (ticket->pools & held_up) == 0;
-        if ((in_turn || may_overtake(ledger, ticket)) &&
-            grant(ledger, ticket)) {
-            ticket->tick = tick;
-            decide(ledger, ticket, OG_POOL_GRANTED);
-        }
-        else {
+        if ((!in_turn && !ticket->needed) || !og_plan_fits(ledger, ticket)) {
             held_up |= ticket->pools;
         }
+        else if (is_safe(ledger, ticket)) { /* else others go before it */
+            grant(ledger, ticket);
+            ticket->tick = tick;
+            decide(ledger, ticket, OG_POOL_GRANTED);
+            any = true;
+        }
     }
+    return any;
 }
 
 size_t
 og_ledger_pump(og_ledger *ledger, int64_t tick)
 {
-    do {
+    bool again = true;
+    while (again) {
         if (ledger->upset) {
             refuse_hopeless(ledger);
         }
-        grant_waiting(ledger, tick); /* which may upset who still waits */
-    } while (ledger->upset && ledger->queue.count > 0);
+        /* Who was granted something may be held up by others now. */
+        again = grant_waiting(ledger, tick) || ledger->upset;
+        again = again && ledger->queue.count > 0;
+    }
     return ledger->news.count;
 }
 

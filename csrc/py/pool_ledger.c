@@ -402,6 +402,7 @@ add_constants(PyObject *module)
         {"POOL_GONE", OG_POOL_GONE},
         {"POOL_TRY", OG_POOL_TRY},
         {"POOL_BLOCKS_THREAD", OG_POOL_BLOCKS_THREAD},
+        {"POOL_ENDS", OG_POOL_ENDS},
     };
     for (size_t i = 0; i < sizeof constants / sizeof *constants; i++) {
         if (PyModule_AddIntConstant(module, constants[i].name,

@@ -140,10 +140,11 @@ LEDGER_METHOD(request)
         (count > 4 && og_ledger_int(args[4], "flags", &flags) < 0)) {
         return NULL;
     }
-    if ((flags & ~(int64_t)(OG_POOL_TRY | OG_POOL_BLOCKS_THREAD)) != 0) {
+    int64_t known = OG_POOL_TRY | OG_POOL_BLOCKS_THREAD | OG_POOL_ENDS;
+    if ((flags & ~known) != 0) {
         PyErr_Format(PyExc_ValueError,
-                     "expected flags to be POOL_TRY, POOL_BLOCKS_THREAD, both "
-                     "or 0, got %lld",
+                     "expected flags among POOL_TRY, POOL_BLOCKS_THREAD and "
+                     "POOL_ENDS, added, got %lld",
                      (long long)flags);
         return NULL;
     }

@@ -238,6 +238,7 @@ POOL_BUSY: Final[int]
 POOL_GONE: Final[int]
 POOL_TRY: Final[int]
 POOL_BLOCKS_THREAD: Final[int]
+POOL_ENDS: Final[int]
 
 @final
 class PoolInfo(structseq[Any], tuple[int, int]):

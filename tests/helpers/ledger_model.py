@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 ABSENT, LOADING, READY, EVICTING = range(4)
 GRANTED, WAIT, TOO_LARGE, DEADLOCK, BUSY, GONE = range(6)
-TRY, BLOCKS_THREAD = 1, 2
+TRY, BLOCKS_THREAD, ENDS = 1, 2, 4
 
 
 @dataclass
@@ -120,7 +120,6 @@ class Model:
             if self.count(unit) == 0:
                 self.units[unit].kept = False
             self.leases[owner, unit] += 1
-            self.upset = self.upset or bool(self.queue)
 
     def touch(self, units: tuple[int, ...], tick: int) -> None:
         for name in units:
@@ -132,8 +131,12 @@ class Model:
         if any(self.units[u].state != READY for u in units):
             return False
         pools = {self.units[u].pool for u in units}
-        if not self.holds(owner) and any(pools & self.pools(t) for t in self.queue):
-            return False
+        if any(pools & self.pools(t) for t in self.queue):
+            line = self.line(owner)
+            held = all(any(self.leases[o, u] for o in line) for u in units)
+            kept = self.keeps_waiting(owner, self.queue)
+            if not self.holds(owner) or (kept and not held):
+                return False
         self.add_leases(owner, units)
         self.touch(units, self.next_tick(tick))
         return True
@@ -212,16 +215,26 @@ class Model:
             found[pool] += nbytes
         return found
 
-    def grant(self, ticket: Ticket) -> bool:
-        units = [self.units[name] for name in ticket.units]
-        if any(u.state == EVICTING or u.doomed for u in units):
-            return False
+    def missing(self, ticket: Ticket) -> dict[int, int]:
         need = +self.wanted(ticket, {ABSENT})
-        missing = {p: max(0, self.used(p) + n - self.budgets[p]) for p, n in need.items()}
-        for pool, nbytes in missing.items():
-            idle = [u for u in self.idle(pool) if u.id not in ticket.units]
-            if sum(u.nbytes for u in idle) < nbytes:
-                return False
+        return {p: max(0, self.used(p) + n - self.budgets[p]) for p, n in need.items()}
+
+    def fits_now(self, ticket: Ticket) -> bool:
+        if any(self.units[u].state == EVICTING or self.units[u].doomed for u in ticket.units):
+            return False
+        return all(
+            sum(u.nbytes for u in self.idle(pool) if u.id not in ticket.units) >= nbytes
+            for pool, nbytes in self.missing(ticket).items()
+        )
+
+    def is_safe(self, ticket: Ticket) -> bool:
+        """Whether everybody who waits can be met after the grant."""
+        others = [t for t in self.queue if t is not ticket]
+        return not self.keeps_waiting(ticket.owner, others) or not self.hopeless(others, [ticket])
+
+    def grant(self, ticket: Ticket) -> None:
+        units = [self.units[name] for name in ticket.units]
+        missing = self.missing(ticket)
         for pool in sorted(missing):
             chosen = self.choose(pool, missing[pool], ticket.units)
             left = missing[pool]
@@ -239,8 +252,6 @@ class Model:
         self.add_leases(ticket.owner, ticket.units)
         for pool, nbytes in ticket.extra:
             self.extra[ticket.owner, pool] += nbytes
-            self.upset = self.upset or bool(self.queue and nbytes)
-        return True
 
     def never(self, ticket: Ticket) -> bool:
         need = +self.wanted(ticket, {ABSENT, EVICTING})
@@ -254,54 +265,92 @@ class Model:
 
     # --- waiting ----------------------------------------------------------------------------------
 
-    def cannot_finish(self, waiting: list[Ticket]) -> set[int]:
-        """Owners that some of the tickets come before."""
-        found: set[int] = set()
-        for ticket in waiting:
-            found |= set(self.line(ticket.owner))
-            thread = self.owners[ticket.owner].thread
-            if ticket.flags & BLOCKS_THREAD and thread:
-                found |= {o.id for o in self.owners.values() if o.thread == thread}
+    def kept(self, ticket: Ticket) -> set[int]:
+        """Owners that cannot finish before the ticket is met."""
+        thread = self.owners[ticket.owner].thread
+        found = {ticket.owner} if ticket.flags & ENDS else set(self.line(ticket.owner))
+        if ticket.flags & BLOCKS_THREAD and thread:
+            found |= {o.id for o in self.owners.values() if o.thread == thread}
         return found
 
-    def fits(self, ticket: Ticket, stuck_owners: set[int]) -> bool:
+    def fits(self, ticket: Ticket, stuck_owners: set[int], charged: list[Ticket]) -> bool:
+        """Whether it fits beside what these owners hold, and what these tickets were granted."""
         if any(self.units[u].doomed for u in ticket.units):
             return True
+        given = {name for t in charged for name in t.units}
         for pool in self.pools(ticket):
             stuck = {
                 u.id: u.nbytes
                 for u in self.units.values()
                 if u.pool == pool
-                and u.state != ABSENT
-                and (u.pinned or u.kept or any(self.leases[o, u.id] for o in stuck_owners))
+                and (u.id in given or u.state != ABSENT)
+                and (
+                    u.id in given
+                    or u.pinned
+                    or u.kept
+                    or any(self.leases[o, u.id] for o in stuck_owners)
+                )
             }
-            taken = sum(stuck.values()) + sum(self.extra[o, pool] for o in stuck_owners)
+            extra = [n for t in charged for p, n in t.extra if p == pool]
+            extra += [self.extra[o, pool] for o in stuck_owners]
             more = sum(n for p, n in ticket.extra if p == pool) + sum(
                 self.units[u].nbytes
                 for u in set(ticket.units) - set(stuck)
                 if self.units[u].pool == pool
             )
-            if more and taken + more > self.budgets[pool]:
+            if more and sum(stuck.values()) + sum(extra) + more > self.budgets[pool]:
                 return False
         return True
 
-    def hopeless(self, waiting: list[Ticket]) -> list[Ticket]:
-        """Those that could wait for ever."""
-        left = list(waiting)
+    def hopeless(self, waiting: list[Ticket], granted: list[Ticket] | None = None) -> list[Ticket]:
+        """Those that could wait for ever, the first of all granted or charged to who goes on."""
+        left, charged = list(waiting), list(granted or [])
         while True:
-            stuck = self.cannot_finish(left)
-            good = [t for t in left if self.fits(t, stuck) and not self.is_stopped(t, left)]
-            if not good:
+            stuck = set().union(*map(self.kept, left))
+            charged = [t for t in charged if self.keeps_waiting(t.owner, left)]
+            good = [
+                t for t in left if self.fits(t, stuck, charged) and not self.is_stopped(t, left)
+            ]
+            ends = [
+                t for t in good if not self.keeps_waiting(t.owner, [o for o in left if o is not t])
+            ]
+            others = [t for t in good if self.stops_others(t, left, charged)]
+            if ends:
+                left.remove(ends[0])
+            elif others:
+                left.remove(others[0])
+                charged.append(others[0])
+            else:
                 return left
-            left = [t for t in left if t not in good]
 
-    def may_overtake(self, ticket: Ticket) -> bool:
-        if self.holds(ticket.owner):
-            return True
-        thread = self.owners[ticket.owner].thread
-        needed = self.holding() | {t.owner for t in self.queue if self.holds(t.owner)}
-        same = {o for o in needed if self.owners[o].thread == thread}
-        return bool(ticket.flags & BLOCKS_THREAD and thread and same)
+    def keeps_waiting(self, owner: int, left: list[Ticket]) -> bool:
+        """Whether it cannot do what it is granted something for; who asks twice is two."""
+        return any(
+            self.stops(t, owner) if t.owner == owner else owner in self.kept(t) for t in left
+        )
+
+    def stops_others(self, ticket: Ticket, left: list[Ticket], charged: list[Ticket]) -> bool:
+        stuck = self.holding() & set().union(*map(self.kept, left))
+        others = {t.owner for t in [*left, *charged]} | stuck
+        return any(self.stops(ticket, owner) for owner in others - {ticket.owner})
+
+    def comes_before(self, ticket: Ticket, owner: int) -> bool:
+        return owner in self.line(ticket.owner) or self.stops(ticket, owner)
+
+    def stops(self, ticket: Ticket, owner: int) -> bool:
+        thread = self.owners[owner].thread
+        same = bool(thread) and self.owners[ticket.owner].thread == thread
+        return bool(ticket.flags & BLOCKS_THREAD) and same
+
+    def needed(self, tickets: list[Ticket]) -> list[Ticket]:
+        """Those on whom somebody depends who holds leases, also by way of others that wait."""
+        found: list[Ticket] = []
+        while True:
+            owners = self.holding() | {t.owner for t in found}
+            more = [t for t in tickets if any(self.comes_before(t, o) for o in owners)]
+            if len(more) == len(found):
+                return found
+            found = more
 
     def is_stopped(self, ticket: Ticket, waiting: list[Ticket]) -> bool:
         thread = self.owners[ticket.owner].thread
@@ -310,14 +359,15 @@ class Model:
 
     def request(self, ticket: Ticket) -> int:
         before: set[int] = set().union(*(self.pools(t) for t in self.queue))
-        in_turn = not self.pools(ticket) & before or self.may_overtake(ticket)
-        if in_turn and self.grant(ticket):
+        in_turn = not self.pools(ticket) & before or ticket in self.needed([*self.queue, ticket])
+        if in_turn and self.fits_now(ticket) and self.is_safe(ticket):
+            self.grant(ticket)
             ticket.verdict = GRANTED
         elif self.never(ticket):
             ticket.verdict = TOO_LARGE
         elif ticket.flags & TRY:
             ticket.verdict = BUSY
-        elif ticket in self.hopeless([*self.queue, ticket]):
+        elif self.hopeless([ticket, *self.queue]):
             if self.upset:
                 self.refuse_hopeless()
                 return self.request(ticket)
@@ -345,13 +395,14 @@ class Model:
         self.news.append(ticket.id)
 
     def pump(self, tick: int) -> list[int]:
-        while True:
+        again = True
+        while again:
             if self.upset:
                 self.refuse_hopeless()
-            self.grant_waiting(tick)
-            if not self.upset or not self.queue:
-                told, self.news = self.news, []
-                return [name for name in told if name in self.decided]
+            again = self.grant_waiting(tick) or self.upset
+            again = again and bool(self.queue)
+        told, self.news = self.news, []
+        return [name for name in told if name in self.decided]
 
     def refuse_hopeless(self) -> None:
         self.upset = False
@@ -361,19 +412,22 @@ class Model:
             elif self.never(ticket):
                 self.decide(ticket, TOO_LARGE)
         while bad := self.hopeless(self.queue):
-            self.decide(bad[-1], DEADLOCK)
+            self.decide(max(bad, key=self.queue.index), DEADLOCK)
 
-    def grant_waiting(self, tick: int) -> None:
+    def grant_waiting(self, tick: int) -> bool:
         held_up: set[int] = set()
+        needed, before = self.needed(self.queue), len(self.queue)
         for ticket in list(self.queue):
             if self.is_stopped(ticket, self.queue):
                 continue
-            in_turn = not self.pools(ticket) & held_up
-            if (in_turn or self.may_overtake(ticket)) and self.grant(ticket):
+            in_turn = not self.pools(ticket) & held_up or ticket in needed
+            if not in_turn or not self.fits_now(ticket):
+                held_up |= self.pools(ticket)
+            elif self.is_safe(ticket):
+                self.grant(ticket)
                 ticket.tick = tick
                 self.decide(ticket, GRANTED)
-            else:
-                held_up |= self.pools(ticket)
+        return len(self.queue) < before
 
     def take(self, name: int) -> Ticket:
         ticket = self.decided.pop(name)

@@ -413,7 +413,7 @@ def test_wrong_values(C, ledger):
         lambda: ledger.set_unit(unit, "rank", float("inf")),
         lambda: ledger.set_policy("fifo"),
         lambda: ledger.set_policy(b"lru"),
-        lambda: ledger.request(owner, (unit,), (), 0, 4),
+        lambda: ledger.request(owner, (unit,), (), 0, 8),
         lambda: ledger.request(owner, (), ((0, most), (0, most))),
         lambda: ledger.leave(owner, (unit,)),
         lambda: ledger.leave(owner, (), ((0, 1),)),
@@ -560,7 +560,7 @@ def test_who_stops_a_thread_that_others_need_is_not_held_up(C):
 
 
 def test_a_request_is_not_refused_for_those_who_cannot_be_met_either(C):
-    """`child` waits, then `above` enters more, so that `child` is hopeless until the next pump.
+    """`child` waits, then the budget shrinks, so that `child` is hopeless until the next pump.
     `late` must not be refused for it: `above` ends once `child` is refused."""
     ledger = C.Ledger()
     ledger.add_pool(10)
@@ -570,10 +570,55 @@ def test_a_request_is_not_refused_for_those_who_cannot_be_met_either(C):
     assert loaded_at_once(ledger, above, (one,)) == C.POOL_GRANTED
     assert loaded_at_once(ledger, other, (two,)) == C.POOL_GRANTED
     assert loaded_at_once(ledger, child, (wanted,)) == C.POOL_WAIT
-    assert ledger.enter(above, (two,))
-    assert loaded_at_once(ledger, late, (one, wanted)) == C.POOL_WAIT
+    ledger.set_budget(0, 6)
+    assert loaded_at_once(ledger, late, (wanted,)) == C.POOL_WAIT
     told = {ledger.take(ticket).verdict for ticket in ledger.pump()}
     assert told == {C.POOL_DEADLOCK}
     ledger.leave(other, (two,))
-    ledger.leave(above, (one, two))
+    ledger.leave(above, (one,))
     assert [ledger.take(ticket).verdict for ticket in ledger.pump()] == [C.POOL_GRANTED]
+
+
+def test_what_was_told_to_wait_is_not_starved_by_those_it_keeps(C):
+    """`above` cannot finish before its child, so what it gets must leave room for the child."""
+    ledger = C.Ledger()
+    ledger.add_pool(6)
+    above, other = ledger.add_owner(0, 1), ledger.add_owner(0, 2)
+    child = ledger.add_owner(above, 3)
+    busy, own, more, idle, wanted = (ledger.add_unit(0, nbytes) for nbytes in (3, 1, 2, 1, 4))
+    for owner, unit in [(other, busy), (above, own), (above, idle)]:
+        assert loaded_at_once(ledger, owner, (unit,)) == C.POOL_GRANTED
+    ledger.leave(above, (idle,))
+    first = ledger.request(child, (wanted,))
+    assert first.verdict == C.POOL_WAIT
+    assert ledger.enter(above, (own,))  # again what it has
+    assert not ledger.enter(above, (own, idle))
+    assert ledger.request(above, (more,), (), 0, C.POOL_TRY).verdict == C.POOL_BUSY
+    second = ledger.request(above, (more,))
+    assert second.verdict == C.POOL_WAIT
+    ledger.leave(other, (busy,))
+    assert ledger.pump() == (first.ticket,)
+    answer = ledger.take(first.ticket)
+    assert answer.verdict == C.POOL_GRANTED
+    finish(ledger, answer)
+    ledger.leave(child, (wanted,))
+    assert ledger.pump() == (second.ticket,)
+    assert ledger.take(second.ticket).verdict == C.POOL_GRANTED
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_its_parent_holds_is_waited_for_by_a_child_that_gives_up_by_itself(C, ends):
+    """Nobody knows whether the parent waits for the child: one of them must be able to go on."""
+    ledger = C.Ledger()
+    ledger.add_pool(4)
+    above = ledger.add_owner(0, 1)
+    child = ledger.add_owner(above, 1)
+    held, wanted, third = (ledger.add_unit(0, nbytes) for nbytes in (3, 2, 4))
+    assert loaded_at_once(ledger, above, (held,)) == C.POOL_GRANTED
+    answer = ledger.request(child, (wanted,), (), 0, C.POOL_ENDS if ends else 0)
+    assert answer.verdict == (C.POOL_WAIT if ends else C.POOL_DEADLOCK)
+    assert ledger.request(ledger.add_owner(0, 2), (third,)).verdict == C.POOL_WAIT
+    if ends:
+        ledger.leave(above, (held,))
+        assert ledger.pump()[0] == answer.ticket
+        assert ledger.take(answer.ticket).verdict == C.POOL_GRANTED

@@ -1,8 +1,8 @@
 """Random histories of a ledger, brought to an end by brute force.
 
 Whoever nothing is in the way of gives everything back, until nobody is left. Whoever still waits
-then was let into a deadlock; a request that was refused as a deadlock, and could be granted then,
-was refused wrongly.
+then was let into a deadlock, and so was who is told of one after it was told to wait; a request
+that was refused as a deadlock, and could be granted then, was refused wrongly.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ class World:
         self.held = {owner: [] for owner in self.owners}
         self.waiting = {}
 
-    def line(self, owner):
+    def kept(self, ask):
+        """Owners that cannot finish before the request ask: those above may, where it ends."""
+        owner = ask[0]
         while owner:
             yield owner
-            owner = self.above[owner]
+            owner = 0 if ask[3] & self.C.POOL_ENDS else self.above[owner]
 
     def stops(self, ask, owner):
         """Whether owner can do nothing before the request ask, (owner, units, extra, flags)."""
@@ -44,7 +46,7 @@ class World:
 
     def is_free(self, owner, also=()):
         return not any(
-            owner in self.line(ask[0]) or self.stops(ask, owner)
+            owner in self.kept(ask) or self.stops(ask, owner)
             for ask in [*self.waiting.values(), *also]
         )
 
@@ -59,8 +61,8 @@ class World:
         while tickets := self.ledger.pump():
             for ticket in tickets:
                 answer, ask = self.ledger.take(ticket), self.waiting.pop(ticket)
-                if answer.verdict == GRANTED:
-                    self.fulfil(ask, answer)
+                assert answer.verdict == GRANTED, f"{ask} was told to wait, then refused"
+                self.fulfil(ask, answer)
 
     def step(self, kind, index, picked, extra, flags):
         """One thing that an owner does, if it can act: the verdict of a request."""
@@ -117,7 +119,8 @@ class Plan:
                     chance.randrange(len(self.owners)),
                     picked,
                     extra if chance.random() < 0.2 else (),
-                    chance.choice((0, 0, C.POOL_BLOCKS_THREAD)),
+                    chance.choice((0, 0, C.POOL_BLOCKS_THREAD))
+                    | chance.choice((0, 0, C.POOL_ENDS)),
                 )
             )
 

@@ -96,8 +96,8 @@ def refusal(ask: Ask) -> PoolRefused:
     if answer.verdict == DEADLOCK:
         error = Deadlock(
             f"waiting for {wanted} would never end, since those who hold what it needs wait for "
-            f"this owner or its thread ({figures}){held}{stuck}; ask for all of it at once, or "
-            "give a lease up first",
+            f"this owner or its thread ({figures}){held}{stuck}; ask for all of it at once, give a "
+            "lease up first, or, where who started this does not wait for it, ask with a timeout",
             lines,
         )
     elif answer.verdict == GONE:

@@ -24,7 +24,7 @@ __all__ = ["Ask", "enter", "enter_async"]
 
 GRANTED, WAIT = 0, 1
 LOADING, READY = 1, 2
-TRY, BLOCKS_THREAD = 1, 2
+TRY, BLOCKS_THREAD, ENDS = 1, 2, 4
 # Seconds after which a sleeper looks whether it was forgotten. Nobody should be.
 LOOK = 1.0
 
@@ -62,7 +62,9 @@ class Ask:
         self.extra = extra
         self.timeout = timeout
         self.deadline = None if timeout is None else monotonic() + timeout
-        self.flags = flags | (TRY if timeout is not None and timeout <= 0 else 0)
+        if timeout is not None:
+            flags |= ENDS if timeout > 0 else TRY
+        self.flags = flags
         self.stuck: list[tuple[str, Exception]] = []
         self.handed_over = False
         self._answers: list[Any] = []
@@ -90,6 +92,7 @@ class Ask:
         management.rank()
         asked = ((self.owner,), (self.units,), (self.extra,), (0,), (self.flags,))
         self._answers.extend(map(self.ledger.request, *asked))
+        management.pump()  # those on whom this owner depends come before others now
         answer = self.answer
         if answer.verdict == GRANTED:
             return 0
