@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from opguard.pools._blocks import cut_module
+from opguard.pools import _blocks
 
 PAGE = mmap.PAGESIZE
 SIDE = 64  # a Linear(SIDE, SIDE, bias=False) is 4 pages
@@ -20,12 +20,27 @@ def linear() -> nn.Linear:
     return nn.Linear(SIDE, SIDE, bias=False)
 
 
+class cut_module:
+    """A cut and, as its segments, the storages of the tensors in each."""
+
+    def __init__(self, module: nn.Module, chunk: int) -> None:
+        self.cut, tensors = _blocks.cut_module(module, chunk)
+        self.segments = [tuple(map(key, segment)) for segment in tensors]
+
+    def __getattr__(self, name: str):
+        return getattr(self.cut, name)
+
+
 def names(cut) -> list[str]:
     return [block.name for block in cut.blocks]
 
 
+def key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
 def keys(module: nn.Module) -> set[int]:
-    return {t.untyped_storage()._cdata for t in [*module.parameters(), *module.buffers()]}
+    return set(map(key, [*module.parameters(), *module.buffers()]))
 
 
 def held(cut, name: str) -> set[int]:
@@ -63,7 +78,7 @@ def test_largest_subtrees_that_fit():
 def test_own_tensors_belong_to_the_module_itself():
     model = Model()
     cut = cut_module(model, 8 * PAGE)
-    own = {t.untyped_storage()._cdata for t in (model.scale, model.mean, model.layers.stray)}
+    own = set(map(key, (model.scale, model.mean, model.layers.stray)))
     assert held(cut, "") == own  # what a module without a forward has is its parent's
     for block in cut.blocks[1:]:
         assert block.around == (0,)
@@ -73,23 +88,55 @@ def test_own_tensors_belong_to_the_module_itself():
 def test_tied_tensors_have_a_segment_of_their_own():
     model = Model()
     cut = cut_module(model, 8 * PAGE)
-    tied = model.tail.weight.untyped_storage()._cdata
+    tied = key(model.tail.weight)
     assert tied in held(cut, "layers.0")
     assert held(cut, "tail") == {tied}
     assert [segment for segment in cut.segments if tied in segment] == [(tied,)]
 
 
-def test_views_of_one_storage_are_one_piece():
-    class Views(nn.Module):
+class Views(nn.Module):
+    """Two layers whose weights are given parts of one storage."""
+
+    def __init__(self, first: torch.Tensor, second: torch.Tensor) -> None:
+        super().__init__()
+        self.a, self.b = linear(), linear()
+        self.a.weight.data, self.b.weight.data = first, second
+
+
+def test_views_that_overlap_are_one_piece():
+    both = torch.randn(2 * SIDE, SIDE)
+    cut = cut_module(Views(both[:SIDE], both[SIDE // 2 :][:SIDE].T), 4 * PAGE)
+    assert len(cut.segments) == 1
+    assert cut.sizes == (6 * PAGE,)
+
+
+def test_weights_that_lie_side_by_side_in_one_storage_are_pieces_of_their_own():
+    both = torch.randn(40, SIDE, SIDE)
+    cut = cut_module(Views(both[0], both[7].T), 4 * PAGE)
+    assert names(cut) == ["", "a", "b"]
+    assert cut.sizes == (4 * PAGE, 4 * PAGE)  # and what nobody looks at counts for nothing
+
+
+def test_parameters_in_a_list_belong_to_who_runs_with_them():
+    class Listed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            both = torch.randn(2, SIDE, SIDE)
-            self.a, self.b = linear(), linear()
-            self.a.weight.data, self.b.weight.data = both[0], both[1].T
+            self.weights = nn.ParameterList(torch.randn(SIDE, SIDE) for _ in range(2))
+            self.tail = linear()
 
-    cut = cut_module(Views(), 4 * PAGE)
-    assert len(cut.segments) == 1
-    assert cut.sizes == (8 * PAGE,)
+        def forward(self, x):
+            return self.tail(x @ self.weights[0] @ self.weights[1])
+
+    model = Listed()
+    cut = cut_module(model, 4 * PAGE)
+    assert names(cut) == ["", "tail"]
+    assert held(cut, "") == keys(model.weights)
+
+
+def test_nothing_is_cut_into_no_blocks():
+    cut = cut_module(nn.Sequential(nn.ReLU()), PAGE)
+    assert (cut.blocks, cut.sizes, cut.segments) == ((), (), [])
+    assert cut.largest() is None
 
 
 def test_attention_is_one_block():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import mmap
 import os
 import pickle
@@ -135,6 +136,38 @@ def test_compiled_models(pool, when):
         assert torch.equal(compiled(inputs), bare(inputs))
         assert 0 < pool.used <= pool.budget
     torch.compiler.reset()
+
+
+def test_compiled_blocks_are_compiled_once(pool, caplog):
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(SIDE, SIDE, bias=False)
+
+        def forward(self, x):
+            return self.inner(x).tanh()
+
+    class Top(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(20))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model, graphs = Top().requires_grad_(False), []
+    x = torch.randn(2, SIDE)
+    expected = model(x)
+    pools.manage(model)
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with caplog.at_level(logging.WARNING, "torch._dynamo"):
+        for _ in range(2):
+            assert torch.equal(compiled(x), expected)
+    torch.compiler.reset()
+    assert len(graphs) == 1
+    assert not caplog.records  # no code of ours is compiled again and again
 
 
 def test_decides_by_itself_and_can_be_told(pool):

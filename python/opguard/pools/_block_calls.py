@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import os
 import queue
 import threading
-import types
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from functools import partial
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import torch
 from torch import nn
 
 from opguard import _C
+from opguard.pools._marks import BODIES, Orphan, driven, pickles_itself
 
 if TYPE_CHECKING:
     from opguard.pools.streaming import StreamedModule
 
-__all__ = ["BlockForward", "Course", "prefetcher"]
+__all__ = ["BlockForward", "Course", "prefetcher", "untraced"]
 
 
 class Course:
@@ -40,44 +44,82 @@ class Course:
         return self._follows.get((last, block))
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def untraced(function: _Function, *, inside: bool = True) -> _Function:
+    """Have Dynamo leave a function alone: what it compiles breaks at each lease.
+
+    As ``torch.compiler.disable`` does, which takes a second to import. A torch without this switch
+    looks at the function, and gives up after some attempts.
+
+    Args:
+        inside: the same for what the function calls.
+    """
+    marked: Any = function
+    marked._torchdynamo_disable = True
+    marked._torchdynamo_disable_msg = "a block of a streamed model takes a lease"
+    with suppress(AttributeError):
+        switch: Any = torch._C._dynamo.eval_frame
+        skip, trace = switch._FrameAction.SKIP, switch._FrameAction.DEFAULT
+        strategy = switch._FrameExecStrategy(skip, skip if inside else trace)
+        switch.set_code_exec_strategy(marked.__code__, strategy)
+    return function
+
+
 class BlockForward:
     """The ``forward`` of one block's module: enter, run what was there before, leave.
 
-    It refers to the module weakly: a cycle would keep the model until garbage is collected. In a
-    copy and in a pickle the class's own ``forward`` takes its place.
+    It refers to the module weakly: a cycle would keep the model until garbage is collected. With
+    its stream closed, and in a copy, which is a model of its own, it runs what was there before
+    and takes itself off.
     """
 
-    def __init__(self, module: nn.Module, number: int, stream: StreamedModule) -> None:
+    def __init__(self, module: nn.Module, number: int, stream: StreamedModule | None) -> None:
         self._module = weakref.ref(module)
-        self._own = module.__dict__.get("forward")
-        self._plain = type(module).forward
+        self._own = _own_forward(module)
         self._number = number
         self._stream = stream
         module.__dict__["forward"] = self
 
     @property
+    @untraced
     def __wrapped__(self) -> Callable[..., Any]:
-        """What signatures are read from."""
-        return self._own or types.MethodType(self._plain, self._module())
+        """What it stands for: the instance's own, or the class's bound to the module."""
+        if self._own is not None:
+            return self._own
+        module = self._module()
+        if module is None:
+            raise ReferenceError("expected the module of this forward to be alive, it is gone")
+        return _class_forward(module)
 
-    @property
-    def __name__(self) -> str:
-        return "forward"
+    def __getattr__(self, name: str) -> Any:
+        """``__code__``, ``__self__`` and the like of what it stands for."""
+        if name == "__globals__":  # what torch.jit.script asks for first
+            raise AttributeError(
+                f"expected a function to script, got the forward of a block of a streamed "
+                f"{type(self._module()).__name__}, which takes a lease; script the model before it "
+                "is managed, or unmanage it first"
+            )
+        return getattr(self.__wrapped__, name)
 
-    @property
-    def __doc__(self) -> str | None:  # type: ignore[override]
-        return self._plain.__doc__
-
+    @partial(untraced, inside=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stream, number = self._stream, self._number
-        with _C.Lease(stream.block_seat(number), None, None):
+        if stream is None or stream.closed:
+            forward = self.__wrapped__
+            self.remove()
+            return forward(*args, **kwargs)
+        seat = stream.block_seat(number)
+        with _C.Lease(seat, None, None):
             stream.entered(number)
             try:
-                if self._own is not None:
-                    return self._own(*args, **kwargs)
-                return self._plain(self._module(), *args, **kwargs)
+                result = self.__wrapped__(*args, **kwargs)
             finally:
                 stream.left(number)
+        if isinstance(result, BODIES):
+            return driven(_C.Lease(seat, None, None), result)
+        return result
 
     def remove(self) -> None:
         """Put back what was there, if this is still what runs."""
@@ -88,12 +130,39 @@ class BlockForward:
                 module.__dict__["forward"] = self._own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # The copy of the module is made, and has nothing in its __dict__ yet.
-        copied = memo.get(id(self._module()))
-        return self.__wrapped__ if copied is None else copied.forward
+        if self._own is not None:
+            return copy.deepcopy(self._own, memo)
+        made = memo.get(id(self._module()))
+        if not isinstance(made, nn.Module):  # its class copies what is in it before it is made
+            return Orphan("forward")
+        return BlockForward(made, self._number, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._module(), "forward")
+        if self._own is not None:
+            return itemgetter(0), ((self._own,),)  # itself: nothing of ours in the pickle
+        module = self._module()
+        if pickles_itself(type(module)):
+            return Orphan, ("forward",)
+        return getattr, (module, "forward")
+
+
+def _class_forward(module: nn.Module) -> Callable[..., Any]:
+    """The ``forward`` that the module's class has now, whatever kind of method that is."""
+    kind = type(module)
+    found: Any = next(vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base))
+    bind: Any = getattr(type(found), "__get__", None)
+    try:
+        return cast("Callable[..., Any]", found if bind is None else bind(found, module, kind))
+    except AttributeError:  # that of scripted modules always raises this
+        return cast("Callable[..., Any]", module.__getattr__("forward"))
+
+
+def _own_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The ``forward`` that somebody gave this very module; what a copy or ours left is none."""
+    own = module.__dict__.get("forward")
+    while isinstance(own, BlockForward):
+        own = own._own
+    return None if own is None or own == _class_forward(module) else own
 
 
 _Wish = tuple[Callable[[], Callable[[int], None] | None], int]
@@ -131,7 +200,7 @@ class Prefetcher:
             reference, number = wishes.get()
             bring_in = reference()
             # A failure is met again by whoever needs the block, who says so.
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 if bring_in is not None and wishes.empty():  # a later wish makes this one late
                     bring_in(number)
             del reference, bring_in

@@ -31,8 +31,8 @@ def _line(management: Books, owner: int, unit: int, count: int) -> str:
     entry = management.entries.get(unit)
     name = entry.name if entry else f"unit {unit}"
     if owner == 0:
-        trouble = entry.stats.trouble if entry else ""
-        return f"{name!r} is pinned, or would not go{trouble and f' ({trouble})'}"
+        trouble = entry and entry.stats.trouble
+        return f"{name!r} is pinned, or would not go{f' ({trouble})' if trouble else ''}"
     who = management.owner(owner)
     thread = getattr(who, "thread", 0)
     task = getattr(who, "task", None)

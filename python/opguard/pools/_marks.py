@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from functools import partial
-from types import CoroutineType, FunctionType, GeneratorType
+from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType
 from typing import Any
 
 from torch import nn
@@ -23,7 +23,18 @@ from torch import nn
 from opguard import _C
 from opguard.pools._inputs import input_mover
 
-__all__ = ["CALL", "Mark", "lock", "manage_here", "mark_of", "take_off"]
+__all__ = [
+    "BODIES",
+    "CALL",
+    "Mark",
+    "Orphan",
+    "driven",
+    "lock",
+    "manage_here",
+    "mark_of",
+    "pickles_itself",
+    "take_off",
+]
 
 CALL = "_compiled_call_impl"
 COMPILE = "compile"
@@ -152,12 +163,7 @@ class Mark:
 
     def drive(self, forward: _C.LeasedForward, body: Any) -> Any:
         """A body that has not begun, made to hold a lease from its first step to its last."""
-        lease: _C.Lease[None] = _C.Lease(forward.seat or self.seat, None, forward.timeout)
-        if isinstance(body, GeneratorType):
-            return _steps(lease, body)
-        if isinstance(body, CoroutineType):
-            return _awaited(lease, body)
-        return _async_steps(lease, body)
+        return driven(_C.Lease(forward.seat or self.seat, None, forward.timeout), body)
 
     def deepcopy(self, forward: _C.LeasedForward, memo: dict[int, Any]) -> Any:
         return self.part_of_copy(self._name_of(forward), memo)
@@ -180,8 +186,7 @@ class Mark:
 
     def part_reduced(self, name: str) -> Any:
         """The same for pickle, which has made the copy by then, unless its class pickles itself."""
-        kind = type(self._alive())
-        if (kind.__reduce__, kind.__reduce_ex__) != (object.__reduce__, object.__reduce_ex__):
+        if pickles_itself(type(self._alive())):
             return _alone, (name,)
         below = None if name in (CALL, COMPILE, KEY) else self._below.get(name)
         return revive, (self._alive(), tuple(self._below), name, below)
@@ -270,7 +275,26 @@ def _calls_differently(module: nn.Module) -> bool:
     return not home.__module__.startswith("torch.")
 
 
+def pickles_itself(kind: type) -> bool:
+    """Whether a class decides how it is pickled, so that its parts may come before it is made."""
+    own: tuple[object, ...] = kind.__reduce__, kind.__reduce_ex__
+    return own != (object.__reduce__, object.__reduce_ex__)
+
+
 # --- bodies ---
+
+
+# What a call returns that runs later.
+BODIES = (GeneratorType, CoroutineType, AsyncGeneratorType)
+
+
+def driven(lease: Any, body: Any) -> Any:
+    """A body that has not begun, made to hold the lease from its first step to its last."""
+    if isinstance(body, GeneratorType):
+        return _steps(lease, body)
+    if isinstance(body, CoroutineType):
+        return _awaited(lease, body)
+    return _async_steps(lease, body)
 
 
 def _steps(lease: Any, body: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:

@@ -134,11 +134,13 @@ class Members(Moving):
     ) -> None:
         """Change what ``manage`` was told about it; None leaves as it is."""
         pump = False
-        for unit in entry.all_units:
-            if priority is not None:
-                pump |= bool(self.ledger.set_unit(unit, "priority", int(priority)))
-            if pin is not None:
-                pump |= bool(self.ledger.set_unit(unit, "pinned", int(bool(pin))))
+        for leaf in entry.leaves():
+            for unit in leaf.units.values():
+                if priority is not None:
+                    pump |= bool(self.ledger.set_unit(unit, "priority", int(priority)))
+                if pin is not None:
+                    stays = int(bool(pin) and leaf.user.may_stay)
+                    pump |= bool(self.ledger.set_unit(unit, "pinned", stays))
         if name is not None and name != entry.name:
             with self._mutex:
                 entry.name = self._new_name(name)

@@ -11,23 +11,24 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import threading
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from opguard import _C
-from opguard.pools._block_calls import BlockForward, Course, prefetcher
-from opguard.pools._blocks import Cut, all_storages, cut_module, storage_sizes
+from opguard.pools._block_calls import BlockForward, Course, prefetcher, untraced
+from opguard.pools._blocks import Cut, bytes_of, cut_module
 from opguard.pools._books import ABSENT, LOADING, READY
 from opguard.pools._budgets import readable
 from opguard.pools._homes import Home
 from opguard.pools._lending import home_for
 from opguard.pools._requests import TRY, Ask, enter
+from opguard.pools._spill import ForkLock
 from opguard.pools.errors import PoolRefused
 from opguard.pools.users import ResourcePoolUser
 
@@ -45,8 +46,7 @@ LOOKS = 3
 
 def outgrows(module: nn.Module, management: Management) -> bool:
     """Whether the module is larger than the whole budget of the pool it would run in."""
-    budget = management.execution_pool.budget
-    return sum(all_storages(module).values()) > budget
+    return bytes_of(module) > management.execution_pool.budget
 
 
 def kept_segments(cut: Cut, budget: int) -> frozenset[int]:
@@ -56,7 +56,7 @@ def kept_segments(cut: Cut, budget: int) -> frozenset[int]:
     and letting each of the others go at once loads the least. Room is left for the blocks around,
     for the one that runs and for the next.
     """
-    room = budget - 2 * max(cut.bytes_of(block) for block in cut.blocks)
+    room = budget - 2 * max(map(cut.bytes_of, cut.blocks), default=0)
     around = {number for block in cut.blocks for number in block.around}
     kept: set[int] = set()
     for number in sorted(range(len(cut.blocks)), key=lambda number: number not in around):
@@ -70,32 +70,21 @@ def kept_segments(cut: Cut, budget: int) -> frozenset[int]:
     return frozenset(kept)
 
 
-def _tensors_of(module: nn.Module, cut: Cut) -> list[list[torch.Tensor]]:
-    """The tensors that lie in each segment."""
-    by_storage: dict[int, list[torch.Tensor]] = {}
-    for each in module.modules():
-        for tensors in (each._parameters, each._buffers):
-            for tensor in tensors.values():
-                if tensor is not None:
-                    for key, _ in storage_sizes(tensor):
-                        by_storage.setdefault(key, []).append(tensor)
-    return [[t for key in keys for t in by_storage[key]] for keys in cut.segments]
-
-
-def _keep_apart(home: Home) -> None:
-    """Make each segment a mapping of its own for the kernel.
+def _keep_apart(home: Home) -> bool:
+    """Make each segment a mapping of its own for the kernel. False: they are not all.
 
     A page that is read brings in up to 15 neighbours on both sides, but none of another mapping.
     Neighbours whose flags differ are not joined: every second one is left out of core dumps.
     """
     pages = home.map
     if pages is None or pages.nbytes != home.nbytes or not hasattr(mmap, "MADV_DONTDUMP"):
-        return
+        return False
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for start, end in home.segments[1::2]:
         if end > start:
             madvise(pages.address + start, end - start, mmap.MADV_DONTDUMP)
+    return True
 
 
 class _Segment:
@@ -147,6 +136,11 @@ class SegmentUser(ResourcePoolUser):
             stream.was_read(self._number)
         self._home.give_back(self._number)
 
+    @property
+    def may_stay(self) -> bool:
+        stream = self._stream()
+        return stream is not None and stream.keeps(self._number)
+
     def describe(self) -> str:
         return "disk, in blocks"
 
@@ -181,46 +175,72 @@ class StreamedModule(ResourcePoolUser):
         name = name or type(module).__name__
         self._management = management
         self._pool = management.execution_pool
-        self.cut = cut_module(module, max(self._pool.budget // CHUNKS, 1))
+        self.cut, tensors = cut_module(module, max(self._pool.budget // CHUNKS, 1))
         self._check(name)
-        home = Home.adopt(
-            module,
-            management.folder,
-            name,
-            segments=_tensors_of(module, self.cut),
-            trust_files=trust_files,
-        )
-        _keep_apart(home)
-        self.home: Any = home_for(home, management, name, verify)
+        self.closed = False
+        self._segments: list[_Segment] = []
         self._course = Course()
-        self._kept: tuple[int, frozenset[int]] = (-1, frozenset())
-        self._segments = [_Segment() for _ in self.cut.segments]
-        users = {
-            segment: SegmentUser(segment, self, number, self._pool.name)
-            for number, segment in enumerate(self._segments)
-        }
-        self._entries = [
-            management.add_user(user, segment, name=f"{name}[{number}]")
-            for number, (segment, user) in enumerate(users.items())
-        ]
-        self._taken = [set(block.segments) for block in self.cut.blocks]
-        self._seats = [management.seat(self._units(taken)) for taken in self._taken]
-        outer = {number for block in self.cut.blocks for number in block.around}
-        self._running = [0] * len(self.cut.blocks)
-        self._counting = threading.Lock()
-        self._looks = [LOOKS * int(number in outer) for number in range(len(self.cut.blocks))]
         self._wish = -1
-        self._fetching = threading.Lock()
-        self._forwards = [
-            BlockForward(each, number, self)
-            for number, block in enumerate(self.cut.blocks)
-            if block.segments and (each := block.module()) is not None
+        self._fetching = ForkLock()
+        self.home: Any = Home.adopt(
+            module, management.folder, name, segments=tensors, trust_files=trust_files
+        )
+        try:
+            self._set_up(name, verify)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, name: str, verify: str | None) -> None:
+        management, blocks = self._management, self.cut.blocks
+        # Where segments share pages, and on accelerators, what is in memory tells of no reader.
+        self._learns = _keep_apart(self.home) and not self._pool.executes
+        self.home = home_for(self.home, management, name, verify)
+        sizes = (end - start for start, end in self.home.segments[: len(self.cut.sizes)])
+        self.cut = replace(self.cut, sizes=tuple(sizes))
+        self._check(name)
+        self._segments += (_Segment() for _ in self.cut.sizes)
+        self._entries = [
+            management.add_user(
+                SegmentUser(segment, self, number, self._pool.name),
+                segment,
+                name=f"{name}[{number}]",
+            )
+            for number, segment in enumerate(self._segments)
         ]
+        self._outer = {number for block in blocks for number in block.around}
+        self._seats = [management.seat(()) for _ in blocks]
+        self._settle()
+        for number, block in enumerate(blocks):
+            if block.segments or number in self._outer:
+                BlockForward(self._module_of(number), number, self)
+
+    def _settle(self) -> None:
+        """What each block takes and what stays: at the start, and for each budget anew."""
+        self._budget = self._pool.budget
+        self._kept = kept_segments(self.cut, self._budget)
+        self._taken = [set(block.segments) for block in self.cut.blocks]
+        looks = LOOKS * self._learns
+        self._looks = [looks * (number in self._outer) for number in range(len(self._taken))]
+        for number in range(len(self._taken)):
+            self._seat(number)
+        infos = [self._management.unit(unit) for unit in self._units(range(len(self._entries)))]
+        if any(info and info.pinned for info in infos):
+            for entry in self._entries:
+                self._management.update(entry, pin=True)  # those that may stay, now
+
+    def _seat(self, number: int) -> None:
+        """Have leases of a block take what it takes now; those there are keep what they have."""
+        self._seats[number].units = tuple(self._units(self._taken[number]))
+
+    def _module_of(self, number: int) -> nn.Module:
+        module = self.cut.blocks[number].module()
+        assert module is not None  # whoever manages the model holds it
+        return module
 
     def _check(self, name: str) -> None:
-        block = self.cut.largest()
-        need, budget = self.cut.bytes_held(block), self._pool.budget
-        if need > budget:
+        block, need, budget = self.cut.largest(), self.largest_need, self._pool.budget
+        if block is not None and need > budget:
             around = need - self.cut.bytes_of(block)
             more = f" and {readable(around)} of the modules around it" if around else ""
             raise PoolRefused(
@@ -263,15 +283,20 @@ class StreamedModule(ResourcePoolUser):
     @property
     def largest_need(self) -> int:
         """Bytes that have to be free for it to run at all."""
-        return self.cut.bytes_held(self.cut.largest())
+        block = self.cut.largest()
+        return 0 if block is None else self.cut.bytes_held(block)
 
     def describe(self) -> str:
         return f"disk, {len(self.cut.blocks)} blocks"
 
     def close(self) -> None:
         """Take the blocks' forwards off; its segments go."""
-        for forward in self._forwards:
-            forward.remove()
+        self.closed = True
+        for block in self.cut.blocks:
+            module = block.module()
+            forward = None if module is None else module.__dict__.get("forward")
+            if isinstance(forward, BlockForward):
+                forward.remove()
         self.pause()
         for segment in self._segments:
             with suppress(PoolRefused):  # held by a call of a part that outlives the model
@@ -282,7 +307,7 @@ class StreamedModule(ResourcePoolUser):
     def pause(self) -> None:
         """Bring in nothing more that nobody has asked for; returns when none is on its way."""
         self._wish = -1
-        with self._fetching:
+        with self._fetching.here:
             return
 
     def make_room(self, nbytes: int) -> int:
@@ -291,36 +316,36 @@ class StreamedModule(ResourcePoolUser):
 
     # What its blocks call
 
+    @untraced
     def block_seat(self, number: int) -> Any:
         """What leases of that block share."""
+        if self._budget != self._pool.budget:
+            self._settle()
         return self._seats[number]
 
+    def keeps(self, segment: int) -> bool:
+        """Whether it may stay after use; all of them together cannot."""
+        return segment in self._kept
+
+    @untraced
     def entered(self, number: int) -> None:
         """A block is there and about to run: have what is expected after it brought in."""
-        with self._counting:
-            self._running[number] += 1
+        if not self._taken[number]:
+            return
         after = self._course.entered(number)
         if after is not None and not self._is_in(after):
             self._wish = after
             prefetcher.want(weakref.WeakMethod(self._bring_in), after)
 
+    @untraced
     def left(self, number: int) -> None:
         """A block has run: what comes round last goes first."""
         if self._looks[number]:
             self._looks[number] -= 1
             self._look(number)
-        with self._counting:
-            self._running[number] -= 1
-        kept = self._segments_to_keep()
         for segment in self.cut.blocks[number].segments:
-            if segment not in kept:
+            if not self.keeps(segment):
                 self._management.condemn(self._entries[segment])
-
-    def _segments_to_keep(self) -> frozenset[int]:
-        budget = self._pool.budget
-        if self._kept[0] != budget:
-            self._kept = budget, kept_segments(self.cut, budget)
-        return self._kept[1]
 
     def was_read(self, segment: int) -> None:
         """Somebody read an absent segment: a block around its own that runs takes it from now on.
@@ -328,18 +353,17 @@ class StreamedModule(ResourcePoolUser):
         So weights that are used without their module's forward are found, where the system tells
         what is in memory, and are within the budget from the next call on.
         """
-        for number, block in enumerate(self.cut.blocks):
+        for number, block in enumerate(self.cut.blocks if self._learns else ()):
             outer = block.around[-1] if block.around else -1
-            if segment in block.segments and outer >= 0 and self._running[outer]:
-                if not self._running[number] and self._has_room(outer, segment):
+            if segment in block.segments and outer >= 0 and self._seats[outer].leases:
+                if not self._seats[number].leases and self._has_room(outer, segment):
                     self._taken[outer].add(segment)
-                    # Another seat: leases of the one that was keep what they took.
-                    self._seats[outer] = self._management.seat(self._units(self._taken[outer]))
+                    self._seat(outer)
                 return
 
     def _look(self, outer: int) -> None:
         """At the end of one of its first calls: which blocks inside were read while absent."""
-        for block in self.cut.blocks if not self._pool.executes else ():
+        for block in self.cut.blocks:
             if block.around and block.around[-1] == outer:
                 for segment in block.segments:
                     units = self._entries[segment].units.values()
@@ -366,7 +390,7 @@ class StreamedModule(ResourcePoolUser):
         management = self._management
         owner = _C.pool_owner(management.ledger)
         units = self._seats[number].units
-        with self._fetching:
+        with self._fetching.here:
             if self._wish != number:  # paused, or another one is wanted by now
                 return
             enter(Ask(management, owner.id, units, flags=TRY))

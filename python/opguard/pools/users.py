@@ -62,6 +62,11 @@ class ResourcePoolUser(ABC):
         """Where the object runs once it is in."""
         return torch.device("cpu")
 
+    @property
+    def may_stay(self) -> bool:
+        """Whether `manage`'s ``pin`` is for it: not for parts that cannot all be there together."""
+        return True
+
     def cost(self) -> float:
         """What bringing it in costs, in units of one's own; policy ``"cost"`` weighs by it.
 
