@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import shutil
@@ -17,7 +18,7 @@ from torch import nn
 
 from opguard.pools._homes import Home
 from opguard.pools._spill import SpillFolder
-from opguard.pools.errors import PoolFileChanged
+from opguard.pools.errors import PoolFileChanged, Unmanageable
 
 PAGE = 4096
 
@@ -90,6 +91,36 @@ def test_a_tensor_that_cannot_be_pointed(folder, monkeypatch):
     assert places == [p.data_ptr() for p in model.parameters()]
     assert_state(model, before)
     assert folder.used == 0
+
+
+def test_pages_that_cannot_be_given_back_at_first(folder, monkeypatch):
+    model = small()
+    before, places = state_of(model), [p.data_ptr() for p in model.parameters()]
+
+    def failing(self, segment=None):
+        raise OSError(errno.EMFILE, "no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Home, "give_back", failing)
+        with pytest.raises(OSError, match="no"):
+            Home.adopt(model, folder, "half")
+    assert places == [p.data_ptr() for p in model.parameters()]
+    assert_state(model, before)
+    assert folder.used == 0
+
+
+def test_memory_that_two_storages_show_is_refused(folder):
+    """To follow both it would have to be one; copied twice they would no longer be tied."""
+    import numpy as np
+
+    array = np.zeros(4096, dtype=np.float32)
+    model = nn.Linear(2, 2)
+    model.tied = nn.Parameter(torch.from_numpy(array))
+    model.other = nn.Parameter(torch.from_numpy(array[10:]))
+    with pytest.raises(Unmanageable, match=r"tied.*other|other.*tied"):
+        Home.adopt(model, folder, "tied")
+    del model.other
+    Home.adopt(model, folder, "alone").release()
 
 
 NO_MEMORY = """
@@ -272,6 +303,22 @@ def test_a_trusted_file_that_changes(folder, mapped, how, here):
         home.bring_in()
     model(torch.randn(2, 64))
     assert home.broken == (how == "cut")
+
+
+def test_two_files_one_of_which_has_changed(folder, tmp_path):
+    """Where not all can be brought in, nothing is."""
+    from safetensors.torch import load_file, save_file
+
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
+    for index, layer in enumerate(model):
+        save_file(layer.state_dict(), tmp_path / f"{index}.safetensors")
+        layer.load_state_dict(load_file(tmp_path / f"{index}.safetensors"), assign=True)
+    home = Home.adopt(model, folder, "two", trust_files=True)
+    (tmp_path / "1.safetensors").unlink()
+    with pytest.raises(PoolFileChanged):
+        home.bring_in()
+    assert home.resident() == 0
+    (tmp_path / "0.safetensors").unlink()
 
 
 def test_trust_where_there_is_no_file(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -19,7 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from opguard.pools._spill import Piece, SpillFolder, safetensors_header
+from opguard.pools._spill import SpillFolder
+from opguard.pools._spill_format import Piece, safetensors_header
 from opguard.pools.errors import PoolFileChanged
 
 MIB = 1 << 20
@@ -105,11 +107,11 @@ def test_large_data_begin_where_an_entry_of_a_page_table_does(folder, names):
 
 def test_many_small_pieces_and_large_ones(folder, monkeypatch):
     """More than one call of the kernel takes, in chunks, with calls that end early."""
-    from opguard.pools import _spill
+    from opguard.pools import _spill_format
 
     rng = random.Random(0)
-    monkeypatch.setattr(_spill, "CHUNK", 8192)
-    monkeypatch.setattr(_spill, "MOST_PARTS", 20)
+    monkeypatch.setattr(_spill_format, "CHUNK", 8192)
+    monkeypatch.setattr(_spill_format, "MOST_PARTS", 20)
     write = os.pwritev
     monkeypatch.setattr(
         os, "pwritev", lambda fd, parts, at: write(fd, [parts[0][: rng.randint(1, 9000)]], at)
@@ -138,6 +140,54 @@ def test_used_bytes_and_files_that_go(folder):
     del two, copied
     assert folder.used == 0
     assert os.listdir(folder.path) == [".lock"]
+
+
+def test_an_interrupt_after_the_rename_leaves_no_file(folder, monkeypatch):
+    rename = os.rename
+
+    def interrupted(*args, **kwargs):
+        rename(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        folder.write("m", [piece(bytearray(10))], 4096, {})
+    assert os.listdir(folder.path) == [".lock"]
+    assert folder.used == 0
+
+
+def test_a_folder_that_cannot_be_made_again(folder, tmp_path):
+    """Tried again and again: no descriptor is left open, none of others' is closed."""
+    folder.path.rename(tmp_path / "gone")
+    mine(tmp_path).rename(tmp_path / "mine")
+    mine(tmp_path).touch(0o700)
+    others, counts = [], []
+    for _ in range(4):
+        with pytest.raises(PermissionError, match="expected to write"):
+            folder.path
+        others.append(os.open("/dev/null", os.O_RDONLY))
+        counts.append(len(os.listdir("/proc/self/fd")))
+    for fd in others:
+        os.close(fd)
+    assert [count - counts[0] for count in counts] == [0, 1, 2, 3]
+    mine(tmp_path).unlink()
+    assert folder.path.is_dir()
+
+
+def test_a_process_without_descriptors_is_told_so(folder):
+    folder.path
+    kept, taken = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, kept[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        with pytest.raises(OSError, match="ulimit -n"):
+            folder.write("m", [piece(bytearray(10))], 4096, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, kept)
+        for fd in taken:
+            os.close(fd)
 
 
 # --- whose folder -------------------------------------------------------------------------------
@@ -347,7 +397,8 @@ def test_killed_at_random(tmp_path):
 
 EXIT = """
 import ctypes, os, sys
-from opguard.pools._spill import Piece, SpillFolder
+from opguard.pools._spill import SpillFolder
+from opguard.pools._spill_format import Piece
 data = bytearray(10)
 memory = (ctypes.c_char * 10).from_buffer(data)
 weights = Piece("w", 10, 0, lambda: (ctypes.addressof(memory), memory))

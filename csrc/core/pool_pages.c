@@ -204,7 +204,10 @@ og_pages_populate(og_pages *pages, size_t start, size_t end)
             (void)*at;
         }
     }
-    return failed == EFAULT || og_pages_broken(pages) ? ESTALE : failed;
+    if (failed == EFAULT) { /* the file is too short, or the disk is bad */
+        failed = og_pages_check(pages) == 0 ? EIO : ESTALE;
+    }
+    return og_pages_broken(pages) ? ESTALE : failed;
 }
 
 int

@@ -92,7 +92,8 @@ og_pages_broken(const og_pages *pages);
 
 /* Ranges are bytes from the start of the map, taken in whole pages. */
 
-/* Brings the pages in; ESTALE where the file is too short by now. */
+/* Brings the pages in; ESTALE where the file is too short by now, EIO where it
+ * is as it was and cannot be read. */
 int
 og_pages_populate(og_pages *pages, size_t start, size_t end);
 

@@ -382,8 +382,10 @@ og_pages_give_back(og_pages *pages, size_t start, size_t end, int64_t *written)
 /* --- another file ----------------------------------------------------------
  */
 
-/* The lock is held, and fd has what was changed. A write by a thread without
- * the model between the two calls that change the map is lost. */
+/* The lock is held, and the scan's file has what was changed. A write by a
+ * thread without the model between the two calls that change the map is lost.
+ * Once the map shows the file there is no way back: what was written late and
+ * does not go into the file stays in memory, and goes there another time. */
 static int
 show_file(og_pages *pages, const og_pages_scan *scan, og_pages_span span,
           char *before, int64_t *written)
@@ -402,7 +404,7 @@ show_file(og_pages *pages, const og_pages_scan *scan, og_pages_span span,
                      span.start);
     }
     else if (taken) {
-        failed = settle(pages, scan, away, span.start, before, written);
+        (void)settle(pages, scan, away, span.start, before, written);
     }
     if (whole != NULL && taken) {
         munmap(whole, size);

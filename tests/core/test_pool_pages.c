@@ -337,6 +337,18 @@ check_many(void)
  * are taken away, after which no descriptor is left, and no answer. */
 static char *late;
 static bool no_descriptors;
+static int grown = -1; /* a file that somebody makes longer meanwhile */
+static int unread = 0; /* what bringing pages in fails with */
+
+int
+madvise(void *start, size_t size, int advice)
+{
+    if (unread != 0) {
+        errno = unread;
+        return -1;
+    }
+    return (int)syscall(SYS_madvise, start, size, advice);
+}
 
 int
 ioctl(int fd, unsigned long request, ...)
@@ -362,6 +374,9 @@ mremap(void *old, size_t size, size_t wanted, int flags, ...)
     if (late != NULL) {
         *late = 'L';
         no_descriptors = true;
+    }
+    if (grown >= 0) {
+        CHECK(ftruncate(grown, (off_t)((PAGES + 1) * page)) == 0);
     }
     return (void *)syscall(SYS_mremap, old, size, wanted, flags, at);
 }
@@ -402,6 +417,62 @@ check_late_and_blind(bool borrowed)
     close(fd);
 }
 
+/* After a fork, a late write and no room for it in the new file. */
+static void
+check_move_to_full(void)
+{
+    size_t size = PAGES * page;
+    int fd = new_file(size), copy = new_file(size);
+    int64_t written = 0;
+    struct rlimit kept, none;
+    og_pages pages = mapped(fd, size, OG_PAGES_SCAN);
+    CHECK(getrlimit(RLIMIT_FSIZE, &kept) == 0);
+    none = (struct rlimit){0, kept.rlim_max};
+    CHECK(setrlimit(RLIMIT_FSIZE, &none) == 0);
+    late = pages.start + 3 * page;
+    (void)og_pages_move(&pages, copy, &written);
+    late = NULL;
+    no_descriptors = false;
+    CHECK(setrlimit(RLIMIT_FSIZE, &kept) == 0);
+    CHECK(og_pages_give_back(&pages, 0, size, &written) == 0);
+    CHECK(pages.start[3 * page] == 'L' && pages.start[4 * page] == FILL);
+    og_pages_unmap(&pages);
+    close(fd);
+    close(copy);
+}
+
+/* Somebody writes the file as unchanged pages are given back: it is not taken
+ * for our own writing. */
+static void
+check_written_meanwhile(void)
+{
+    int fd = new_file(PAGES * page);
+    int64_t written = 0;
+    og_pages pages = mapped(fd, PAGES * page, OG_PAGES_SCAN);
+    CHECK(og_pages_populate(&pages, 0, PAGES * page) == 0);
+    grown = fd;
+    CHECK(og_pages_give_back(&pages, 0, PAGES * page, &written) == 0);
+    grown = -1;
+    CHECK(og_pages_check(&pages) == ESTALE);
+    og_pages_unmap(&pages);
+    close(fd);
+}
+
+/* A disk that cannot be read is not a file that was cut. */
+static void
+check_bad_disk(void)
+{
+    int fd = new_file(PAGES * page);
+    og_pages pages = mapped(fd, PAGES * page, OG_PAGES_SCAN);
+    unread = EFAULT;
+    CHECK(og_pages_populate(&pages, 0, PAGES * page) == EIO);
+    CHECK(ftruncate(fd, (off_t)page) == 0);
+    CHECK(og_pages_populate(&pages, 0, PAGES * page) == ESTALE);
+    unread = 0;
+    og_pages_unmap(&pages);
+    close(fd);
+}
+
 int
 main(void)
 {
@@ -421,5 +492,8 @@ main(void)
     check_many();
     check_late_and_blind(false);
     check_late_and_blind(true);
+    check_move_to_full();
+    check_written_meanwhile();
+    check_bad_disk();
     return failures != 0;
 }

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from opguard import _C
-from opguard.pools._spill import BLOCK, PAGE, ForkLock, Piece, SpillFile, SpillFolder, forks
+from opguard.pools._spill import ForkLock, SpillFile, SpillFolder, forks
+from opguard.pools._spill_format import BLOCK, PAGE, Piece
 from opguard.pools._storages import (
     ALIGNMENT,
     Leaf,
@@ -140,7 +141,6 @@ class Home:
                 bases.update((id(leaf), leaf.tensor.detach()) for leaf in storage.leaves)
             self._lay_out(len(groups))
             self._take(leaves, groups, bases)
-        self.give_back()
         return self
 
     # --- coming and going -------------------------------------------------------------------------
@@ -159,13 +159,16 @@ class Home:
 
         Raises:
             PoolFileChanged: it is not.
+            OSError: it cannot be read. After any error no page is in.
         """
         parts = self._of(segment)
+        self.check(segment)
         for part in parts:
-            self._check(part)
             try:
                 part.pages.populate(part.start, part.end)
             except OSError as error:
+                with contextlib.suppress(OSError, PoolFileChanged):
+                    self.give_back(segment)
                 raise self._said(error, part, "read") from error
         self._here.update(part.segment for part in parts)
         if segment is not None:
@@ -381,7 +384,7 @@ class Home:
     def _take(
         self, leaves: list[Leaf], groups: list[list[Storage]], bases: dict[int, Tensor]
     ) -> None:
-        """Points the tensors at the home; all or none."""
+        """Points the tensors at the home, and gives its pages back; all or none."""
         segment_of = {
             id(leaf): index
             for index, group in enumerate(groups)
@@ -402,6 +405,7 @@ class Home:
                     leaf.name, base, segment_of[id(leaf)], base.data_ptr()
                 )
                 self._names[id(leaf.tensor)] = leaf.name
+            self.give_back()
         except BaseException:
             for tensor, before in pointed:
                 point(tensor, before)
@@ -438,13 +442,14 @@ class Home:
         if error.errno == errno.ENOMEM:
             return MemoryError(
                 f"expected memory to {verb} the weights of {self.name}, {self.nbytes} bytes, the "
-                "kernel has none for this process (see ulimit -v and vm.max_map_count)"
+                "kernel has none for this process (see ulimit -v, vm.max_map_count and "
+                "vm.overcommit_memory)"
             )
-        return type(error)(
-            error.errno,
-            f"expected to {verb} the weights of {self.name}: {error.strerror}; what was changed "
-            "in them is still in memory",
-        )
+        way_out = "what was changed in them is still in memory"
+        if verb == "map":
+            way_out = "set OPGUARD_SPILL or spill_dir to a folder whose files can be mapped"
+        message = f"expected to {verb} the weights of {self.name}: {error.strerror}; {way_out}"
+        return type(error)(error.errno, message)
 
 
 # --- tensors over memory --------------------------------------------------------------------------

@@ -7,7 +7,7 @@ now and then a model comes in without its pages: what is in memory when it goes 
 
 from __future__ import annotations
 
-from opguard.pools._spill import BLOCK
+from opguard.pools._spill_format import BLOCK
 
 __all__ = ["Reading"]
 

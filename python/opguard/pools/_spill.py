@@ -8,32 +8,24 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import errno
 import fcntl
-import json
 import os
 import secrets
 import stat
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from opguard.pools.errors import PoolFileChanged
+from opguard.pools._spill_format import Layout, Piece, allocate, copy, laid_out, write, write_pieces
 
-__all__ = ["BLOCK", "PAGE", "ForkLock", "Piece", "SpillFile", "SpillFolder", "forks"]
+__all__ = ["ForkLock", "SpillFile", "SpillFolder", "forks"]
 
-PAGE = os.sysconf("SC_PAGESIZE")
-BLOCK = 2 << 20  # what one entry of a page table maps at most
 DEFAULT = "/var/tmp"
 LOCK = ".lock"
 PARTIAL = ".partial"
-CHUNK = 64 << 20  # one system call writes at most this much, so that Ctrl-C is not held up
-MOST_PARTS = 1000  # below IOV_MAX
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 
 
@@ -67,38 +59,6 @@ class ForkLock:
         if self._process != os.getpid():
             self._lock, self._process = threading.Lock(), os.getpid()
         return self._lock
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Bytes of one storage: where they go in the file's data, and how to find them.
-
-    ``memory()`` gives (address, what keeps it alive): what lies on a device is fetched as it is
-    written, one piece at a time.
-    """
-
-    name: str
-    nbytes: int
-    offset: int
-    memory: Callable[[], tuple[int, object]]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where what is in a file, in bytes; between header and data may be a hole."""
-
-    header: int
-    offset: int
-    nbytes: int
-
-    @property
-    def used(self) -> int:
-        return self.header + self.nbytes
-
-    @property
-    def ranges(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(offset, size) of both."""
-        return (0, self.header), (self.offset, self.nbytes)
 
 
 class SpillFile:
@@ -170,17 +130,17 @@ class SpillFolder:
         Written under another name, synced and renamed. OSError: the disk is full or the folder
         cannot be written. PoolFileChanged: the bytes lie in a file that was cut meanwhile.
         """
-        header, layout = _laid_out(pieces, nbytes, metadata)
+        header, layout = laid_out(pieces, nbytes, metadata)
         with self._new_file(name, layout) as (fd, final):
-            _write(fd, header, 0)
-            _write_pieces(fd, pieces, layout.offset)
+            write(fd, header, 0)
+            write_pieces(fd, pieces, layout.offset)
         return SpillFile(self, final, fd, layout)
 
     def copy(self, file: SpillFile, fd: int) -> SpillFile:
         """Another file with the same bytes, read from ``fd``: for after a fork."""
         with self._new_file(file.name.partition(".")[0], file.layout) as (fresh, final):
             for at, left in file.layout.ranges:
-                _copy(fd, fresh, at, left)
+                copy(fd, fresh, at, left)
         return SpillFile(self, final, fresh, file.layout)
 
     def close(self) -> None:
@@ -188,9 +148,7 @@ class SpillFolder:
         with self._lock.here:
             if self._process == os.getpid() and self._own is not None:
                 _remove_folder(self._fd, self._own.name)
-                os.close(self._fd)
-                os.close(self._locked)
-                atexit.unregister(self.close)
+                self._let_go()
             self._own, self._process, self._used = None, 0, 0
 
     # --- inside ---------------------------------------------------------------------------------
@@ -203,12 +161,12 @@ class SpillFolder:
         final = f"{_safe(name)}.{secrets.token_hex(4)}.safetensors"
         partial = final + PARTIAL
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = -1
-        folder = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = folder = -1
         try:
+            folder = os.open(own, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             fd = os.open(partial, flags, 0o600, dir_fd=folder)
             for at, size in layout.ranges:
-                _allocate(fd, at, size)
+                allocate(fd, at, size)
             yield fd, final
             os.fsync(fd)
             os.rename(partial, final, src_dir_fd=folder, dst_dir_fd=folder)
@@ -216,13 +174,15 @@ class SpillFolder:
         except BaseException as error:
             if fd >= 0:
                 os.close(fd)
-                with contextlib.suppress(OSError):
-                    os.unlink(partial, dir_fd=folder)
+                for left in (partial, final):  # an interrupt may come right after the renaming
+                    with contextlib.suppress(OSError):
+                        os.unlink(left, dir_fd=folder)
             if isinstance(error, OSError):
                 raise _said(error, own, layout.used) from error
             raise
         finally:
-            os.close(folder)
+            if folder >= 0:
+                os.close(folder)
 
     def _forget(self, name: str, size: int) -> None:
         if self._process == os.getpid() and self._own is not None:
@@ -236,9 +196,8 @@ class SpillFolder:
             if self._own.is_dir():
                 return self._own
             # Somebody tidies up in /var/tmp. What is mapped is read and written on without names.
-            os.close(self._fd)
-            os.close(self._locked)
-            atexit.unregister(self.close)
+            self._let_go()
+        self._fd = self._locked = -1  # after a fork they are the parent's, and kept for its lock
         try:
             mine = self._user_folder()
             if _file_system(self._fd) in IN_MEMORY:
@@ -255,11 +214,25 @@ class SpillFolder:
                 os.mkdir(name, 0o700, dir_fd=self._fd)
                 self._locked = _open_lock(self._fd, f"{name}/{LOCK}")
                 fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise _said(error, self.base, 0) from error
+        except BaseException as error:
+            self._close_descriptors()
+            if isinstance(error, OSError):
+                raise _said(error, self.base, 0) from error
+            raise
         self._own, self._process, self._used = mine / name, os.getpid(), 0
         atexit.register(self.close)
         return self._own
+
+    def _let_go(self) -> None:
+        self._own, self._process, self._used = None, 0, 0
+        self._close_descriptors()
+        atexit.unregister(self.close)
+
+    def _close_descriptors(self) -> None:
+        for fd in (self._fd, self._locked):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._locked = -1
 
     def _user_folder(self) -> Path:
         """Opens, and makes where needed, this user's folder; refuses one open to others."""
@@ -285,148 +258,18 @@ class SpillFolder:
         return mine
 
 
-# --- the format -----------------------------------------------------------------------------------
-
-
-def safetensors_header(
-    pieces: Sequence[Piece],
-    nbytes: int,
-    metadata: Mapping[str, str],
-    lead: int = 0,
-    at_least: int = 0,
-) -> bytes:
-    """A header whose length is a whole number of pages; gaps between pieces have names too.
-
-    Args:
-        lead: bytes between it and the data.
-        at_least: its length, in whole pages.
-    """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for piece in sorted(pieces, key=lambda piece: piece.offset):
-        start = lead + piece.offset
-        if start > end:
-            entries[f"~gap.{end}"] = _entry(end, start)
-        end = start + piece.nbytes
-        entries[piece.name] = _entry(start, end)
-    if lead + nbytes > end:
-        entries[f"~gap.{end}"] = _entry(end, lead + nbytes)
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    length = max(at_least, -(-(len(text) + 8) // PAGE) * PAGE) - 8
-    return length.to_bytes(8, "little") + text.ljust(length)
-
-
-def _laid_out(
-    pieces: Sequence[Piece], nbytes: int, metadata: Mapping[str, str]
-) -> tuple[bytes, Layout]:
-    """The header, and where the data begin: where a block does, if they fill one.
-
-    Else every large folio of theirs would lie across two entries of a page table.
-    """
-    if nbytes < BLOCK:
-        header = safetensors_header(pieces, nbytes, metadata)
-        return header, Layout(len(header), len(header), nbytes)
-    # No number is longer with a smaller lead, so that this is long enough.
-    length = len(safetensors_header(pieces, nbytes, metadata, BLOCK))
-    lead = -length % BLOCK
-    header = safetensors_header(pieces, nbytes, metadata, lead, length)
-    return header, Layout(length, length + lead, nbytes)
-
-
-def _entry(start: int, end: int) -> dict[str, Any]:
-    return {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
-
-
-def _allocate(fd: int, offset: int, size: int) -> None:
-    """A disk that is too small says so now, where it can."""
-    try:
-        os.posix_fallocate(fd, offset, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(fd, offset + size)
-
-
-def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(fd, view[:CHUNK], offset)
-        view, offset = view[done:], offset + done
-
-
-def _copy(fd: int, to: int, at: int, left: int) -> None:
-    while left:
-        part = os.pread(fd, min(CHUNK, left), at)
-        if not part:
-            raise PoolFileChanged(
-                f"expected {left} bytes more in a spilled file, it ends after {at}; somebody has "
-                "cut it"
-            )
-        _write(to, part, at)
-        at, left = at + len(part), left - len(part)
-
-
-def _memory_of(piece: Piece) -> tuple[memoryview, object]:
-    address, keep = piece.memory()
-    return memoryview((ctypes.c_char * piece.nbytes).from_address(address)).cast("B"), keep
-
-
-def _gather(fd: int, parts: list[memoryview], offset: int) -> None:
-    """All parts, one behind the other. The kernel reads the memory: a page that it cannot read,
-    of a file that was cut, is an error and no signal."""
-    while parts:
-        try:
-            done = os.pwritev(fd, parts, offset)
-        except OSError as error:
-            if error.errno != errno.EFAULT:
-                raise
-            raise PoolFileChanged(
-                "expected the weights in memory, some are mapped from a file that is shorter "
-                "now; load the model again"
-            ) from error
-        offset += done
-        while parts and done >= len(parts[0]):
-            done -= len(parts.pop(0))
-        if done:
-            parts[0] = parts[0][done:]
-
-
-def _write_pieces(fd: int, pieces: Sequence[Piece], start: int) -> None:
-    """In few large calls that end on whole chunks of the file: the page cache then keeps large
-    folios, which are mapped, and given back, by one entry of a page table."""
-    parts: list[memoryview] = []
-    kept: list[object] = []
-    at = begin = start
-    for piece in pieces:
-        if not piece.nbytes:
-            continue
-        view, keep = _memory_of(piece)
-        kept.append(keep)
-        gap = start + piece.offset - at
-        if gap:
-            parts.append(memoryview(bytes(gap)))
-        at += gap
-        while view:
-            part = view[: CHUNK - at % CHUNK]
-            parts.append(part)
-            view, at = view[len(part) :], at + len(part)
-            if at % CHUNK == 0 or len(parts) > MOST_PARTS:
-                _gather(fd, parts, begin)
-                begin, parts, kept = at, [], [keep]
-    _gather(fd, parts, begin)
-
-
 # --- folders --------------------------------------------------------------------------------------
 
 
 def _said(error: OSError, folder: Path, size: int) -> OSError:
     """The same error, saying what was to be written, and where."""
     needed = f" {size} bytes of weights" if size else ""
-    way_out = (
-        "free some there or set OPGUARD_SPILL or spill_dir to another disk"
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        else "set OPGUARD_SPILL or spill_dir to a folder that can be written"
-    )
+    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        way_out = "free some there or set OPGUARD_SPILL or spill_dir to another disk"
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        way_out = "close some files, or raise the limit (ulimit -n): each model keeps one open"
+    else:
+        way_out = "set OPGUARD_SPILL or spill_dir to a folder that can be written"
     message = f"expected to write{needed} below {folder}: {error.strerror}; {way_out}"
     return type(error)(error.errno, message)
 

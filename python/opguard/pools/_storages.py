@@ -148,7 +148,12 @@ def tensor_called(module: nn.Module, name: str) -> Tensor | None:
 
 
 def storages_of(leaves: list[Leaf]) -> list[Storage]:
-    """The runs of bytes that the tensors lie in, in the order of their first tensor."""
+    """The runs of bytes that the tensors lie in, in the order of their first tensor.
+
+    Raises:
+        Unmanageable: tensors of two storages show the same memory, as views of one NumPy array do.
+    """
+    _refuse_two_of_one(leaves)
     groups: dict[tuple[torch.device, int], list[tuple[int, int, int, Leaf]]] = {}
     for order, leaf in enumerate(leaves):
         start, stop = leaf.extent
@@ -168,6 +173,29 @@ def storages_of(leaves: list[Leaf]) -> list[Storage]:
             end = max(end, member[1]) if len(open_run) > 1 else member[1]
         found.append(_run(open_run, end))
     return [storage for _, storage in sorted(found, key=lambda pair: pair[0])]
+
+
+def _refuse_two_of_one(leaves: list[Leaf]) -> None:
+    """Nothing of torch's says that they are tied: moved, they would no longer be."""
+    spans = []
+    for leaf in leaves:
+        start, stop = leaf.extent
+        if stop > start:
+            storage = leaf.tensor.untyped_storage()
+            at = storage.data_ptr()
+            spans.append((str(leaf.tensor.device), at + start, at + stop, storage._cdata, leaf))
+    furthest = None
+    for span in sorted(spans, key=lambda span: span[:3]):
+        if furthest is None or furthest[0] != span[0] or furthest[2] <= span[1]:
+            furthest = span
+        elif furthest[3] != span[3]:
+            raise Unmanageable(
+                f"expected tensors that share memory to share a storage, {furthest[4].name} and "
+                f"{span[4].name} show the same bytes through two; make one of them a view of the "
+                "other, or a copy"
+            )
+        elif furthest[2] < span[2]:
+            furthest = span
 
 
 def _run(members: list[tuple[int, int, int, Leaf]], stop: int) -> tuple[int, Storage]:

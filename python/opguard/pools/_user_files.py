@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from opguard import _C
-from opguard.pools._spill import PAGE
+from opguard.pools._spill_format import PAGE
 from opguard.pools._storages import Storage
 
 __all__ = ["UserFile", "user_files_of"]
