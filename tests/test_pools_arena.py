@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
+import importlib
 import shutil
 import subprocess
 import threading
@@ -17,12 +18,13 @@ from torch import nn
 
 from checkout import CSRC
 from emulated_pool import UNIT, Emulated, emulated_accelerator
-from opguard.pools import PoolFileChanged, PoolRefused, _transfers
+from opguard.pools import PoolFileChanged, PoolRefused, _accelerators, _transfers
 from opguard.pools._accelerators import TorchAccelerator, accelerator_for, streams_of
 from opguard.pools._devices import DeviceHome
 from opguard.pools._homes import Home
 from opguard.pools._spill import SpillFolder
 from opguard.pools._transfers import checksum
+from pools_kit import MIB
 
 KINDS = ["arena", "ring", "torch"]
 
@@ -301,6 +303,27 @@ def test_a_replaced_parameter_is_its_owners(case):
     assert case.home.base(weight).data_ptr() == weight.data_ptr()
 
 
+def test_a_segment_without_bytes(folder):
+    for kind in KINDS:
+        net = Net()
+        case = Case(kind, folder, net, segments=[[net.none], [net.first.weight]])
+        for segment in (0, 1, None):
+            case.home.bring_in(segment)
+            assert case.home.is_in(segment or 0)
+            case.same()
+            net.train()  # so that all of it is fetched
+            case.home.give_back(segment)
+            net.eval()
+        assert case.at_home()
+        case.home.close()
+    bare = nn.Module()
+    bare.register_buffer("none", torch.empty(0))
+    home = DeviceHome(Home.adopt(bare, folder, "bare"), case.home.accelerator)
+    home.bring_in()
+    home.give_back()
+    home.close()
+
+
 def test_segments_come_and_go_alone(folder):
     for kind in KINDS:
         net = Net()
@@ -437,6 +460,22 @@ def test_weights_come_during_a_capture_and_go_after_it(folder):
             home.give_back()
             assert not emulated.library.emu_end(ctypes.c_void_p(graph))
         assert not home._there
+    assert emulated.count("misuse") == 0
+    home.close()
+
+
+def test_a_stream_that_is_captured_is_not_made_to_wait(folder):
+    """The copy is no part of its graph: the thread waits instead."""
+    emulated = Emulated()
+    graph = emulated.stream()
+    accelerator = emulated_accelerator(emulated, graph)
+    accelerator.host_computes = False
+    net = Net()
+    home = DeviceHome(Home.adopt(net, folder, "net"), accelerator)
+    weight = net.first.weight.clone()
+    with emulated.capture(graph):
+        home.bring_in(stream=graph)
+        assert torch.equal(net.first.weight, weight)
     assert emulated.count("misuse") == 0
     home.close()
 
@@ -706,6 +745,16 @@ def test_a_subclass_moves_by_its_inner_tensors(folder):
     home.close()
 
 
+def test_a_gpu_has_one_accelerator(monkeypatch):
+    opened = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(_accelerators, "_known", {})
+    monkeypatch.setattr(_accelerators, "_open", lambda device: opened.append(device) or object())
+    assert accelerator_for(torch.device("cuda")) is accelerator_for(torch.device("cuda", 1))
+    assert accelerator_for(torch.device("cuda", 0)) is not accelerator_for(torch.device("cuda", 1))
+    assert opened == [torch.device("cuda", 1), torch.device("cuda", 0)]
+
+
 def test_devices_without_a_driver_are_torchs():
     assert isinstance(accelerator_for(torch.device("cpu")), TorchAccelerator)
     assert accelerator_for(torch.device("cpu")) is accelerator_for(torch.device("cpu"))
@@ -718,6 +767,38 @@ def test_a_copy_of_the_module_is_its_own(case):
     with torch.no_grad():
         twin.first.weight.zero_()
     case.same()
+
+
+def test_the_rows_of_the_benchmark_move_a_model(monkeypatch, tmp_path):
+    """On the emulated GPU the figures mean nothing; what they are of does."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "bench"))
+    bench = importlib.import_module("bench_cuda")
+    emulated = Emulated()
+    accelerator = emulated_accelerator(emulated)
+    monkeypatch.setenv("OPGUARD_SPILL", str(tmp_path))
+    monkeypatch.setattr(_accelerators, "accelerator_for", lambda _device: accelerator)
+    monkeypatch.setattr(bench, "POOL_BYTES", MIB)
+    monkeypatch.setattr(bench, "SIDE", 256)
+    monkeypatch.setattr(bench, "buffers", lambda: (torch.ones(MIB), torch.zeros(MIB)))
+    monkeypatch.setattr(bench, "KEPT", [])
+    monkeypatch.setattr(torch.cuda, "synchronize", emulated.finish)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (64 * MIB, 64 * MIB))
+    coming, going = bench.pool_rows()
+    assert (coming.limit, going.limit) == (1 / 0.9, 1.0)
+    (model,) = bench.KEPT
+    at_home = [weight.data_ptr() for weight in model.parameters()]
+    moved = emulated.count("bytes_in")
+    assert coming.ours() > 0
+    assert emulated.count("bytes_in") - moved == MIB
+    assert coming.theirs() > 0
+    home = going.ours.__closure__[0].cell_contents
+    home.bring_in()
+    assert not {weight.data_ptr() for weight in model.parameters()} & {*at_home}
+    assert 0 < going.ours() < 1
+    assert [weight.data_ptr() for weight in model.parameters()] == at_home
+    assert going.theirs() == 0.005
+    assert emulated.count("bytes_out") == emulated.count("used") == 0
+    home.close()
 
 
 # --- our declarations against the toolkit's -------------------------------------------------------

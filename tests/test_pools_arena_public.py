@@ -370,6 +370,25 @@ def test_a_model_larger_than_the_device_comes_in_blocks(arenas, emulated):
     assert torch.equal(model(x), expected)
 
 
+def test_bytes_are_counted_as_the_gpu_makes_them(tmp_path):
+    """In pieces of 2 MiB, which is what a budget has to hold, also where blocks are smaller."""
+    emulated = Emulated(unit=2 * MIB)
+    with fresh_pools(tmp_path, "64MiB") as management:
+        pool = EmulatedPool(emulated_accelerator(emulated), 7 * MIB)
+        management.add_pool(pool, 7 * MIB)
+        small, large = tiny(1), tiny(8, seed=1)
+        x = torch.randn(2, 512)
+        manage(large)
+        for _ in range(3):
+            with auto_manage(small):
+                assert torch.equal(large(x), tiny(8, seed=1)(x))
+                assert 4 * MIB <= pool.used == emulated.count("used") <= 7 * MIB
+        free()
+        assert pool.used == emulated.count("used") == 0
+        unmanage(large)
+    assert emulated.count("misuse") == 0
+
+
 def test_hooks_and_compiled_modules(arenas):
     """The compiled module is not compiled again: its weights come back to where they were."""
     models = [tiny(seed=seed) for seed in range(3)]

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from harness import Row
+
+if TYPE_CHECKING:
+    from opguard.pools._devices import DeviceHome
+    from opguard.pools._spill import SpillFolder
 
 CALLS = 20
 
@@ -108,6 +113,8 @@ def mlp_rows() -> list[Row]:
 # --- pools ----------------------------------------------------------------------------------------
 
 POOL_BYTES = 4 << 30
+SIDE = 8192  # of a layer's weight, of bfloat16
+KEPT: list[torch.nn.Module] = []
 EVICT_SECONDS = 0.005  # vLLM's sleep level 1 copies at 2 GB/s: 2 s for as many bytes
 
 
@@ -126,25 +133,41 @@ def clocked(function: Callable[[], object], after: Callable[[], object]) -> Call
     return run
 
 
-def pool_rows() -> list[Row]:
-    """Bring in against one pinned copy of as many bytes; evict against 5 ms."""
+def buffers() -> tuple[torch.Tensor, torch.Tensor]:
+    """Pinned host memory and device memory of torch's own."""
+    host = torch.empty(POOL_BYTES, dtype=torch.uint8, pin_memory=True)
+    return host, torch.empty(POOL_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def managed_gpu(folder: SpillFolder) -> DeviceHome:
+    """A model of POOL_BYTES in evaluation mode, unchanged, whose pinned copy is there."""
     from opguard.pools._accelerators import accelerator_for
     from opguard.pools._devices import DeviceHome
     from opguard.pools._homes import Home
+
+    count = POOL_BYTES // (SIDE * SIDE * 2)
+    with torch.device("meta"):
+        layers = [
+            torch.nn.Linear(SIDE, SIDE, bias=False, dtype=torch.bfloat16) for _ in range(count)
+        ]
+    model = torch.nn.Sequential(*layers).eval().requires_grad_(False).to_empty(device="cpu")
+    for number, weight in enumerate(model.parameters()):
+        weight.fill_(number)
+    home = DeviceHome(Home.adopt(model, folder, "bench"), accelerator_for(torch.device("cuda", 0)))
+    home.bring_in()
+    home.give_back()
+    KEPT.append(model)  # homes hold their modules weakly
+    return home
+
+
+def pool_rows() -> list[Row]:
+    """Bring in against one pinned copy of as many bytes; evict against 5 ms."""
     from opguard.pools._spill import SpillFolder
 
     if torch.cuda.mem_get_info()[0] < 3 * POOL_BYTES:
         return []
-    side = 8192
-    count = POOL_BYTES // (side * side * 2)
-    layers = (torch.nn.Linear(side, side, bias=False, dtype=torch.bfloat16) for _ in range(count))
-    model = torch.nn.Sequential(*layers).eval().requires_grad_(False)
-    folder = SpillFolder(None)
-    home = DeviceHome(Home.adopt(model, folder, "bench"), accelerator_for(torch.device("cuda", 0)))
-    home.bring_in()  # the pinned copy is made by the first
-    home.give_back()
-    source = torch.empty(POOL_BYTES, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty(POOL_BYTES, dtype=torch.uint8, device="cuda")
+    home = managed_gpu(SpillFolder(None))
+    source, target = buffers()
 
     def evict() -> float:
         home.bring_in()

@@ -82,7 +82,7 @@ _lock = threading.Lock()
 
 def accelerator_for(device: torch.device) -> Accelerator:
     """The one accelerator of a device, opened at the first call."""
-    if device.type == "cuda" and device.index is None:
+    if device == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())
     with _lock:
         if device not in _known:
@@ -107,11 +107,12 @@ def streams_of(device: torch.device) -> list[int]:
     Torch hands out its streams in turn, a round for each priority, and has no list of them.
     """
     found: dict[int, None] = {}
-    least, greatest = torch.cuda.Stream(device).priority_range()
+    one = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    least, greatest = one.priority_range()
     for priority in range(greatest, least + 1):
         for _ in range(MOST_STREAMS):
-            stream = torch.cuda.Stream(device, priority=priority).cuda_stream
-            if stream in found:
+            one = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+            if one.cuda_stream in found:
                 break
-            found[stream] = None
+            found[one.cuda_stream] = None
     return list(found)

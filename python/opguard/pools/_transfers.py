@@ -186,7 +186,7 @@ class Arrival(ABC):
 
     @abstractmethod
     def hold(self, stream: int) -> None:
-        """Let a stream wait for them instead."""
+        """Let a stream wait for them instead, where it can."""
 
 
 class _Arrived(Arrival):
@@ -198,14 +198,19 @@ class _Arrived(Arrival):
 
 
 class _Coming(Arrival):
-    def __init__(self, event: _C.DeviceEvent) -> None:
-        self._event = event
+    def __init__(self, driver: _C.DeviceDriver) -> None:
+        self._driver = driver
+        self._event = driver.copies()
 
     def wait(self) -> None:
         self._event.wait()
 
     def hold(self, stream: int) -> None:
-        self._event.hold(stream)
+        # A graph cannot wait for what is not captured with it, and would be lost by trying.
+        if self._driver.capturing():
+            self._event.wait()
+        else:
+            self._event.hold(stream)
 
 
 class Place(ABC):
@@ -328,11 +333,12 @@ class ArenaPlace(Place):
         try:
             if master is not None and master.memory is not None:
                 size = max((span.at + span.nbytes for span in spans), default=0)
-                self.arena.copy_in(start, master.memory, master.starts[segment], size)
+                if size:
+                    self.arena.copy_in(start, master.memory, master.starts[segment], size)
             else:
                 for span in spans:
                     self.arena.stage_in(start + span.at, span.memory)
-            return _Coming(self._driver.copies())
+            return _Coming(self._driver)
         except BaseException:
             # Some of it may be under way into memory that is about to go.
             with contextlib.suppress(RuntimeError):
@@ -340,6 +346,8 @@ class ArenaPlace(Place):
             raise
 
     def fetch(self, run: Run, master: Master | None) -> int:
+        if not run.nbytes:
+            return 0
         start = self.starts[run.segment] + run.at
         target = _buffer(run.host)
         if master is None or master.memory is None:
