@@ -96,6 +96,16 @@ def test_weights_that_are_swapped_for_others_are_the_users_affair_until_managed_
         assert model(torch.ones(1, 512))[0, 0] == 512
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_cannot_change_any_more_is_refused_in_a_second_manage(cpu, streamed):
+    model = tiny(2)
+    pools.manage(model, stream=streamed)
+    pools.manage(model, stream=streamed, trust_files=False, verify="bytes")
+    for option in ({"stream": not streamed}, {"trust_files": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}: expected .*unmanage it first"):
+            pools.manage(model, **option)
+
+
 def test_training_under_a_lease_is_kept(cpu):
     model = tiny(1).train().requires_grad_(True)
     expected = copy.deepcopy(model)

@@ -422,6 +422,53 @@ def test_swapped_components(pool):
         assert len(held()) == 3
 
 
+def test_a_swapped_component_that_somebody_uses_is_in_nobodys_way(pool):
+    pipe = Pipeline()
+    pools.manage(pipe)
+    old, pipe.unet = pipe.unet, Net(1)
+    with pools.manage(old).lease(), pools.auto_manage(pipe) as h:
+        assert h.obj(X).shape == X.shape
+    assert len(pools.get_management().snapshot().users) == 4  # the old one works on, managed
+    pools.unmanage(old)
+    assert len(pools.get_management().snapshot().users) == 3
+
+
+class Meta(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, device="meta"))
+
+
+def test_a_pipeline_of_which_one_part_is_refused_is_as_it_was(pool):
+    pipe = Pipeline(text=Meta())
+    with pytest.raises(pools.Unmanageable, match="meta"):
+        pools.manage(pipe)
+    assert not pools.get_management().snapshot().users
+    pipe.text = Net()
+    handle = pools.manage(pipe)
+    text, pipe.more, pipe.text = pipe.text, Net(), Meta()
+    with pytest.raises(pools.Unmanageable, match="meta"), pools.auto_manage(handle):
+        pass
+    users = [user.name for user in pools.get_management().snapshot().users]
+    assert users == ["Pipeline.vae", "Pipeline.unet", "Pipeline.text"]
+    pipe.text = text
+    with pools.auto_manage(handle) as h:
+        assert h.obj(X).shape == X.shape
+    assert len(pools.get_management().snapshot().users) == 4
+
+
+def test_options_reach_the_components(pool):
+    pipe = Pipeline()
+    handle = pools.manage(pipe, verify="bytes")
+    pools.manage(pipe, inference=1000)
+    users = [entry.user for entry in handle.user.members]
+    assert [user.inference_memory_estimator for user in users] == [1000] * 3
+    with pytest.raises(ValueError, match=r"trust_files: expected False.*unmanage"):
+        pools.manage(pipe, trust_files=True)
+    with pytest.raises(TypeError, match=r"among \['name', 'trust_files', 'verify'\], got 'stream'"):
+        pools.manage(Pipeline(), stream=True)
+
+
 def test_priority_and_pin_reach_the_components(pool):
     pipe = Pipeline()
     handle = pools.manage(pipe, priority=3, pin=True)

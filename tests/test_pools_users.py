@@ -8,7 +8,7 @@ import pytest
 
 from opguard import pools
 from opguard.pools.users import make_user, register_lazily
-from pools_kit import MIB, Thing, fresh_pools, until
+from pools_kit import MIB, Thing, ThingUser, fresh_pools, until
 
 
 @pytest.fixture
@@ -112,6 +112,41 @@ def test_what_a_user_moved_is_counted(cpu):
     figures = cpu.snapshot().users[0]
     assert (figures.bytes_in, figures.bytes_written_back) == (5, 3)
     assert figures.kind == "Plain"
+
+
+def test_a_user_that_says_nonsense_of_what_it_moved_is_in_nobodys_way(cpu):
+    class Odd(Thing):
+        pass
+
+    class OddUser(ThingUser):
+        def bring_in(self):
+            return "many"
+
+        def give_back(self):
+            return "some"
+
+    pools.register_user(Odd, OddUser)
+    odd = Odd(3 * MIB)
+    with pools.manage(odd).lease():
+        pass
+    with pools.manage(Thing(3 * MIB)).lease():  # it has to go for this
+        assert cpu.pool("cpu").used == 3 * MIB
+    figures = next(user for user in cpu.snapshot().users if user.kind == "OddUser")
+    assert (figures.bytes_in, figures.bytes_written_back) == (3 * MIB, 0)
+
+
+@pytest.mark.parametrize("needs", [None, {"cpu": "1MiB"}, {"cpu": 0.5}, [("cpu", 1)]])
+def test_needs_are_bytes_by_name_of_pool(cpu, needs):
+    class Needy(Thing):
+        pass
+
+    class NeedyUser(ThingUser):
+        def needs(self):
+            return needs
+
+    pools.register_user(Needy, NeedyUser)
+    with pytest.raises(TypeError, match=r"needs\(\) of NeedyUser.*bytes by name of pool"):
+        pools.manage(Needy())
 
 
 def test_a_user_of_two_pools_has_all_or_nothing(cpu):

@@ -7,6 +7,7 @@ import threading
 import weakref
 from _thread import allocate_lock
 from collections.abc import Collection, Iterable
+from operator import index
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -94,7 +95,7 @@ class Members(Moving):
     ) -> Entry:
         """Manage ``obj`` (the user's own unless given) by a user made elsewhere."""
         obj = user.obj if obj is None else obj
-        needs = {self.pool(pool).name: int(nbytes) for pool, nbytes in user.needs().items()}
+        needs = {self.pool(pool).name: nbytes for pool, nbytes in _needs_of(user).items()}
         with self._mutex:
             entry = Entry(obj, user, self._new_name(name or type(obj).__name__))
             for pool, nbytes in needs.items():
@@ -274,6 +275,17 @@ class Members(Moving):
         """The object is gone. Runs in finalizers: queues, and does nothing else."""
         self._dead.put(entry)
         self._reclaimer.wake()
+
+
+def _needs_of(user: ResourcePoolUser) -> dict[str, int]:
+    needs = user.needs()
+    try:
+        return {pool: index(nbytes) for pool, nbytes in needs.items()}
+    except (AttributeError, TypeError) as error:
+        raise TypeError(
+            f"expected needs() of {type(user).__name__} to return bytes by name of pool, got "
+            f"{needs!r:.200}; return a dict of ints"
+        ) from error
 
 
 class _Death:

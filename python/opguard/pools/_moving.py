@@ -160,7 +160,8 @@ class Moving(Books):
         for rider in reversed(entry.riders):
             rider.give_back()
         try:
-            return user.give_back() or 0
+            written = user.give_back()
+            return written if isinstance(written, int) else 0  # a figure, whoever wrote the class
         except Exception:
             for rider in tuple(entry.riders):
                 rider.bring_in()
@@ -206,7 +207,7 @@ class Moving(Books):
                 raise
             settled.extend(map(self.ledger.loaded, (unit,)))
         self.open_latch(unit)
-        entry.stats.bytes_in += self.nbytes(unit) if moved is None else moved
+        entry.stats.bytes_in += moved if isinstance(moved, int) else self.nbytes(unit)
         self.record_all(entry)
         self._sweep_one()
 

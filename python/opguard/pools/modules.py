@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from opguard.pools._budgets import readable
 from opguard.pools._homes import Home
 from opguard.pools._lending import home_for
+from opguard.pools._module_user import Estimate, ModuleUser
 from opguard.pools._reading import Reading
 from opguard.pools._storages import refuse
 from opguard.pools.errors import PoolError, Unmanageable
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TorchModuleWrapper"]
 
-Estimate = int | Callable[..., int]
 
-
-class TorchModuleWrapper(ResourcePoolUser):
+class TorchModuleWrapper(ModuleUser):
     """A module's storages, written once to a file of ours and read from its private map.
 
     On the CPU they point at the map for good: given back, the pages are read again from the file
@@ -48,6 +47,8 @@ class TorchModuleWrapper(ResourcePoolUser):
         OSError: where the file cannot be written; the module is as it was.
     """
 
+    stream = False
+
     def __init__(
         self,
         module: torch.nn.Module,
@@ -58,39 +59,16 @@ class TorchModuleWrapper(ResourcePoolUser):
         trust_files: bool = False,
         verify: str | None = None,
     ) -> None:
-        super().__init__(module)
-        if management is None:
-            from opguard.pools.management import get_management
-
-            management = get_management()
-        self.inference_memory_estimator = inference_memory_estimator
-        self._trusted = trust_files
-        self._management = management
-        self._pool = management.execution_pool
-        self._name = name or type(module).__name__
+        super().__init__(module, inference_memory_estimator, management, name, trust_files)
+        management = self._management
         home = Home.adopt(module, management.folder, self._name, trust_files=trust_files)
-        self.home: Any = home_for(home, management, self._name, verify)
+        self.home = home_for(home, management, self._name, verify)
         self._reading = Reading(home.nbytes if self.home is home else 0)
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory while it is in: unique storages, in whole pages."""
         return int(self.home.nbytes)
-
-    @property
-    def verify(self) -> str | None:
-        """How changes on an accelerator are found; set, it holds from the next bring-in on."""
-        return getattr(self.home, "verify", None)
-
-    @verify.setter
-    def verify(self, value: str | None) -> None:
-        if isinstance(self.home, Home):
-            return  # in host memory the kernel tells
-        self.home.verify = value
-
-    @property
-    def execution_device(self) -> torch.device:
-        return self._pool.device
 
     def needs(self) -> Mapping[str, int]:
         return {self._pool.name: self.nbytes}
@@ -114,7 +92,7 @@ class TorchModuleWrapper(ResourcePoolUser):
         if self._reading.looking:
             self._reading.saw(self.home.resident())
         written = int(self.home.give_back() or 0)
-        left = self.home.changed() if self._trusted else 0
+        left = self.home.changed() if self.trust_files else 0
         if left:
             raise PoolError(
                 f"expected weights in the user's file to be unchanged, {readable(left)} of "

@@ -10,13 +10,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from opguard.pools._parts import find_parts, refuse_offloaded
-from opguard.pools.errors import Unmanageable
+from opguard.pools.errors import PoolRefused, Unmanageable
 from opguard.pools.users import ResourcePoolUser, register_user
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class PipelineWrapper(ResourcePoolUser):
         obj: the object, or a `Keeper` of one that cannot be referred to weakly.
         management: whose pools the components take from; the process's own unless given.
         name: components are called ``name.unet`` and so on.
+        trust_files, verify: of the components, see `opguard.pools.modules.TorchModuleWrapper`.
 
     Raises:
         Unmanageable: where there is no module in it, a component cannot be moved, or offload
@@ -56,6 +58,7 @@ class PipelineWrapper(ResourcePoolUser):
         management: Management | None = None,
         name: str | None = None,
         trust_files: bool = False,
+        verify: str | None = None,
     ) -> None:
         super().__init__(obj)
         if management is None:
@@ -64,7 +67,8 @@ class PipelineWrapper(ResourcePoolUser):
             management = get_management()
         self._management = management
         self._name = name or type(_kept(obj)).__name__
-        self._options: dict[str, Any] = {"trust_files": trust_files} if trust_files else {}
+        told = {"trust_files": trust_files, "verify": verify}
+        self._options = {key: value for key, value in told.items() if value}
         self._modules: tuple[weakref.ref[nn.Module], ...] = ()
         self._entries: tuple[Entry, ...] = ()
         self._refreshing = threading.Lock()
@@ -114,14 +118,9 @@ class PipelineWrapper(ResourcePoolUser):
         with self._refreshing:
             if not self._is_as_before(modules):
                 refuse_offloaded(parts, self._name)
-                self._entries = tuple(
-                    self._component(name, module) for name, module in parts.items()
-                )
-                before = self._alive()
-                self._modules = tuple(map(weakref.ref, modules))
-                for module in before:
-                    if module not in modules:
-                        _components.leave(module, self, self._management)
+                before, entries = self._alive(), self._joined(parts)
+                self._entries, self._modules = entries, tuple(map(weakref.ref, modules))
+                self._leave([module for module in before if module not in modules])
             else:
                 refuse_offloaded(parts, self._name, deep=False)
 
@@ -133,6 +132,22 @@ class PipelineWrapper(ResourcePoolUser):
             before() is module and self._management.find(module) is entry
             for module, before, entry in pairs
         )
+
+    def _joined(self, parts: Mapping[str, nn.Module]) -> tuple[Entry, ...]:
+        """The parts as components: all of them, or what was managed before and no other."""
+        before, entries = self._alive(), []
+        try:
+            for name, module in parts.items():
+                entries.append(self._component(name, module))
+        except BaseException:
+            self._leave([module for module in parts.values() if module not in before])
+            raise
+        return tuple(entries)
+
+    def _leave(self, modules: list[nn.Module]) -> None:
+        """Parts that are components no more. What somebody still uses stays managed."""
+        for module in modules:
+            _components.leave(module, self, self._management)
 
     def _component(self, name: str, module: nn.Module) -> Entry:
         mine = self._management.find(module) is None
@@ -147,6 +162,11 @@ class PipelineWrapper(ResourcePoolUser):
         if not infos or infos[0] is None:
             return {}
         return {"priority": infos[0].priority, "pin": infos[0].pinned}
+
+    def change(self, **options: Any) -> None:
+        for entry in self._entries:
+            entry.user.change(**options)
+        self._options |= options
 
     def _alive(self) -> list[nn.Module]:
         return [module for ref in self._modules if (module := ref()) is not None]
@@ -281,8 +301,9 @@ class _Components:
         """``pipeline`` has it no more. After the last one a management, if given, lets go of it."""
         with self._lock:
             pipelines = self._pipelines.get(module)
-            if pipelines is not None:
-                pipelines.discard(pipeline)
+            if pipelines is None or pipeline not in pipelines:
+                return
+            pipelines.discard(pipeline)
             if pipelines:
                 return
             self._pipelines.pop(module, None)
@@ -292,8 +313,9 @@ class _Components:
             hook.remove()
             tell_where(module, None)
         if here and management is not None:
-            self._managed_here.discard(module)
-            management.unmanage(module)
+            with suppress(PoolRefused):  # somebody uses it: it goes on without us
+                management.unmanage(module)
+                self._managed_here.discard(module)
 
     def attach(self, module: nn.Module, management: Management) -> None:
         """Have the module take itself while it runs, whichever way it is called."""

@@ -27,6 +27,7 @@ from opguard.pools._books import ABSENT, LOADING, READY
 from opguard.pools._budgets import readable
 from opguard.pools._homes import Home
 from opguard.pools._lending import home_for
+from opguard.pools._module_user import Estimate, ModuleUser
 from opguard.pools._requests import TRY, Ask, enter
 from opguard.pools._spill import ForkLock
 from opguard.pools.errors import PoolRefused
@@ -145,7 +146,7 @@ class SegmentUser(ResourcePoolUser):
         return "disk, in blocks"
 
 
-class StreamedModule(ResourcePoolUser):
+class StreamedModule(ModuleUser):
     """A module whose blocks are brought in one after the other; it needs nothing as a whole.
 
     Args:
@@ -160,45 +161,43 @@ class StreamedModule(ResourcePoolUser):
         Unmanageable: for modules whose weights must not move.
     """
 
+    stream = True
+
     def __init__(
         self,
         module: nn.Module,
-        inference_memory_estimator: Any = None,
+        inference_memory_estimator: Estimate | None = None,
         *,
         management: Management,
         name: str | None = None,
         trust_files: bool = False,
         verify: str | None = None,
     ) -> None:
-        super().__init__(module)
-        self.inference_memory_estimator = inference_memory_estimator
-        name = name or type(module).__name__
-        self._management = management
-        self._pool = management.execution_pool
+        super().__init__(module, inference_memory_estimator, management, name, trust_files)
         self.cut, tensors = cut_module(module, max(self._pool.budget // CHUNKS, 1))
-        self._check(name)
+        self._check()
         self.closed = False
         self._segments: list[_Segment] = []
         self._course = Course()
         self._wish = -1
         self._fetching = ForkLock()
-        self.home: Any = Home.adopt(
-            module, management.folder, name, segments=tensors, trust_files=trust_files
+        self.home = Home.adopt(
+            module, management.folder, self._name, segments=tensors, trust_files=trust_files
         )
         try:
-            self._set_up(name, verify)
+            self._set_up(verify)
         except BaseException:
             self.close()
             raise
 
-    def _set_up(self, name: str, verify: str | None) -> None:
-        management, blocks = self._management, self.cut.blocks
+    def _set_up(self, verify: str | None) -> None:
+        name, management, blocks = self._name, self._management, self.cut.blocks
         # Where segments share pages, and on accelerators, what is in memory tells of no reader.
         self._learns = _keep_apart(self.home) and not self._pool.executes
         self.home = home_for(self.home, management, name, verify)
         sizes = (end - start for start, end in self.home.segments[: len(self.cut.sizes)])
         self.cut = replace(self.cut, sizes=tuple(sizes))
-        self._check(name)
+        self._check()
         self._segments += (_Segment() for _ in self.cut.sizes)
         self._entries = [
             management.add_user(
@@ -238,14 +237,14 @@ class StreamedModule(ResourcePoolUser):
         assert module is not None  # whoever manages the model holds it
         return module
 
-    def _check(self, name: str) -> None:
+    def _check(self) -> None:
         block, need, budget = self.cut.largest(), self.largest_need, self._pool.budget
         if block is not None and need > budget:
             around = need - self.cut.bytes_of(block)
             more = f" and {readable(around)} of the modules around it" if around else ""
             raise PoolRefused(
-                f"{name!r} cannot be streamed: expected blocks of at most {readable(budget)}, the "
-                f"budget of pool {self._pool.name!r}, block {block.name!r} "
+                f"{self._name!r} cannot be streamed: expected blocks of at most "
+                f"{readable(budget)}, the budget of pool {self._pool.name!r}, block {block.name!r} "
                 f"({type(block.module()).__name__}) has {readable(need - around)}{more}; "
                 "raise the budget"
             )
@@ -270,10 +269,6 @@ class StreamedModule(ResourcePoolUser):
     def nbytes(self) -> int:
         """Bytes of all segments, which are never there together."""
         return sum(self.cut.sizes)
-
-    @property
-    def execution_device(self) -> torch.device:
-        return self._pool.device
 
     @property
     def members(self) -> tuple[Entry, ...]:

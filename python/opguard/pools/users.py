@@ -7,7 +7,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -28,7 +28,12 @@ class ResourcePoolUser(ABC):
     ``give_back`` never overlap for one user, and come from any thread.
 
     The object is held weakly: when it dies, its bytes are given back and ``close`` is called.
+
+    Attributes:
+        fixed: names of options that hold as long as the object is managed.
     """
+
+    fixed: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, obj: object) -> None:
         self._obj = weakref.ref(obj)
@@ -87,14 +92,21 @@ class ResourcePoolUser(ABC):
         """Raise where what was computed while the object was in cannot be trusted."""
 
     def change(self, **options: Any) -> None:
-        """Options named in a later ``manage`` of the object. Those it had are not told again.
+        """Options named in a later ``manage`` of the object.
 
         Raises:
-            ValueError: for what cannot change any more.
+            ValueError: for what cannot change any more: what the class says in ``fixed``.
         """
         for key, value in options.items():
-            if getattr(self, ALIASES.get(key, key), value) != value:
-                setattr(self, ALIASES.get(key, key), value)
+            name = ALIASES.get(key, key)
+            now = getattr(self, name, value)
+            if now != value and key in self.fixed:
+                raise ValueError(
+                    f"{key}: expected {now!r}, as the {type(self.obj).__name__} is managed by now, "
+                    f"got {value!r}; unmanage it first"
+                )
+            if now != value:
+                setattr(self, name, value)
 
     def close(self) -> None:  # noqa: B027
         """Give up what it owns: the object is dead or not managed any more."""
@@ -177,8 +189,9 @@ def _accepted(factory: Factory, kind: str, options: dict[str, Any]) -> dict[str,
     }
     unknown = [key for key in named if key not in parameters and key not in OPTIONAL]
     if unknown:
+        theirs = sorted({key for key in list(parameters)[1:] if key != "management"})
         raise TypeError(
-            f"expected options of {kind} among {sorted(parameters)}, got {unknown[0]!r}, which "
+            f"expected options of {kind} among {theirs}, got {unknown[0]!r}, which "
             f"{getattr(factory, '__name__', factory)} does not take"
         )
     return {key: value for key, value in named.items() if key in parameters}
