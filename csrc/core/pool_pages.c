@@ -75,6 +75,23 @@ og_pages_reserve(size_t length, const char *like, void **whole, size_t *size)
     return *size > length ? area + gap : area;
 }
 
+char *
+og_pages_show(char *at, size_t length, int fd, int64_t offset)
+{
+    char *made =
+        mmap(at, length, PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, (off_t)offset);
+    if (made == MAP_FAILED) {
+        return NULL;
+    }
+    /* What the page cache has lost is read in pieces that one entry of a page
+     * table maps; read page by page it would be mapped so ever after. */
+    if (length >= TABLE) {
+        (void)madvise(made, length, MADV_HUGEPAGE);
+    }
+    return made;
+}
+
 /* A fresh place for the map, which agrees with the file up to 2 MiB, so that
  * one entry of a page table can hold all of a large folio. What was reserved
  * around it goes at once. */
@@ -88,10 +105,8 @@ map_file(og_pages *pages)
     if (at == NULL) {
         return ENOMEM;
     }
-    char *made = mmap(at, length, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, pages->fd,
-                      (off_t)pages->offset);
-    if (made == MAP_FAILED) {
+    char *made = og_pages_show(at, length, pages->fd, pages->offset);
+    if (made == NULL) {
         int failed = errno;
         munmap(whole, size);
         return failed;

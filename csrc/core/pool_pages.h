@@ -168,6 +168,11 @@ og_pages_stamp_of(int fd, og_pages_stamp *stamp);
 char *
 og_pages_reserve(size_t length, const char *like, void **whole, size_t *size);
 
+/* The file, privately, at this address, whatever was there; NULL with errno.
+ */
+char *
+og_pages_show(char *at, size_t length, int fd, int64_t offset);
+
 /* The guard of a range against SIGBUS; NULL without memory. Process-wide. */
 struct og_pages_slot *
 og_pages_guard(char *start, size_t length);

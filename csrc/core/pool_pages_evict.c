@@ -395,10 +395,10 @@ show_file(og_pages *pages, const og_pages_scan *scan, og_pages_span span,
     void *whole = NULL;
     size_t size = 0;
     bool taken = take_away(pages, span, &away, &whole, &size) == 0;
-    void *made = mmap(span.start, length, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, scan->file,
-                      (off_t)pages->offset);
-    int failed = made == MAP_FAILED ? errno : 0;
+    int failed = 0;
+    if (og_pages_show(span.start, length, scan->file, pages->offset) == NULL) {
+        failed = errno;
+    }
     if (failed != 0 && taken) {
         (void)mremap(away.start, length, length, MREMAP_MAYMOVE | MREMAP_FIXED,
                      span.start);

@@ -192,6 +192,38 @@ def test_another_file_after_a_fork(C, file, tmp_path):
     pages.check()
 
 
+def flags_of(pages) -> list[str]:
+    """What the kernel knows of a mapping, in its words of two letters."""
+    with open("/proc/self/smaps") as lines:
+        inside = False
+        for line in lines:
+            first = line.split()[0]
+            if not first.endswith(":"):
+                start, end = (int(part, 16) for part in first.split("-"))
+                inside = start <= pages.address < end
+            elif inside and first == "VmFlags:":
+                return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(
+    not os.path.isdir("/sys/kernel/mm/transparent_hugepage"), reason="a kernel without huge pages"
+)
+def test_what_the_page_cache_lost_is_read_again_in_large_pieces(C, tmp_path):
+    """Pages read one by one are mapped one by one for good, which costs fifty times as much."""
+    size = 4 << 20
+    with open(tmp_path / "one", "w+b") as one, open(tmp_path / "two", "w+b") as two:
+        for file in (one, two):
+            file.truncate(size)
+        pages = C.SpillMap(one.fileno(), 0, size)
+        assert "hg" in flags_of(pages)
+        pages.populate()
+        pages.give_back()
+        assert "hg" in flags_of(pages)
+        pages.move(two.fileno())
+        assert "hg" in flags_of(pages)
+
+
 def test_threads_that_come_and_go_together(C, file):
     """Giving back, populating and checking at once never says that the file has changed."""
     pages = C.SpillMap(file.fileno(), 0, 4 * PAGE)
