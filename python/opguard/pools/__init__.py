@@ -10,6 +10,7 @@ from opguard.pools.errors import (
     PoolFileChanged,
     PoolRefused,
     Unmanageable,
+    WeightsAstray,
 )
 from opguard.pools.hooks import AutoManageHook
 from opguard.pools.management import (
@@ -101,6 +102,7 @@ __all__ = [
     "Snapshot",
     "TorchModuleWrapper",
     "Unmanageable",
+    "WeightsAstray",
     "auto_manage",
     "free",
     "get_management",

@@ -31,6 +31,8 @@ class Entry:
         self.units: dict[str, int] = {}
         self.seat: Any = None
         self.stats = Stats()
+        # What it was managed with, for the case that it is adopted anew.
+        self.options: dict[str, Any] = {}
         # What goes and comes with the user, in order: patches that are on it.
         self.riders: list[Any] = []
         # Held while bytes move; waited for only by who moves them.

@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from opguard import _C
-from opguard.pools._books import EVICTING, LOADING, Entry
+from opguard.pools._books import ABSENT, EVICTING, LOADING, Entry
 from opguard.pools._holders import holder_lines
 from opguard.pools._marks import take_off
 from opguard.pools._moving import Moving
@@ -79,7 +79,10 @@ class Members(Moving):
             return self.find(obj)
         try:
             found = self.find(obj)
-            return found or self.add_user(self._user(obj, name, options), obj, name=name)
+            if found is None:
+                found = self.add_user(self._user(obj, name, options), obj, name=name)
+                found.options = options
+            return found
         finally:
             with self._mutex:
                 del self._claims[id(obj)]
@@ -95,18 +98,79 @@ class Members(Moving):
     ) -> Entry:
         """Manage ``obj`` (the user's own unless given) by a user made elsewhere."""
         obj = user.obj if obj is None else obj
-        needs = {self.pool(pool).name: nbytes for pool, nbytes in _needs_of(user).items()}
+        needs = self._needs_of(user)
         with self._mutex:
             entry = Entry(obj, user, self._new_name(name or type(obj).__name__))
-            for pool, nbytes in needs.items():
-                unit = self.ledger.add_unit(self.pools[pool]._index, nbytes, 0, 0, user.cost())
-                entry.units[pool] = unit
-                self.entries[unit] = entry
+            entry.units = self._add_units(entry, user, needs)
             entry.seat = self.seat(entry.units.values())
             self._by_id[entry.key] = entry
         entry.ref = weakref.ref(obj, _Death(self, entry))
         self._reclaimer.start()
         return entry
+
+    def _needs_of(self, user: ResourcePoolUser) -> dict[str, int]:
+        needs = user.needs()
+        try:
+            counted = {pool: index(nbytes) for pool, nbytes in needs.items()}
+        except (AttributeError, TypeError) as error:
+            raise TypeError(
+                f"expected needs() of {type(user).__name__} to return bytes by name of pool, got "
+                f"{needs!r:.200}; return a dict of ints"
+            ) from error
+        return {self.pool(pool).name: nbytes for pool, nbytes in counted.items()}
+
+    def _add_units(
+        self, entry: Entry, user: ResourcePoolUser, needs: dict[str, int]
+    ) -> dict[str, int]:
+        units = {}
+        for pool, nbytes in needs.items():
+            unit = self.ledger.add_unit(self.pools[pool]._index, nbytes, 0, 0, user.cost())
+            units[pool] = unit
+            self.entries[unit] = entry
+        return units
+
+    def renew(self, entry: Entry) -> None:
+        """Adopt an object anew whose weights are others now than those that are managed.
+
+        Handles, hooks and options stay. What is in use stays as it is and is warned of.
+
+        Raises:
+            Unmanageable, OSError: the new ones cannot be managed; the object is not any more.
+        """
+        obj, user = entry.ref(), entry.user
+        if obj is None or not user.strays():
+            return
+        self.condemn(entry)
+        for pool in tuple(self.pools.values()):
+            self.move_all_out(self.ledger.reclaim_condemned, pool._index)
+        with entry.moving:
+            infos = [self.unit(unit) for unit in entry.all_units]
+            if any(info is None or info.state != ABSENT for info in infos):
+                user.warn_of_strays()
+                return
+            user.close()
+            try:
+                self._replace(entry, self._user(obj, entry.name, entry.options))
+            except BaseException:
+                self._remove(entry)
+                raise
+        self.update(
+            entry,
+            priority=max((info.priority for info in infos), default=0),
+            pin=any(info.pinned for info in infos),
+        )
+        self.drain()
+
+    def _replace(self, entry: Entry, user: ResourcePoolUser) -> None:
+        """Another user of the same object, which takes the first one's place."""
+        needs = self._needs_of(user)
+        with self._mutex:
+            old, entry.user = entry.units, user
+            entry.units = self._add_units(entry, user, needs)
+            entry.seat.units = tuple(entry.units.values())
+        for unit in old.values():
+            self.ledger.remove_unit(unit)
+            self.entries.pop(unit, None)
 
     def _new_name(self, name: str) -> str:
         self._names[name] = number = self._names.get(name, 0) + 1
@@ -148,6 +212,7 @@ class Members(Moving):
         changed = {key: value for key, value in options.items() if value is not None}
         if changed:
             entry.user.change(**changed)
+            entry.options = entry.options | changed
         if pump:
             self.pump()
 
@@ -275,17 +340,6 @@ class Members(Moving):
         """The object is gone. Runs in finalizers: queues, and does nothing else."""
         self._dead.put(entry)
         self._reclaimer.wake()
-
-
-def _needs_of(user: ResourcePoolUser) -> dict[str, int]:
-    needs = user.needs()
-    try:
-        return {pool: index(nbytes) for pool, nbytes in needs.items()}
-    except (AttributeError, TypeError) as error:
-        raise TypeError(
-            f"expected needs() of {type(user).__name__} to return bytes by name of pool, got "
-            f"{needs!r:.200}; return a dict of ints"
-        ) from error
 
 
 class _Death:

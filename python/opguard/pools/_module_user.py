@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
 from opguard.pools._homes import Home
+from opguard.pools.errors import WeightsAstray
 from opguard.pools.users import ResourcePoolUser
 
 if TYPE_CHECKING:
@@ -17,6 +21,42 @@ if TYPE_CHECKING:
 __all__ = ["Estimate", "ModuleUser"]
 
 Estimate = int | Callable[..., int]
+
+
+class _Watched(NamedTuple):
+    """Where a parameter was when it was adopted, and where its bytes are at home."""
+
+    name: str
+    owner: weakref.ref[nn.Module]
+    key: str
+    address: int
+
+    def is_astray(self) -> bool:
+        owner = self.owner()
+        if owner is None:
+            return True
+        # Under another name, as parametrizations have it, or of another type, as while somebody
+        # traces it, it is no concern of ours.
+        found = owner._parameters.get(self.key)
+        if type(found) is not nn.Parameter or found.data_ptr() == self.address:
+            return False
+        return not _is_patched(found)
+
+
+def _watch(module: nn.Module | None, home: Home) -> Iterator[tuple[int, _Watched]]:
+    modules = {} if module is None else dict(module.named_modules(remove_duplicate=False))
+    for member in home.members:
+        path, _, key = member.name.rpartition(".")
+        owner = modules.get(path)
+        # A scripted module makes its table anew whenever it is asked for.
+        table = None if owner is None else owner._parameters
+        if owner is not None and isinstance(table, dict) and key in table:
+            yield member.segment, _Watched(member.name, weakref.ref(owner), key, member.address)
+
+
+def _is_patched(parameter: torch.Tensor) -> bool:
+    patched = sys.modules.get("opguard.pools._patched")
+    return patched is not None and patched.is_patched(parameter)
 
 
 class ModuleUser(ResourcePoolUser):
@@ -31,13 +71,11 @@ class ModuleUser(ResourcePoolUser):
         trust_files: leave storages that lie in a private map of a file of yours (what
             ``safetensors.torch.load_file`` gives) there, and read that file again.
 
-    Attributes:
-        home: set by the class itself, once the module is adopted.
+    A class of this sets ``home`` once the module is adopted.
     """
 
     fixed = frozenset({"stream", "trust_files"})
     stream: ClassVar[bool]
-    home: Any
 
     def __init__(
         self,
@@ -57,6 +95,59 @@ class ModuleUser(ResourcePoolUser):
         self._management = management
         self._pool = management.execution_pool
         self._name = name or type(module).__name__
+        self._home: Any = None
+        self._watched: dict[int, list[_Watched]] = {}  # by segment
+        self._warned = False
+
+    @property
+    def home(self) -> Any:
+        """The `Home`, or `DeviceHome`, of its weights."""
+        return self._home
+
+    @home.setter
+    def home(self, home: Any) -> None:
+        self._home = home
+        self._watched = {}
+        for segment, watched in _watch(self.obj, getattr(home, "home", home)):
+            self._watched.setdefault(segment, []).append(watched)
+
+    def strays(self, segment: int | None = None) -> Sequence[str]:
+        """Names of parameters that are others now than those that were adopted, or gone.
+
+        That is what ``half()``, ``share_memory()``, ``load_state_dict(assign=True)`` and a new
+        Parameter leave; not what a patch points elsewhere.
+        """
+        segments = self._watched if segment is None else (segment,)
+        return [
+            each.name
+            for number in segments
+            if not self._is_there(number)
+            for each in self._watched.get(number, ())
+            if each.is_astray()
+        ]
+
+    def _is_there(self, segment: int) -> bool:
+        home = self._home  # on a device they are not at home
+        return not isinstance(home, Home) and bool(home.is_in(segment))
+
+    def warn_of_strays(self, segment: int | None = None, *, again: bool = True) -> None:
+        """WeightsAstray where there are some.
+
+        Args:
+            segment: looked at.
+            again: also where it was said before.
+        """
+        if self._warned and not again:
+            return
+        if not self.strays(segment):
+            return
+        self._warned, names = True, self.strays()
+        message = (
+            f"expected the weights of {self._name!r} to be those that it was managed with, "
+            f"{len(names)} of them are others now, or gone ({', '.join(names[:3])}): what it has "
+            "instead stays in memory, outside of every budget; manage it again when nobody uses it"
+        )
+        warnings.warn(WeightsAstray(message, names), stacklevel=2)
 
     @property
     def execution_device(self) -> torch.device:

@@ -172,6 +172,11 @@ _lock = threading.RLock()
 _states: dict[int, _State] = {}
 
 
+def is_patched(parameter: Tensor) -> bool:
+    """Whether a patch says where the parameter points."""
+    return id(parameter) in _states
+
+
 class _Level:
     """What one patch made of one weight; ``tensor`` is None while the weight is not in memory."""
 

@@ -83,6 +83,9 @@ def _notes(shot: Snapshot) -> Iterator[str]:
     for user in shot.users:
         if user.trouble:
             yield f"{user.name!r} would not go: {user.trouble}"
+        if user.astray:
+            count, first = len(user.astray), user.astray[0]
+            yield f"{user.name!r} has {count} other weights than it was managed with, as {first!r}"
 
 
 def _shown(shot: Snapshot, rows: int) -> tuple[list[UserFigures], int]:

@@ -38,6 +38,7 @@ class UserFigures:
         bytes_in: moved in, ``bytes_written_back``: changed and written, both since it is managed.
         seconds_waited: for bytes, ``seconds_loading``: bringing in.
         trouble: the last exception that kept it from going, if any.
+        astray: weights that were replaced by others, which are outside of every budget.
     """
 
     name: str
@@ -58,6 +59,7 @@ class UserFigures:
     seconds_waited: float
     seconds_loading: float
     trouble: str | None
+    astray: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def _user(management: Management, unit: int, entry: Entry) -> UserFigures | None
         seconds_waited=stats.waited,
         seconds_loading=stats.seconds_loading,
         trouble=stats.trouble,
+        astray=tuple(entry.user.strays()),
     )
 
 

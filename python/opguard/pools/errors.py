@@ -12,6 +12,7 @@ __all__ = [
     "PoolFileChanged",
     "PoolRefused",
     "Unmanageable",
+    "WeightsAstray",
 ]
 
 
@@ -57,3 +58,15 @@ class PatchFailed(PoolError):
     def __init__(self, message: str, patch: object = None) -> None:
         super().__init__(message)
         self.patch = patch
+
+
+class WeightsAstray(UserWarning):
+    """A managed module was given other weights, which are outside of the pools and their budgets.
+
+    Attributes:
+        names: of the weights that are others now, or gone.
+    """
+
+    def __init__(self, message: str, names: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.names = tuple(names)

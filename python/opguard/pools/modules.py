@@ -74,6 +74,7 @@ class TorchModuleWrapper(ModuleUser):
         return {self._pool.name: self.nbytes}
 
     def bring_in(self) -> int:
+        self.warn_of_strays(again=False)
         if self._reading.lazily():
             self.home.check()
             self.raise_if_broken()
@@ -140,6 +141,7 @@ def _refuse_parts(module: torch.nn.Module, management: Management) -> list[torch
         entry = None if obj is None else management.find(obj)
         if (
             obj is not None
+            and obj is not module
             and entry is not None
             and any(tensor is other for other in _tensors_of(obj))
         ):

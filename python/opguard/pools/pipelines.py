@@ -68,7 +68,7 @@ class PipelineWrapper(ResourcePoolUser):
         self._management = management
         self._name = name or type(_kept(obj)).__name__
         told = {"trust_files": trust_files, "verify": verify}
-        self._options = {key: value for key, value in told.items() if value}
+        self._options: dict[str, Any] = {key: value for key, value in told.items() if value}
         self._modules: tuple[weakref.ref[nn.Module], ...] = ()
         self._entries: tuple[Entry, ...] = ()
         self._refreshing = threading.Lock()

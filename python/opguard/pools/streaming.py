@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -110,11 +110,13 @@ class SegmentUser(ResourcePoolUser):
         return {self._pool: self._nbytes}
 
     def bring_in(self) -> int:
+        stream = self._stream()
+        if stream is not None:
+            stream.warn_of_strays(self._number, again=False)
         try:
             self._home.bring_in(self._number)
         except torch.OutOfMemoryError:
             # The budget has room and the device has not: others of ours make it.
-            stream = self._stream()
             if stream is None or not stream.make_room(self._nbytes):
                 raise
             self._home.bring_in(self._number)
@@ -136,6 +138,10 @@ class SegmentUser(ResourcePoolUser):
         if stream is not None and self._home.resident(self._number):
             stream.was_read(self._number)
         self._home.give_back(self._number)
+
+    def strays(self) -> Sequence[str]:
+        stream = self._stream()
+        return () if stream is None else stream.strays(self._number)
 
     @property
     def may_stay(self) -> bool:

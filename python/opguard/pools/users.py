@@ -6,7 +6,7 @@ import inspect
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -90,6 +90,13 @@ class ResourcePoolUser(ABC):
 
     def raise_if_broken(self) -> None:  # noqa: B027
         """Raise where what was computed while the object was in cannot be trusted."""
+
+    def strays(self) -> Sequence[str]:
+        """Names of weights that its object has now and that are not in the pools."""
+        return ()
+
+    def warn_of_strays(self) -> None:  # noqa: B027
+        """Say that there are some, as a warning."""
 
     def change(self, **options: Any) -> None:
         """Options named in a later ``manage`` of the object.

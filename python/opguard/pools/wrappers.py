@@ -188,7 +188,8 @@ def manage(
 
     What gives it other weights meanwhile (``half()``, ``share_memory()``, torchao's ``quantize_``,
     ``load_state_dict(assign=True)``, a new Parameter) takes them out of the pools and their
-    budgets, where they stay right and stay in memory: ``unmanage`` it, then manage it again.
+    budgets, where they stay right and stay in memory. `WeightsAstray` warns of it when it is next
+    brought in, `report` shows it, and managing it again while nobody uses it takes them in.
 
     Args:
         obj: an nn.Module, a pipeline, or anything `register_user` was told of; or a handle.
@@ -218,9 +219,12 @@ def manage(
     }
     named = {key: value for key, value in options.items() if value is not None}
     if isinstance(obj, AutoManageWrapper):
-        obj._management.update(obj._entry, **named)
-        return obj
-    return AutoManageWrapper(obj, **named)
+        handle = obj
+        handle._management.update(handle._entry, **named)
+    else:
+        handle = AutoManageWrapper(obj, **named)
+    handle._management.renew(handle._entry)
+    return handle
 
 
 def unmanage(obj: Any) -> None:
@@ -252,7 +256,7 @@ def auto_manage(obj: Any, *, offload: Offload = "lazy", timeout: float | None = 
     """
     if offload not in ("lazy", "exit"):
         raise ValueError(f"expected offload 'lazy' or 'exit', got {offload!r}")
-    handle = obj if isinstance(obj, AutoManageWrapper) else manage(obj)
+    handle = obj if isinstance(obj, AutoManageWrapper) else AutoManageWrapper(obj)
     after = None if offload == "lazy" else handle.let_go
     if isinstance(handle.obj, CommitObjectProxy):
         return PatchedBlock(handle, timeout, after)
