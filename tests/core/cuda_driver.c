@@ -18,6 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -69,7 +70,7 @@ typedef struct op {
     const void *from;
     size_t size;
     event *event;
-    long number;
+    long number, hurries;
     useconds_t pause;
     struct op *next;
 } op;
@@ -97,7 +98,7 @@ static int contexts[DEVICES];
 static counter counters[NAMES];
 static size_t capacity = (size_t)64 << 20, used, unit = 1 << 16;
 static long misuse, events, retained, handles, sum, bytes_in, bytes_out;
-static long waiting;
+static long waiting, hurries;
 static int able = 1, newer = 1, broken;
 static useconds_t copy_pause;
 static char fail_name[48];
@@ -132,6 +133,8 @@ CONTROL void *
 emu_stream(void);
 CONTROL void
 emu_finish(void);
+CONTROL void
+emu_hurry(void);
 CONTROL void
 emu_capture(void *on, int mode);
 CONTROL int
@@ -280,12 +283,27 @@ emu_count(const char *what)
 
 /* --- streams ------------------------------------------------------------- */
 
+/* Its pause, unless emu_hurry ends it. */
+static void
+take_time(const op *one)
+{
+    struct timespec end;
+    clock_gettime(CLOCK_REALTIME, &end);
+    long nanoseconds = end.tv_nsec + (long)(one->pause % 1000000) * 1000;
+    end.tv_sec += one->pause / 1000000 + nanoseconds / 1000000000;
+    end.tv_nsec = nanoseconds % 1000000000;
+    pthread_mutex_lock(&lock);
+    int code = one->pause == 0;
+    while (code == 0 && hurries == one->hurries) {
+        code = pthread_cond_timedwait(&changed, &lock, &end);
+    }
+    pthread_mutex_unlock(&lock);
+}
+
 static void
 run(op *one)
 {
-    if (one->pause > 0) {
-        usleep(one->pause);
-    }
+    take_time(one);
     long found = 0;
     switch (one->kind) {
         case COPY:
@@ -386,6 +404,7 @@ queue(void *on, op wanted)
     op *one = malloc(sizeof *one);
     *one = wanted;
     one->next = NULL;
+    one->hurries = hurries;
     if (target->first == NULL) {
         target->first = one;
     }
@@ -492,6 +511,16 @@ emu_finish(void)
 {
     pthread_mutex_lock(&lock);
     finish_all(-1);
+    pthread_mutex_unlock(&lock);
+}
+
+/* What is queued now takes no time any more. */
+void
+emu_hurry(void)
+{
+    pthread_mutex_lock(&lock);
+    hurries++;
+    pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&lock);
 }
 

@@ -10,6 +10,13 @@ them all, by a checksum computed on the device.
 What is taken from a parameter while it is on a GPU (``p.detach()``, a view that a model returns)
 lies in memory that goes with the model. As long as there is such a tensor the model stays there.
 A CUDA graph holds addresses only, which stay the same: replay it inside a lease.
+
+Memory goes after the kernels that use it, on whatever stream they were queued. A lease does not
+tell its streams, and a stream that it used need not be current when it ends; so what is waited for
+is a mark over all streams, set when another model came in and this one was idle already. Only a
+model that was in use since then waits for all that is queued now. The driver refuses such marks
+while a CUDA graph is captured, and the capture is lost: its end is waited for, five seconds at
+most, and then the model stays. Captures on streams that are not torch's own are not seen.
 """
 
 from __future__ import annotations

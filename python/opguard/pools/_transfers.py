@@ -8,7 +8,6 @@ that torch calls a device. Neither knows of parameters: it is told buffers of ho
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -388,17 +387,14 @@ class TorchPlace(Place):
         self.device = device
         self.sizes = list(sizes)
         self._flats: dict[int, Tensor] = {}
-        self._lock = threading.Lock()
 
     def take(self, segment: int) -> None:
         self.still()
-        flat = torch.empty(self.sizes[segment], dtype=torch.uint8, device=self.device)
-        with self._lock:
-            self._flats[segment] = flat
+        size = self.sizes[segment]
+        self._flats[segment] = torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def drop(self, segment: int) -> None:
-        with self._lock:
-            self._flats.pop(segment, None)
+        self._flats.pop(segment, None)
 
     def flat(self, run: Run) -> Tensor:
         return self._flats[run.segment][run.at : run.at + run.nbytes]
