@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from checkout import CSRC
-from emulated_pool import UNIT, Emulated, emulated_accelerator
-from opguard.pools import PoolFileChanged, PoolRefused, _accelerators, _transfers
+from emulated_pool import OUT_OF_MEMORY, UNIT, Emulated, emulated_accelerator
+from opguard.pools import PoolFileChanged, PoolRefused, _accelerators, _devices, _transfers
 from opguard.pools._accelerators import TorchAccelerator, accelerator_for, streams_of
 from opguard.pools._devices import DeviceHome
 from opguard.pools._homes import Home
@@ -428,6 +428,12 @@ def test_what_was_queued_after_the_last_use_is_not_waited_for(folder):
         case.home.give_back()
         assert case.emulated.count("sum") - before == first + (0 if told else 1000)
         case.emulated.hurry()
+    # A copy that nobody waited for comes after the mark.
+    case.emulated.pause(0.05)
+    case.home.prefetch()
+    case.home.unused_since(mark)
+    case.home.give_back()
+    assert case.emulated.count("misuse") == 0
     # A mark is of one stay.
     case.home.bring_in()
     assert all(there.last_use is None for there in case.home._there.values())
@@ -437,7 +443,7 @@ def test_what_was_queued_after_the_last_use_is_not_waited_for(folder):
 # --- captures -------------------------------------------------------------------------------------
 
 
-def test_weights_come_during_a_capture_and_go_after_it(folder):
+def test_weights_come_during_a_capture_and_go_after_it(folder, monkeypatch):
     """Another thread captures a CUDA graph: it is not spoilt, and its end is waited for."""
     emulated = Emulated()
     graph = emulated.stream()
@@ -450,6 +456,13 @@ def test_weights_come_during_a_capture_and_go_after_it(folder):
             told.set()
             time.sleep(0.2)
 
+    beside = []
+
+    def looked_at(flat: torch.Tensor) -> int:
+        beside.append(home.accelerator.driver.capturing())
+        return checksum(flat)
+
+    monkeypatch.setattr(_devices, "checksum", looked_at)
     for verify in (None, "bytes"):
         home.verify = verify
         with thread_that(capture):
@@ -460,6 +473,8 @@ def test_weights_come_during_a_capture_and_go_after_it(folder):
             home.give_back()
             assert not emulated.library.emu_end(ctypes.c_void_p(graph))
         assert not home._there
+    assert beside
+    assert not any(beside)  # torch's own work would spoil the capture
     assert emulated.count("misuse") == 0
     home.close()
 
@@ -498,8 +513,35 @@ def test_a_capture_without_an_end_keeps_the_weights(folder, monkeypatch):
         home.give_back()
         home.bring_in()
         assert home.is_in(0)
+    # To look at the bytes is work of torch's, which has to wait as well.
+    home.give_back()
+    home.verify = "bytes"
+    home.bring_in()
+    mark = home.accelerator.mark()
+    home.unused_since(mark)
+    with emulated.capture(graph), pytest.raises(PoolRefused, match="one has been"):
+        home.give_back()
     assert emulated.count("misuse") == 0
     home.close()
+
+
+def test_torchs_cache_is_not_emptied_during_a_capture(monkeypatch):
+    """It waits for the whole device."""
+    emulated = Emulated()
+    graph = emulated.stream()
+    place = emulated_accelerator(emulated, graph).place([UNIT])
+    place.device = torch.device("cuda", 0)
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    with emulated.capture(graph):
+        emulated.fail("cuMemCreate", 1, OUT_OF_MEMORY)
+        place.take(0)
+        assert not emptied
+    place.drop(0)
+    emulated.fail("cuMemCreate", 1, OUT_OF_MEMORY)
+    place.take(0)
+    assert emptied
+    place.drop(0)
 
 
 def test_the_thread_that_captures_is_told_at_once(folder, monkeypatch):

@@ -375,7 +375,9 @@ def test_bytes_are_counted_as_the_gpu_makes_them(tmp_path):
         for _ in range(3):
             with auto_manage(small):
                 assert torch.equal(large(x), tiny(8, seed=1)(x))
-                assert 4 * MIB <= pool.used == emulated.count("used") <= 7 * MIB
+                assert 4 * MIB <= pool.used <= 7 * MIB
+                assert emulated.count("used") <= 7 * MIB
+                until(lambda: pool.used == emulated.count("used"))  # the next block may be coming
         free()
         assert pool.used == emulated.count("used") == 0
         unmanage(large)
