@@ -226,6 +226,11 @@ og_ledger_add_owner(og_ledger *ledger, int64_t parent, int64_t thread,
 og_status
 og_ledger_drop_owner(og_ledger *ledger, int64_t owner, og_error *err);
 
+/* 1: pump. All that the owner holds is left and all that it asked for is
+ * cancelled: its thread is not there any more. */
+int
+og_ledger_forfeit(og_ledger *ledger, int64_t owner, og_error *err);
+
 /* 1 where the owner, or one that it descends from, holds a lease. */
 int
 og_ledger_owner_holds(const og_ledger *ledger, int64_t owner, og_error *err);

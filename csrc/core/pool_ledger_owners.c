@@ -83,6 +83,27 @@ og_ledger_drop_owner(og_ledger *ledger, int64_t id, og_error *err)
     return OG_OK;
 }
 
+int
+og_ledger_forfeit(og_ledger *ledger, int64_t id, og_error *err)
+{
+    const og_owner *owner = og_find_owner(ledger, id);
+    if (owner == NULL || owner->dropped) {
+        return og_unknown(err, "an owner", id);
+    }
+    for (uint32_t i = 1; i < ledger->ticket_table.used; i++) {
+        const og_ticket *ticket = &ledger->tickets[i];
+        if (ticket->id > 0 && ticket->owner == og_slot_of(id)) {
+            (void)og_ledger_cancel(ledger, ticket->id, NULL);
+        }
+    }
+    bool freed = owner->holds != 0;
+    while (owner->holds != 0) {
+        const og_hold *hold = &ledger->holds[owner->holds];
+        og_hold_remove(ledger, og_slot_of(id), hold->unit, hold->count);
+    }
+    return og_should_pump(ledger, freed);
+}
+
 bool
 og_owner_holds(const og_ledger *ledger, const og_owner *owner)
 {

@@ -356,6 +356,7 @@ static PyMethodDef Ledger_methods[] = {
     OWN(holders, holders, "((owner, count), ...) of a unit."),
     SHARED(add_owner, "A thread or task: its id."),
     SHARED(drop_owner, "It asks for nothing more."),
+    SHARED(forfeit, "All it holds is left, all it asked for is cancelled."),
     SHARED(enter, "The fast road: leases on what is READY."),
     SHARED(leave, "Gives leases and extra bytes back; True: pump."),
     SHARED(request, "Asks for a set of units, whole or not at all."),

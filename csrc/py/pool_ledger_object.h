@@ -83,6 +83,7 @@ og_ledger_bool(int result, const og_error *error);
 
 LEDGER_METHOD(add_owner);
 LEDGER_METHOD(drop_owner);
+LEDGER_METHOD(forfeit);
 LEDGER_METHOD(enter);
 LEDGER_METHOD(leave);
 LEDGER_METHOD(request);

@@ -35,6 +35,18 @@ LEDGER_METHOD(drop_owner)
     return Py_NewRef(Py_None);
 }
 
+LEDGER_METHOD(forfeit)
+{
+    int64_t owner;
+    og_error error;
+    if (og_ledger_arguments("forfeit", count, 1, 1) < 0 ||
+        og_ledger_int(args[0], "owner", &owner) < 0) {
+        return NULL;
+    }
+    int result = og_ledger_forfeit(ledger_in(self), owner, &error);
+    return og_ledger_bool(result, &error);
+}
+
 LEDGER_METHOD(enter)
 {
     int64_t owner, tick = 0;

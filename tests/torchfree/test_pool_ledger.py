@@ -367,7 +367,7 @@ def test_wrong_arguments_are_one_sentence(C, ledger):
         "condemn": ("n",), "loaded": ("n",), "failed": ("n",), "evicted": ("n",), "kept": ("n",),
         "spared": ("n",),
         "reclaim": ("n", "n", "n"), "reclaim_condemned": ("n",), "holders": ("n",),
-        "add_owner": ("n", "n"), "drop_owner": ("n",), "enter": ("o", "u", "n"),
+        "add_owner": ("n", "n"), "drop_owner": ("n",), "forfeit": ("n",), "enter": ("o", "u", "n"),
         "leave": ("o", "u", "x"), "request": ("o", "u", "x", "n", "n"), "pump": ("n",),
         "take": ("n",), "cancel": ("n",),
     }  # fmt: skip
@@ -622,3 +622,29 @@ def test_what_its_parent_holds_is_waited_for_by_a_child_that_gives_up_by_itself(
         ledger.leave(above, (held,))
         assert ledger.pump()[0] == answer.ticket
         assert ledger.take(answer.ticket).verdict == C.POOL_GRANTED
+
+
+def test_who_forfeits_has_nothing_more(C, ledger):
+    """Leases, bytes, what it waits for, and what it was granted and never took."""
+    one, two, three = ledger.add_owner(), ledger.add_owner(), ledger.add_owner()
+    units = [ledger.add_unit(0, 40) for _ in range(3)]
+    grant(ledger, one, units[0], units[0])
+    ledger.request(one, (), ((0, 20),))
+    grant(ledger, two, units[1])
+    ledger.leave(two, (units[1],))
+    waits = ledger.request(three, (units[2],), ((0, 40),))
+    granted = ledger.request(two, (units[2],))
+    assert (waits.verdict, granted.verdict) == (C.POOL_WAIT, C.POOL_WAIT)
+    ledger.cancel(waits.ticket)
+    assert ledger.pump() == (granted.ticket,)
+    assert ledger.unit(units[1]).state == C.UNIT_EVICTING
+    assert ledger.forfeit(two) is False
+    assert [ledger.unit(u).state for u in units] == [C.UNIT_READY, C.UNIT_READY, C.UNIT_ABSENT]
+    waits = ledger.request(three, (units[2],), ((0, 60),))
+    assert ledger.forfeit(one) is True
+    assert ledger.pump() == (waits.ticket,)
+    assert ledger.pool(0).extra == 60
+    ledger.forfeit(three)
+    assert (ledger.pool(0).used, ledger.pool(0).extra) == (80, 0)
+    with pytest.raises(ValueError, match="owner"):
+        ledger.forfeit(99)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from _thread import allocate_lock
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class Books:
         """What the ledger knows of a unit, or None where it is gone."""
         try:
             return self.ledger.unit(unit)
-        except (KeyError, LookupError, ValueError):
+        except ValueError:
             return None
 
     def state(self, unit: int) -> int:
@@ -136,14 +137,20 @@ class Books:
         info = self.unit(unit)
         return info is not None and info.condemned and info.leases > 0
 
+    def holders(self, unit: int) -> list[tuple[int, int, int]]:
+        """(owner, unit, count) of each lease; none of a unit that is gone."""
+        with suppress(ValueError):
+            return [(owner, unit, count) for owner, count in self.ledger.holders(unit)]
+        return []
+
     def in_the_way(self, units: Sequence[int]) -> list[tuple[int, int, int]]:
         """Leases in the pools that these units are from."""
         pools = {pool for unit in units for pool, u in self._units_of(unit) if u == unit}
         return [
-            (owner, unit, count)
-            for unit, entry in tuple(self.entries.items())
+            holder
+            for unit, entry in self.entries.copy().items()
             if any(entry.units.get(pool) == unit for pool in pools)
-            for owner, count in self.ledger.holders(unit)
+            for holder in self.holders(unit)
         ]
 
     def _units_of(self, unit: int) -> list[tuple[str, int]]:
@@ -157,13 +164,9 @@ class Books:
             if entry is not None:
                 entry.stats.waited += seconds
 
-    def record(self, pool: str) -> None:
-        """Note what is used now, for peaks and pictures."""
-        self.recorder.note(self.pools[pool].name, self.pools[pool].used)
-
-    def record_all(self, entry: Entry) -> None:
-        """The same after a user came or went, with what it has there now."""
+    def record_all(self, entry: Entry, *, gone: bool = False) -> None:
+        """Note what is used now, for peaks and pictures, and what a user has that came or went."""
         for name, unit in entry.units.items():
             pool, info = self.pools[name], self.unit(unit)
-            held = info.nbytes if info is not None and info.state == READY else 0
+            held = 0 if gone or info is None or info.state != READY else info.nbytes
             self.recorder.note(pool.name, pool.used, entry.name, held)

@@ -7,6 +7,7 @@ import threading
 import weakref
 from _thread import allocate_lock
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from operator import index
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -16,7 +17,7 @@ from opguard.pools._books import ABSENT, EVICTING, LOADING, Entry
 from opguard.pools._holders import holder_lines
 from opguard.pools._marks import take_off
 from opguard.pools._moving import Moving
-from opguard.pools._requests import BLOCKS_THREAD, Ask, enter, enter_async
+from opguard.pools._requests import BLOCKS_THREAD, LOOK, Ask, enter, enter_async
 from opguard.pools._waiting import Latch, ThreadWaiter
 from opguard.pools.errors import PoolError, PoolRefused
 from opguard.pools.users import ResourcePoolUser, make_user
@@ -32,10 +33,11 @@ class Members(Moving):
     def __init__(self) -> None:
         super().__init__()
         self._by_id: dict[int, Entry] = {}
-        self._claims: dict[int, tuple[int, Latch]] = {}
+        self._claims: dict[int, _Claim] = {}
         self._dead: SimpleQueue[Entry] = SimpleQueue()
         self._names: dict[str, int] = {}
-        self._mutex = threading.Lock()
+        # A finalizer may manage something while its own thread is inside.
+        self._mutex = threading.RLock()
 
     def find(self, obj: object) -> Entry | None:
         """What was made of ``obj``, if it is managed."""
@@ -67,26 +69,34 @@ class Members(Moving):
 
     def _claimed(self, obj: object, name: str | None, options: dict[str, Any]) -> Entry | None:
         """Make the entry, or wait for the thread that is at it; None: look again."""
-        latch, me = Latch(), threading.get_ident()
-        with self._mutex:
-            thread, theirs = self._claims.setdefault(id(obj), (me, latch))
-        if theirs is not latch:
-            if thread == me:
-                raise PoolError(f"{type(obj).__name__} is being managed further up in this thread")
-            waiter = ThreadWaiter()
-            theirs.join(waiter)
-            waiter.wait(None)
-            return self.find(obj)
+        mine, key = _Claim(), id(obj)
+        first: list[_Claim] = []
         try:
-            found = self.find(obj)
-            if found is None:
-                found = self.add_user(self._user(obj, name, options), obj, name=name)
-                found.options = options
-            return found
+            first.extend(map(self._claims.setdefault, (key,), (mine,)))
+            if first[0] is mine:
+                return self.find(obj) or self._made(obj, name, options)
         finally:
-            with self._mutex:
-                del self._claims[id(obj)]
-            latch.open()
+            if first and first[0] is mine:
+                self._claims.pop(key)
+            mine.latch.open()
+        if first[0].thread == mine.thread:
+            raise PoolError(f"{type(obj).__name__} is being managed further up in this thread")
+        waiter = ThreadWaiter()
+        first[0].latch.join(waiter)
+        while not waiter.wait(LOOK) and self._claims.get(key) is first[0]:
+            pass
+        return self.find(obj)
+
+    def _made(self, obj: object, name: str | None, options: dict[str, Any]) -> Entry:
+        user = self._user(obj, name, options)
+        try:
+            entry = self.add_user(user, obj, name=name)
+            entry.options = options
+            return entry
+        except BaseException:
+            with suppress(Exception):
+                user.close()
+            raise
 
     def _user(self, obj: object, name: str | None, options: dict[str, Any]) -> ResourcePoolUser:
         if name is not None:
@@ -99,13 +109,20 @@ class Members(Moving):
         """Manage ``obj`` (the user's own unless given) by a user made elsewhere."""
         obj = user.obj if obj is None else obj
         needs = self._needs_of(user)
-        with self._mutex:
-            entry = Entry(obj, user, self._new_name(name or type(obj).__name__))
-            entry.units = self._add_units(entry, user, needs)
-            entry.seat = self.seat(entry.units.values())
-            self._by_id[entry.key] = entry
-        entry.ref = weakref.ref(obj, _Death(self, entry))
         self._reclaimer.start()
+        made: list[int] = []
+        try:
+            units = self._add_units(user, needs, made)
+            with self._mutex:
+                entry = Entry(obj, user, self._new_name(name or type(obj).__name__))
+                entry.units, entry.seat = units, self.seat(made)
+                entry.ref = weakref.ref(obj, _Death(self, entry))
+                self.entries.update(dict.fromkeys(made, entry))
+                self._by_id[entry.key] = entry
+        except BaseException:
+            self._by_id.pop(id(obj), None)
+            self._remove_units(made)
+            raise
         return entry
 
     def _needs_of(self, user: ResourcePoolUser) -> dict[str, int]:
@@ -120,14 +137,18 @@ class Members(Moving):
         return {self.pool(pool).name: nbytes for pool, nbytes in counted.items()}
 
     def _add_units(
-        self, entry: Entry, user: ResourcePoolUser, needs: dict[str, int]
+        self, user: ResourcePoolUser, needs: dict[str, int], made: list[int]
     ) -> dict[str, int]:
-        units = {}
         for pool, nbytes in needs.items():
-            unit = self.ledger.add_unit(self.pools[pool]._index, nbytes, 0, 0, user.cost())
-            units[pool] = unit
-            self.entries[unit] = entry
-        return units
+            asked = (self.pools[pool]._index, nbytes, 0, 0, user.cost())
+            made.extend(map(self.ledger.add_unit, *((value,) for value in asked)))
+        return dict(zip(needs, made, strict=True))
+
+    def _remove_units(self, units: Iterable[int]) -> None:
+        for unit in units:
+            with suppress(ValueError):  # removed before
+                self.ledger.remove_unit(unit)
+            self.entries.pop(unit, None)
 
     def renew(self, entry: Entry) -> None:
         """Adopt an object anew whose weights are others now than those that are managed.
@@ -152,7 +173,8 @@ class Members(Moving):
             try:
                 self._replace(entry, self._user(obj, entry.name, entry.options))
             except BaseException:
-                self._remove(entry)
+                self._dead.put(entry)
+                self._retire(entry)
                 raise
         self.update(
             entry,
@@ -163,14 +185,17 @@ class Members(Moving):
 
     def _replace(self, entry: Entry, user: ResourcePoolUser) -> None:
         """Another user of the same object, which takes the first one's place."""
-        needs = self._needs_of(user)
-        with self._mutex:
-            old, entry.user = entry.units, user
-            entry.units = self._add_units(entry, user, needs)
-            entry.seat.units = tuple(entry.units.values())
-        for unit in old.values():
-            self.ledger.remove_unit(unit)
-            self.entries.pop(unit, None)
+        made: list[int] = []
+        try:
+            units = self._add_units(user, self._needs_of(user), made)
+            with self._mutex:
+                self.entries.update(dict.fromkeys(made, entry))
+                entry.seat.units = tuple(made)
+                old, entry.user, entry.units = entry.units, user, units
+        except BaseException:
+            self._remove_units(made)
+            raise
+        self._remove_units(old.values())
 
     def _new_name(self, name: str) -> str:
         self._names[name] = number = self._names.get(name, 0) + 1
@@ -198,6 +223,10 @@ class Members(Moving):
         **options: Any,
     ) -> None:
         """Change what ``manage`` was told about it; None leaves as it is."""
+        changed = {key: value for key, value in options.items() if value is not None}
+        if changed:
+            entry.user.change(**changed)
+            entry.options = entry.options | changed
         pump = False
         for leaf in entry.leaves():
             for unit in leaf.units.values():
@@ -207,12 +236,10 @@ class Members(Moving):
                     stays = int(bool(pin) and leaf.user.may_stay)
                     pump |= bool(self.ledger.set_unit(unit, "pinned", stays))
         if name is not None and name != entry.name:
+            self.record_all(entry, gone=True)
             with self._mutex:
                 entry.name = self._new_name(name)
-        changed = {key: value for key, value in options.items() if value is not None}
-        if changed:
-            entry.user.change(**changed)
-            entry.options = entry.options | changed
+            self.record_all(entry)
         if pump:
             self.pump()
 
@@ -226,26 +253,28 @@ class Members(Moving):
         if entry is None:
             return
         entry.user.pause()
-        holders = [(o, u, n) for u in entry.all_units for o, n in self.ledger.holders(u)]
+        holders = [holder for unit in entry.all_units for holder in self.holders(unit)]
         if holders:
             lines = holder_lines(self, holders)
             raise PoolRefused(
                 f"expected {entry.name!r} to be in nobody's use, but {'; '.join(lines)}", lines
             )
-        self._remove(entry)
+        self._dead.put(entry)
+        self._retire(entry)
         take_off(obj)
         self.drain()
 
     def enter_slow(self, seat: Any, owner: Any, timeout: float | None) -> None:
         """What a seat calls where the short road does not do: returns with the lease counted."""
         self._refuse_gone(seat.units)
-        enter(Ask(self, owner.id, seat.units, timeout=timeout, flags=BLOCKS_THREAD))
+        flags = BLOCKS_THREAD
+        enter(Ask(self, owner.id, seat.units, timeout=timeout, flags=flags, seated=True))
 
     async def enter_async(self, lease: Any, owner: Any, timeout: float | None) -> Any:
         """The same for a task, whose loop goes on meanwhile; returns what the lease yields."""
         self._refuse_gone(lease.seat.units)
         ask = Ask(self, owner.id, lease.seat.units, timeout=timeout)
-        await enter_async(ask, lambda: lease.adopt(owner, None))
+        await enter_async(ask, lease.adopt, owner)
         return lease.value
 
     def _refuse_gone(self, units: Iterable[int]) -> None:
@@ -280,36 +309,33 @@ class Members(Moving):
             self._bury(entry)
         return not self._dead.empty()
 
-    def _remove(self, entry: Entry) -> None:
-        pump = [self.ledger.remove_unit(unit) for unit in entry.units.values()]
-        for unit in entry.units.values():
-            self._last_uses.pop(unit, None)
+    def _retire(self, entry: Entry) -> None:
+        """Nobody finds it or may ask for it any more. Two at once do no harm."""
         with self._mutex:
             if self._by_id.get(entry.key) is entry:
                 del self._by_id[entry.key]
-        self._dead.put(entry)
-        self.record_all(entry)
-        if any(pump):
-            self.pump()
+        for unit in entry.units.values():
+            with suppress(ValueError):  # removed before
+                self.ledger.remove_unit(unit)
+        self.record_all(entry, gone=True)
+        self.pump()
 
     def _bury(self, entry: Entry) -> None:
-        if self._by_id.get(entry.key) is entry:
-            self._remove(entry)
-            return
+        self._retire(entry)
         if any(self._busy(unit) for unit in entry.units.values()):
             self._dead.put(entry)
             self._reclaimer.wake()
             return
-        self._names.pop(entry.name, None)
         for unit in entry.units.values():
             self.entries.pop(unit, None)
             self._told_to_go.discard(unit)
+            self.would_not_go.discard(unit)
+        self._names.pop(entry.name, None)
         with entry.moving:
             try:
                 entry.user.close()
             except Exception:
                 logger.exception("could not clear up after %r", entry.name)
-        self.record_all(entry)
 
     def forked(self, gone: Collection[int]) -> None:
         """In a forked child: what threads that are not here held, moved or waited for ends.
@@ -317,29 +343,33 @@ class Members(Moving):
         Args:
             gone: idents of the parent's other threads.
         """
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()
         self._reclaimer.forked()
         self._claims.clear()
         self._latches.clear()
         for ticket in self.board.threads():
-            self.ledger.cancel(ticket)
             self.board.forget(ticket)
+        for owner in _C.pool_owners(self.ledger):
+            if owner.thread in gone:
+                self.ledger.forfeit(owner.id)
         for unit, entry in self.entries.items():
             entry.moving = allocate_lock()
             if self.state(unit) == LOADING:
                 self.ledger.failed(unit)
             elif self.state(unit) == EVICTING:
                 self.ledger.spared(unit)
-        for owner in _C.pool_owners(self.ledger):
-            if owner.thread in gone:
-                for unit in self.entries:
-                    held = dict(self.ledger.holders(unit)).get(owner.id, 0)
-                    self.ledger.leave(owner.id, (unit,) * held)
 
     def died(self, entry: Entry) -> None:
         """The object is gone. Runs in finalizers: queues, and does nothing else."""
         self._dead.put(entry)
         self._reclaimer.wake()
+
+
+class _Claim:
+    """Of the thread that makes what manages an object; others wait for its latch."""
+
+    def __init__(self) -> None:
+        self.thread, self.latch = threading.get_ident(), Latch()
 
 
 class _Death:

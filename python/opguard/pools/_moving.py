@@ -22,6 +22,27 @@ EVERYTHING = 1 << 60
 PATIENCE = 1.0
 
 
+class _Victims:
+    """Units the ledger chose to go; whom nobody moved is spared."""
+
+    def __init__(self, ledger: Any) -> None:
+        self._ledger = ledger
+        self.chosen: list[tuple[int, ...]] = []
+        self.settled: list[bool] = []
+
+    def spare(self) -> None:
+        units = [unit for units in self.chosen for unit in units]
+        self.settled.extend(map(self._ledger.spared, units[len(self.settled) :]))
+        self.__class__ = _Victims
+
+
+class _Unspared(_Victims):
+    """Where an interrupt ends the sparing, the finalizer goes on; as an ask's in ``_requests``."""
+
+    def __del__(self) -> None:
+        self.spare()
+
+
 class Moving(Books):
     """Moves users in and out. Called under no lock but an entry's own."""
 
@@ -82,17 +103,16 @@ class Moving(Books):
                 it finds what it chose.
         """
         freed = 0
-        chosen: list[tuple[int, ...]] = []
-        done: list[bool] = []
+        victims = _Victims(self.ledger)
         try:
-            chosen.extend(map(choose, *((arg,) for arg in args)))
-            for unit in chosen[0]:
+            victims.chosen.extend(map(choose, *((arg,) for arg in args)))
+            for unit in victims.chosen[0]:
                 nbytes = self.nbytes(unit)
-                if self.move_out(unit, done) is None:
+                if self.move_out(unit, victims.settled) is None:
                     freed += nbytes
         finally:
-            for unit in [unit for units in chosen for unit in units][len(done) :]:
-                self.ledger.spared(unit)
+            victims.__class__ = _Unspared
+            victims.spare()
             self.pump()
         return freed
 
@@ -114,6 +134,9 @@ class Moving(Books):
                 self.would_not_go.add(unit)
                 entry.stats.trouble = f"{type(error).__name__}: {error}"
                 return error
+            except BaseException:
+                settled.extend(map(self.ledger.evicted, (unit,)))
+                raise
             settled.extend(map(self.ledger.evicted, (unit,)))
         self.would_not_go.discard(unit)
         entry.stats.written_back += written
@@ -154,34 +177,37 @@ class Moving(Books):
             if mark is not None:
                 self._last_uses.update({unit: (uses, mark) for unit, uses in idle.items()})
 
-    @staticmethod
-    def _given_back(entry: Entry) -> int:
-        user = entry.user
-        for rider in reversed(entry.riders):
-            rider.give_back()
+    @classmethod
+    def _given_back(cls, entry: Entry) -> int:
+        riders = tuple(entry.riders)
         try:
-            written = user.give_back()
+            for rider in reversed(riders):
+                rider.give_back()
+            written = entry.user.give_back()
             return written if isinstance(written, int) else 0  # a figure, whoever wrote the class
         except Exception:
-            for rider in tuple(entry.riders):
+            for rider in riders:
                 rider.bring_in()
             raise
         except BaseException:
             # An interrupt says nothing of how far it came; what is given back twice is nothing.
-            user.give_back()
+            cls._put_out(entry)
             raise
 
     @staticmethod
-    def _ride_in(entry: Entry) -> None:
+    def _put_out(entry: Entry) -> None:
+        for rider in reversed(tuple(entry.riders)):
+            rider.give_back()
+        entry.user.give_back()
+
+    @classmethod
+    def _ride_in(cls, entry: Entry) -> None:
         """What goes and comes with the user; where that fails, neither of them is in."""
-        riders = tuple(entry.riders)
         try:
-            for rider in riders:
+            for rider in tuple(entry.riders):
                 rider.bring_in()
-        except BaseException:
-            for rider in reversed(riders):
-                rider.give_back()
-            entry.user.give_back()
+        except Exception:
+            cls._put_out(entry)
             raise
 
     def move_in(self, unit: int, settled: list[bool]) -> None:
@@ -195,17 +221,19 @@ class Moving(Books):
             raise PoolError(f"expected {entry.name!r} to be alive to be brought in; it is gone")
         with entry.moving, entry.stats.loading():
             self._mark_last_uses(entry)
+            before = len(settled)
             try:
                 moved = entry.user.bring_in()
                 self._ride_in(entry)
+                settled.extend(map(self.ledger.loaded, (unit,)))
             except Exception as error:
                 error.add_note(f"while bringing in {entry.name!r}")
                 raise
             except BaseException:
-                with suppress(Exception):
-                    entry.user.give_back()
+                if len(settled) == before:
+                    with suppress(Exception):
+                        self._put_out(entry)
                 raise
-            settled.extend(map(self.ledger.loaded, (unit,)))
         self.open_latch(unit)
         entry.stats.bytes_in += moved if isinstance(moved, int) else self.nbytes(unit)
         self.record_all(entry)

@@ -29,17 +29,21 @@ class Reclaimer:
         self._management = management
         self._calls: SimpleQueue[bool] = SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()
 
     def start(self) -> None:
         """Start the thread, unless it runs. Not from a finalizer."""
         if self._thread is not None:
             return
         with self._starting:
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="opguard-reclaimer", daemon=True)
+            thread = threading.Thread(target=self._run, name="opguard-reclaimer", daemon=True)
+            if self._thread is not None:  # a finalizer came here meanwhile
+                return
+            self._thread = thread
+            try:
                 thread.start()
-                self._thread = thread
+            except RuntimeError:  # no thread can be had now; requests give back what they need
+                self._thread = None
 
     def wake(self) -> None:
         self._calls.put(True)
@@ -47,10 +51,10 @@ class Reclaimer:
     def stop(self) -> None:
         """End the thread, if it runs; the next ``start`` starts another."""
         with self._starting:
-            thread, self._thread = self._thread, None
-        if thread is not None:
-            self._calls.put(False)
-            thread.join()
+            if self._thread is not None:
+                self._calls.put(False)
+                self._thread.join()
+                self._thread = None
 
     def forked(self) -> None:
         """In the child: the thread is not there, and its queue may be in any state."""

@@ -2,7 +2,8 @@
 
 The rules: each transition of the ledger is one call into C, so it happened or it did not; its
 answer goes into a list within the same call (``list.extend(map(...))``), because an interrupt may
-come between any two steps of Python. `Ask.undo` then reads from these lists how far it got.
+come between any two steps of Python. `Ask.undo` then reads from these lists how far it got, and
+tells the ledger in one such call. A second interrupt inside that is made good when the ask dies.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextvars
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import chain
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from opguard.pools._moving import Moving
 
 __all__ = ["Ask", "enter", "enter_async"]
+
+Adopt = Callable[[Any, tuple[tuple[int, int], ...]], object]
 
 GRANTED, WAIT = 0, 1
 LOADING, READY = 1, 2
@@ -45,6 +49,9 @@ class Answer(NamedTuple):
 class Ask:
     """What is asked for, and how far it got."""
 
+    # To a thread that moves for a task, to a lease, or never begun: then there is nothing to undo.
+    handed_over = True
+
     def __init__(
         self,
         management: Moving,
@@ -54,7 +61,9 @@ class Ask:
         extra: tuple[tuple[int, int], ...] = (),
         timeout: float | None = None,
         flags: int = 0,
+        seated: bool = False,
     ) -> None:
+        """``seated``: for a seat, which gives back a lease that an interrupt has left counted."""
         self.management = management
         self.ledger = management.ledger
         self.owner = owner
@@ -66,12 +75,14 @@ class Ask:
             flags |= ENDS if timeout > 0 else TRY
         self.flags = flags
         self.stuck: list[tuple[str, Exception]] = []
-        self.handed_over = False
+        self.seated = seated
+        self.adopted: list[object] = []
         self._answers: list[Any] = []
         self._unwilling = tuple(management.would_not_go)
         self._evicted: list[bool] = []
         self._loaded: list[bool] = []
         self._left: list[bool] = []
+        self.handed_over = False
 
     @property
     def answer(self) -> Answer:
@@ -142,29 +153,31 @@ class Ask:
         return True
 
     def undo(self) -> None:
-        """Give back whatever this ask has. Does nothing where there is nothing.
+        """Give back whatever this ask has. Does nothing where there is nothing, or not any more."""
+        if not (self.handed_over or self.adopted):
+            self.give_back()
 
-        Interrupted, it goes on where it was when it is called again.
-        """
-        if self.handed_over or not self._answers:
+    def give_back(self, *, leave: bool = True) -> None:
+        """The same, also after it was handed over; without the lease where another leaves it."""
+        if not self._answers:
             return
-        answer, management = self.answer, self.management
+        answer, management, ledger = self.answer, self.management, self.ledger
         if answer.verdict == WAIT:
             management.board.forget(answer.ticket)
             with suppress(ValueError):  # ended already: nobody could be woken for it
-                self.ledger.cancel(answer.ticket)
+                ledger.cancel(answer.ticket)
         elif answer.verdict == GRANTED:
-            for unit in answer.evict[len(self._evicted) :]:
-                self._evicted.extend(map(self.ledger.spared, (unit,)))
-            for unit in answer.load[len(self._loaded) :]:
-                self._loaded.extend(map(self.ledger.failed, (unit,)))
+            if not self._left:
+                spared = map(ledger.spared, answer.evict[len(self._evicted) :])
+                failed = map(ledger.failed, answer.load[len(self._loaded) :])
+                gone = ((self.owner,), (self.units,), (self.extra,)) if leave else ((),)
+                left = map(ledger.leave, *gone)
+                self._left.extend(chain(spared, failed, left))
             for unit in answer.load:
                 management.open_latch(unit)
-            if not self._left:
-                gone = (self.owner,), (self.units,), (self.extra,)
-                self._left.extend(map(self.ledger.leave, *gone))
         self._answers, self._evicted, self._loaded, self._left = [], [], [], []
         management.pump()
+        self.__class__ = Ask
 
     def nap(self) -> float:
         """Seconds to sleep before looking around."""
@@ -188,18 +201,44 @@ class Ask:
         return self.management.state(unit) == READY
 
 
+class _Broken(Ask):
+    """One whose undoing has begun. Where an interrupt ends that, too, its finalizer goes on.
+
+    To become one is no call, so that no interrupt comes before; one that is well has no finalizer
+    that could swallow an interrupt.
+    """
+
+    def __del__(self) -> None:
+        if not (self.handed_over or self.adopted):
+            self.give_back(leave=not self.seated)
+
+
 # --- a thread's road ------------------------------------------------------------------------------
 
 
-def enter(ask: Ask) -> None:
-    """Wait for what is asked for and bring it in: counted and there, or raised and nothing."""
+def enter(ask: Ask, adopt: Adopt | None = None, owner: Any = None) -> None:
+    """Wait for what is asked for and bring it in: counted and there, or raised and nothing.
+
+    Args:
+        adopt: the method of a lease that takes over what is counted of ``owner``.
+    """
     try:
         while not _attempt(ask):
             ask.undo()
-        return
+        if adopt is not None:
+            ask.adopted.extend(map(adopt, (owner,), (ask.extra,)))
+        ask.handed_over = True
     except BaseException:
-        ask.undo()
+        ask.__class__ = _Broken
+        _undo(ask)
         raise
+
+
+def _undo(ask: Ask) -> None:
+    try:
+        ask.undo()
+    finally:
+        ask.undo()  # a second interrupt came, or there is nothing left to do
 
 
 def _attempt(ask: Ask) -> bool:
@@ -234,18 +273,15 @@ def _joined(ask: Ask, unit: int) -> bool:
 # --- a task's road: the same steps, and the moving in a thread of its own -------------------------
 
 
-async def enter_async(ask: Ask, adopt: Callable[[], object]) -> None:
-    """The same without blocking the loop; ``adopt`` is told that it is counted, as its last step.
-
-    Cancelled, it leaves nothing behind either.
-    """
+async def enter_async(ask: Ask, adopt: Adopt, owner: Any) -> None:
+    """The same without blocking the loop. Cancelled, it leaves nothing behind either."""
     try:
         while not await _attempt_async(ask):
             ask.undo()
-        adopt()
-        return
+        ask.adopted.extend(map(adopt, (owner,), (ask.extra,)))
     except BaseException:
-        ask.undo()
+        ask.__class__ = _Broken
+        _undo(ask)
         raise
 
 
@@ -317,7 +353,6 @@ class _Moving:
         except BaseException as error:
             self._outcome = error
         if self._first.setdefault("done", "thread") == "task":
-            self._ask.handed_over = False
-            self._ask.undo()
+            self._ask.give_back()
         else:
             self._waiter.wake()

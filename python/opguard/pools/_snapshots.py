@@ -105,12 +105,12 @@ def take_snapshot(management: Management) -> Snapshot:
     )
     users = tuple(
         figures
-        for unit, entry in tuple(management.entries.items())
+        for unit, entry in management.entries.copy().items()
         if (figures := _user(management, unit, entry)) is not None
     )
     policy = management.policy
     recorder = management.recorder
-    events = tuple(recorder.events)
+    events = recorder.events.copy()  # one step, unlike tuple, which may collect garbage first
     return Snapshot(
         policy if isinstance(policy, str) else getattr(policy, "__name__", repr(policy)),
         pools,
@@ -129,7 +129,6 @@ def _user(management: Management, unit: int, entry: Entry) -> UserFigures | None
     if info is None:
         return None
     stats = entry.stats
-    held = [(owner, unit, count) for owner, count in management.ledger.holders(unit)]
     return UserFigures(
         name=entry.name,
         pool=next((name for name, u in entry.units.items() if u == unit), ""),
@@ -140,7 +139,7 @@ def _user(management: Management, unit: int, entry: Entry) -> UserFigures | None
         priority=info.priority,
         pinned=bool(info.pinned),
         leases=info.leases,
-        holders=holder_lines(management, held),
+        holders=holder_lines(management, management.holders(unit)),
         hits=max(0, info.uses - stats.misses),
         misses=stats.misses,
         evictions=stats.evictions,

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from opguard import _C
 from opguard.pools._members import Members
 from opguard.pools._requests import BLOCKS_THREAD, Ask, enter
 from opguard.pools._spill import SpillFolder
+from opguard.pools.errors import PoolRefused
 from opguard.pools.policies import Policy, check_policy
 from opguard.pools.resource_pools import AcceleratorPool, HostPool, ResourcePool
 from opguard.pools.users import ResourcePoolUser
@@ -101,22 +103,29 @@ class Management(Members):
         """Take bytes that are no user's, such as those of patched tensors, evicting for them.
 
         Returns:
-            What `release` wants: pool, bytes and owner.
+            What `release` wants. Where it dies before, the bytes are given back, too.
 
         Raises:
             PoolRefused: where they cannot be had.
         """
         owner = _C.pool_owner(self.ledger) if owner is None else owner
         extra = ((self.pool(pool)._index, int(nbytes)),)
-        enter(Ask(self, owner.id, (), extra=extra, timeout=timeout, flags=BLOCKS_THREAD))
-        self.record(pool)
-        return (extra, owner)
+        lease = _C.Lease(self.seat(()), extra)
+        ask = Ask(self, owner.id, (), extra=extra, timeout=timeout, flags=BLOCKS_THREAD)
+        enter(ask, lease.adopt, owner)
+        self._note_extra(extra)
+        return lease
 
     def release(self, reserved: Any) -> None:
         """Give back what `reserve` took."""
-        extra, owner = reserved
-        if self.ledger.leave(owner.id, (), extra):
-            self.pump()
+        reserved.__exit__(None, None, None)
+        self._note_extra(reserved.value)
+
+    def _note_extra(self, extra: tuple[tuple[int, int], ...]) -> None:
+        touched = {index for index, _ in extra}
+        for pool in tuple(self.pools.values()):
+            if pool._index in touched:
+                self.recorder.note(pool.name, pool.used)
 
     def snapshot(self) -> Snapshot:
         """All figures, as plain data; see `opguard.pools.Snapshot`."""
@@ -127,10 +136,9 @@ class Management(Members):
 
     def close(self) -> None:
         """Let go of everything that is in nobody's use. The pools stay."""
-        for entry in tuple(dict.fromkeys(self.entries.values())):
-            obj = entry.ref()
-            if obj is not None:
-                self.unmanage(obj)
+        for entry in self.managed():
+            with suppress(PoolRefused):
+                self.unmanage(entry.ref())
         self.drain()
 
 
