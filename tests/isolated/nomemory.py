@@ -391,17 +391,22 @@ def scenarios_of(C: ModuleType) -> None:
 
         return calling
 
+    streams: list[int] = []  # a thread each, for as long as the process
+
     @scenario
     def pool_arena() -> Callable[[], object]:
         if shutil.which("gcc") is None:
             return lambda: None
         from emulated import Emulated
 
-        path = str(Emulated().path)
+        emulated = Emulated()
+        path = str(emulated.path)
+        if not streams:
+            streams.append(emulated.stream())
         source, target = b"x" * 4096, bytearray(4096)
 
         def calling() -> object:
-            driver = C.DeviceDriver(path, 0, 1 << 14)
+            driver = C.DeviceDriver(path, 0, 1 << 14, streams)
             arena = C.DeviceArena(driver, 1 << 16)
             pinned = C.PinnedMemory(driver, 4096)
             arena.map(0, 1 << 16)
@@ -420,7 +425,8 @@ def scenarios_of(C: ModuleType) -> None:
             pinned.close()
             capsule = arena.dlpack(0, 4096, 1)
             arena.unmap(0, 1 << 16)
-            return driver.memory(), arena.address, arena.nbytes, arena.mapped, capsule
+            seen = driver.memory(), driver.capturing()
+            return seen, arena.address, arena.nbytes, arena.mapped, capsule
 
         return calling
 
