@@ -11,10 +11,16 @@
 #define OG_EXPORT __attribute__((visibility("default")))
 #define OG_PRINTF(at, from) __attribute__((format(printf, at, from)))
 #define OG_LIKELY(x) __builtin_expect(!!(x), 1)
+/* Laid out with the others of its kind: what a short road needs lies close,
+ * and ways that end in cold functions lie elsewhere. */
+#define OG_HOT __attribute__((hot))
+#define OG_COLD __attribute__((cold))
 #else
 #define OG_EXPORT
 #define OG_PRINTF(at, from)
 #define OG_LIKELY(x) (x)
+#define OG_HOT
+#define OG_COLD
 #endif
 
 #ifdef __cplusplus
@@ -46,7 +52,7 @@ typedef struct og_error {
 
 /* Fills err (may be NULL) and returns status, so that a failing function can
  * end with `return og_fail(err, OG_..., "...")`. Long texts are cut. */
-og_status
+OG_COLD og_status
 og_fail(og_error *err, og_status status, const char *format, ...)
     OG_PRINTF(3, 4);
 

@@ -72,16 +72,6 @@ og_next_id(int64_t before, uint32_t slot)
     return before == 0 ? (int64_t)slot : -before + SLOT_MASK + 1;
 }
 
-int64_t
-og_ledger_next_tick(og_ledger *ledger, int64_t tick)
-{
-    if (tick == 0) {
-        tick = ledger->tick + 1;
-    }
-    ledger->tick = tick > ledger->tick ? tick : ledger->tick;
-    return tick;
-}
-
 /* --- pools --- */
 
 static og_status

@@ -4,31 +4,6 @@
 
 #include <stdlib.h>
 
-static uint32_t *
-bucket_of(const og_ledger *ledger, uint32_t owner, uint32_t unit)
-{
-    uint32_t hash = (owner * 0x9E3779B1u) ^ (unit * 0x85EBCA77u);
-    hash ^= hash >> 15;
-    return &ledger->buckets[hash & (ledger->hold_capacity - 1)];
-}
-
-og_hold *
-og_hold_find(const og_ledger *ledger, uint32_t owner, uint32_t unit)
-{
-    if (ledger->hold_capacity == 0) {
-        return NULL;
-    }
-    uint32_t slot = *bucket_of(ledger, owner, unit);
-    while (slot != 0) {
-        og_hold *hold = &ledger->holds[slot];
-        if (hold->owner == owner && hold->unit == unit) {
-            return hold;
-        }
-        slot = hold->bucket;
-    }
-    return NULL;
-}
-
 /* Every record into the buckets again, and what is unused into the list of
  * the free. Slot 0 is nobody. */
 static void
@@ -37,7 +12,7 @@ spread(og_ledger *ledger, uint32_t before)
     for (uint32_t i = 1; i < before; i++) {
         og_hold *hold = &ledger->holds[i];
         if (hold->count > 0) {
-            uint32_t *bucket = bucket_of(ledger, hold->owner, hold->unit);
+            uint32_t *bucket = og_hold_bucket(ledger, hold->owner, hold->unit);
             hold->bucket = *bucket;
             *bucket = i;
         }
@@ -50,13 +25,9 @@ spread(og_ledger *ledger, uint32_t before)
 }
 
 bool
-og_holds_reserve(og_ledger *ledger, size_t count)
+og_holds_grow(og_ledger *ledger, size_t count)
 {
     size_t wanted = 1 + (size_t)ledger->hold_used + ledger->hold_reserved;
-    if (count <= ledger->hold_capacity &&
-        wanted + count <= ledger->hold_capacity) {
-        return true;
-    }
     uint32_t before = ledger->hold_capacity;
     size_t capacity = before == 0 ? 64 : before;
     while (capacity < wanted + count) {
@@ -155,7 +126,7 @@ make(og_ledger *ledger, uint32_t owner, uint32_t unit)
     og_hold *hold = &ledger->holds[slot];
     ledger->hold_free = hold->bucket;
     ledger->hold_used++;
-    uint32_t *bucket = bucket_of(ledger, owner, unit);
+    uint32_t *bucket = og_hold_bucket(ledger, owner, unit);
     *hold = (og_hold){.owner = owner, .unit = unit, .bucket = *bucket};
     *bucket = slot;
     link_owner(ledger, hold, slot);
@@ -169,7 +140,7 @@ static void
 unmake(og_ledger *ledger, og_hold *hold)
 {
     uint32_t slot = (uint32_t)(hold - ledger->holds);
-    uint32_t *link = bucket_of(ledger, hold->owner, hold->unit);
+    uint32_t *link = og_hold_bucket(ledger, hold->owner, hold->unit);
     while (*link != slot) {
         link = &ledger->holds[*link].bucket;
     }
@@ -183,7 +154,7 @@ unmake(og_ledger *ledger, og_hold *hold)
     ledger->hold_used--;
 }
 
-void
+OG_HOT void
 og_hold_add(og_ledger *ledger, uint32_t owner, uint32_t slot, int64_t count)
 {
     og_hold *hold = og_hold_find(ledger, owner, slot);
@@ -205,10 +176,10 @@ og_hold_add(og_ledger *ledger, uint32_t owner, uint32_t slot, int64_t count)
     unit->leases += count;
 }
 
-void
-og_hold_remove(og_ledger *ledger, uint32_t owner, uint32_t slot, int64_t count)
+OG_HOT void
+og_hold_lessen(og_ledger *ledger, og_hold *hold, int64_t count)
 {
-    og_hold *hold = og_hold_find(ledger, owner, slot);
+    uint32_t slot = hold->unit;
     hold->count -= count;
     if (hold->count == 0) {
         unmake(ledger, hold);

@@ -154,7 +154,7 @@ is_behind(const og_ledger *ledger, uint32_t owner, uint64_t pools,
             !holds_all(ledger, owner, units, count));
 }
 
-int
+OG_HOT int
 og_ledger_enter(og_ledger *ledger, int64_t owner_id, const int64_t *units,
                 size_t count, int64_t tick, og_error *err)
 {
@@ -217,6 +217,32 @@ unclaim(const og_ledger *ledger, uint32_t owner, const int64_t *units,
     }
 }
 
+static OG_COLD og_status
+holds_none(og_error *err, int64_t owner, int64_t unit)
+{
+    return og_fail(err, OG_BAD_ARGUMENT,
+                   "expected owner %lld to hold a lease of unit %lld, it "
+                   "holds none more",
+                   (long long)owner, (long long)unit);
+}
+
+/* A call's own road: nothing can be named twice. */
+static inline int
+leave_one(og_ledger *ledger, int64_t owner_id, int64_t unit_id, og_error *err)
+{
+    uint32_t owner = og_slot_of(owner_id), slot = og_slot_of(unit_id);
+    og_hold *hold = og_find_unit(ledger, unit_id) == NULL
+                        ? NULL
+                        : og_hold_find(ledger, owner, slot);
+    if (hold == NULL) {
+        return holds_none(err, owner_id, unit_id);
+    }
+    og_hold_lessen(ledger, hold, 1);
+    bool freed = ledger->units[slot].leases == 0;
+    og_owner_settle(ledger, owner);
+    return og_should_pump(ledger, freed);
+}
+
 static og_status
 check_leave(const og_ledger *ledger, int64_t owner, const int64_t *units,
             size_t count, const og_pool_extra *extra, size_t extra_count,
@@ -227,10 +253,7 @@ check_leave(const og_ledger *ledger, int64_t owner, const int64_t *units,
         if (og_find_unit(ledger, units[i]) == NULL ||
             !claim(ledger, slot, og_slot_of(units[i]), 1)) {
             unclaim(ledger, slot, units, i, NULL, 0);
-            return og_fail(err, OG_BAD_ARGUMENT,
-                           "expected owner %lld to hold a lease of unit %lld, "
-                           "it holds none more",
-                           (long long)owner, (long long)units[i]);
+            return holds_none(err, owner, units[i]);
         }
     }
     for (size_t i = 0; i < extra_count; i++) {
@@ -251,13 +274,16 @@ check_leave(const og_ledger *ledger, int64_t owner, const int64_t *units,
     return OG_OK;
 }
 
-int
+OG_HOT int
 og_ledger_leave(og_ledger *ledger, int64_t owner_id, const int64_t *units,
                 size_t count, const og_pool_extra *extra, size_t extra_count,
                 og_error *err)
 {
     if (og_find_owner(ledger, owner_id) == NULL) {
         return og_unknown(err, "an owner", owner_id);
+    }
+    if (OG_LIKELY(count == 1 && extra_count == 0)) {
+        return leave_one(ledger, owner_id, units[0], err);
     }
     og_status status =
         check_leave(ledger, owner_id, units, count, extra, extra_count, err);

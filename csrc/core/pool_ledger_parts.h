@@ -175,7 +175,7 @@ og_unit_show(og_ledger *ledger, const og_unit *unit)
 
 /* pool_ledger.c */
 
-og_status
+OG_COLD og_status
 og_unknown(og_error *err, const char *what, int64_t id);
 
 /* A slot that is free, or 0 without memory. *records has elements of size
@@ -187,8 +187,16 @@ og_table_take(og_table *table, void **records, size_t size);
 int64_t
 og_next_id(int64_t before, uint32_t slot);
 
-int64_t
-og_ledger_next_tick(og_ledger *ledger, int64_t tick);
+/* 0: one more than the last. */
+static inline int64_t
+og_ledger_next_tick(og_ledger *ledger, int64_t tick)
+{
+    if (tick == 0) {
+        tick = ledger->tick + 1;
+    }
+    ledger->tick = tick > ledger->tick ? tick : ledger->tick;
+    return tick;
+}
 
 /* Whether a call that has freed something should tell its caller to pump. */
 static inline bool
@@ -222,20 +230,56 @@ og_unit_settle(og_ledger *ledger, og_unit *unit);
 /* pool_ledger_holds.c */
 
 /* Room for count more records: false without memory. */
-bool
-og_holds_reserve(og_ledger *ledger, size_t count);
+OG_COLD bool
+og_holds_grow(og_ledger *ledger, size_t count);
 
-og_hold *
-og_hold_find(const og_ledger *ledger, uint32_t owner, uint32_t unit);
+static inline bool
+og_holds_reserve(og_ledger *ledger, size_t count)
+{
+    size_t used = 1 + (size_t)ledger->hold_used + ledger->hold_reserved;
+    return OG_LIKELY(count <= ledger->hold_capacity &&
+                     used + count <= ledger->hold_capacity) ||
+           og_holds_grow(ledger, count);
+}
+
+static inline uint32_t *
+og_hold_bucket(const og_ledger *ledger, uint32_t owner, uint32_t unit)
+{
+    uint32_t hash = (owner * 0x9E3779B1u) ^ (unit * 0x85EBCA77u);
+    hash ^= hash >> 15;
+    return &ledger->buckets[hash & (ledger->hold_capacity - 1)];
+}
+
+static inline og_hold *
+og_hold_find(const og_ledger *ledger, uint32_t owner, uint32_t unit)
+{
+    if (ledger->hold_capacity == 0) {
+        return NULL;
+    }
+    uint32_t slot = *og_hold_bucket(ledger, owner, unit);
+    while (slot != 0) {
+        og_hold *hold = &ledger->holds[slot];
+        if (hold->owner == owner && hold->unit == unit) {
+            return hold;
+        }
+        slot = hold->bucket;
+    }
+    return NULL;
+}
 
 /* There must be room. unit: a slot, or HOLD_EXTRA | pool. */
 void
 og_hold_add(og_ledger *ledger, uint32_t owner, uint32_t unit, int64_t count);
 
-/* At most what is held. */
+/* At most what is held; a hold of nothing is gone. */
 void
-og_hold_remove(og_ledger *ledger, uint32_t owner, uint32_t unit,
-               int64_t count);
+og_hold_lessen(og_ledger *ledger, og_hold *hold, int64_t count);
+
+static inline void
+og_hold_remove(og_ledger *ledger, uint32_t owner, uint32_t unit, int64_t count)
+{
+    og_hold_lessen(ledger, og_hold_find(ledger, owner, unit), count);
+}
 
 /* pool_ledger_owners.c */
 
@@ -250,8 +294,14 @@ og_owner_settle(og_ledger *ledger, uint32_t slot);
 /* pool_ledger_policy.c */
 
 /* Somebody took a lease. */
-void
-og_policy_touch(og_ledger *ledger, og_unit *unit, int64_t tick);
+static inline void
+og_policy_touch(const og_ledger *ledger, og_unit *unit, int64_t tick)
+{
+    unit->tick = tick;
+    unit->uses++;
+    unit->age = ledger->clock;
+    unit->condemned = false;
+}
 
 /* Somebody's plan evicts it. */
 void

@@ -13,15 +13,6 @@ cost_score(const og_unit *unit)
 }
 
 void
-og_policy_touch(og_ledger *ledger, og_unit *unit, int64_t tick)
-{
-    unit->tick = tick;
-    unit->uses++;
-    unit->age = ledger->clock;
-    unit->condemned = false;
-}
-
-void
 og_policy_evict(og_ledger *ledger, const og_unit *unit)
 {
     double score = cost_score(unit);

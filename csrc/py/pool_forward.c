@@ -33,16 +33,17 @@ is_given(const PyObject *value)
 
 /* --- calling ------------------------------------------------------------- */
 
-/* args with module in front: a new reference. */
+/* args with module in front, which is stolen: a new reference. */
 static PyObject *
 with_module(PyObject *module, PyObject *args)
 {
     Py_ssize_t count = PyTuple_Size(args);
     PyObject *all = PyTuple_New(count + 1);
     if (all == NULL) {
+        Py_DECREF(module);
         return NULL;
     }
-    (void)PyTuple_SetItem(all, 0, Py_NewRef(module));
+    (void)PyTuple_SetItem(all, 0, module);
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *item = Py_NewRef(PyTuple_GetItem(args, i));
         (void)PyTuple_SetItem(all, i + 1, item);
@@ -50,59 +51,60 @@ with_module(PyObject *module, PyObject *args)
     return all;
 }
 
-/* function(*args, **kwargs), for its module where it has one. */
+/* Calls its function with module in front, which is stolen; NULL: as it is. */
 static PyObject *
-invoke(PyObject *function, PyObject *module, PyObject *args, PyObject *kwargs)
+invoke(const ForwardObject *self, PyObject *module, PyObject *args,
+       PyObject *kwargs)
 {
     if (module == NULL) {
-        return PyObject_Call(function, args, kwargs);
+        return PyObject_Call(self->function, args, kwargs);
     }
     PyObject *all = with_module(module, args);
     if (all == NULL) {
         return NULL;
     }
-    PyObject *result = PyObject_Call(function, all, kwargs);
+    PyObject *result = PyObject_Call(self->function, all, kwargs);
     Py_DECREF(all);
     return result;
 }
 
 /* As invoke, the arguments where prepare puts them. */
-static PyObject *
-invoke_prepared(PyObject *prepare, PyObject *function, PyObject *module,
-                PyObject *args, PyObject *kwargs)
+static OG_COLD PyObject *
+invoke_prepared(const ForwardObject *self, PyObject *module, PyObject *args,
+                PyObject *kwargs)
 {
-    Py_INCREF(prepare);
+    PyObject *prepare = Py_NewRef(self->prepare);
     PyObject *both = PyObject_CallFunctionObjArgs(
         prepare, args, kwargs == NULL ? Py_None : kwargs, NULL);
     Py_DECREF(prepare);
-    if (both == NULL) {
-        return NULL;
-    }
-    PyObject *result = NULL;
-    PyObject *given = PyTuple_Check(both) && PyTuple_Size(both) == 2
-                          ? PyTuple_GetItem(both, 0)
-                          : NULL;
+    PyObject *given =
+        both != NULL && PyTuple_Check(both) && PyTuple_Size(both) == 2
+            ? PyTuple_GetItem(both, 0)
+            : NULL;
     PyObject *named = given == NULL ? NULL : PyTuple_GetItem(both, 1);
-    if (given == NULL || !PyTuple_Check(given) ||
-        !(named == Py_None || PyDict_Check(named))) {
-        PyErr_Format(PyExc_TypeError,
-                     "prepare: expected (args, kwargs) from it, a tuple and a "
-                     "dict or None, got %R",
-                     Py_TYPE(both));
+    PyObject *result = NULL;
+    if (given != NULL && PyTuple_Check(given) &&
+        (named == Py_None || PyDict_Check(named))) {
+        result = invoke(self, module, given, named == Py_None ? NULL : named);
     }
     else {
-        result =
-            invoke(function, module, given, named == Py_None ? NULL : named);
+        Py_XDECREF(module);
+        if (both != NULL) {
+            PyErr_Format(PyExc_TypeError,
+                         "prepare: expected (args, kwargs) from it, a tuple "
+                         "and a dict or None, got %R",
+                         Py_TYPE(both));
+        }
     }
-    Py_DECREF(both);
+    Py_XDECREF(both);
     return result;
 }
 
-/* The seat, found by the keeper where there is none yet: a new reference. */
-static PyObject *
-find_seat(ForwardObject *self, og_state *state)
+/* Has the keeper find the seat of the first call: borrowed from self. */
+static OG_COLD PyObject *
+adopt(ForwardObject *self)
 {
-    if (self->seat == NULL && is_given(self->keeper)) {
+    if (is_given(self->keeper)) {
         PyObject *found =
             PyObject_CallMethod(self->keeper, "adopt", "O", (PyObject *)self);
         if (found == NULL) {
@@ -110,106 +112,99 @@ find_seat(ForwardObject *self, og_state *state)
         }
         Py_DECREF(found);
     }
-    PyObject *seat = self->seat;
-    if (seat == NULL ||
-        (PyObject *)Py_TYPE(seat) != state->pool_lease.seat_type) {
+    if (self->seat == NULL) {
         PyErr_SetString(PyExc_RuntimeError,
                         "expected a callable with a seat, it has none; attach "
                         "the hook again");
-        return NULL;
     }
-    return Py_NewRef(seat);
+    return self->seat;
 }
 
 /* A body that has not begun takes its own lease for as long as it runs. */
-static PyObject *
-drive(ForwardObject *self, const og_pool_lease_state *lease, PyObject *result)
+static OG_COLD PyObject *
+drive(ForwardObject *self, PyObject *body)
 {
-    PyObject *type = (PyObject *)Py_TYPE(result);
-    if ((type != lease->generator && type != lease->coroutine &&
-         type != lease->async_generator) ||
-        !is_given(self->keeper)) {
-        return result;
+    if (!is_given(self->keeper)) {
+        return body;
     }
     PyObject *driven = PyObject_CallMethod(self->keeper, "drive", "OO",
-                                           (PyObject *)self, result);
-    Py_DECREF(result);
+                                           (PyObject *)self, body);
+    Py_DECREF(body);
     return driven;
 }
 
-static PyObject *
-call_leased(ForwardObject *self, PyObject *function, PyObject *module,
-            PyObject *args, PyObject *kwargs)
+/* Gives back on the way out with an exception, which goes on. */
+static OG_COLD void
+give_after_failure(const ForwardObject *self, og_pool_hold *hold)
 {
-    og_state *state = state_of((PyObject *)self);
-    PyObject *seat = find_seat(self, state);
-    if (seat == NULL) {
-        return NULL;
-    }
-    og_pool_hold hold;
-    PyObject *timeout = self->timeout == NULL ? Py_None : self->timeout;
-    Py_INCREF(timeout);
-    int taken = og_pool_take(state, (SeatObject *)seat, timeout, &hold);
-    Py_DECREF(timeout);
-    Py_DECREF(seat);
-    if (taken < 0) {
-        return NULL;
-    }
-    PyObject *result =
-        is_given(self->prepare)
-            ? invoke_prepared(self->prepare, function, module, args, kwargs)
-            : invoke(function, module, args, kwargs);
-    if (OG_LIKELY(result != NULL)) {
-        if (og_pool_give(&hold) < 0) {
-            Py_DECREF(result);
-            return NULL;
-        }
-        return drive(self, &state->pool_lease, result);
-    }
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
-    if (og_pool_give(&hold) < 0) {
-        PyErr_WriteUnraisable(function);
+    if (og_pool_give(hold) < 0) {
+        PyErr_WriteUnraisable(self->function);
     }
     PyErr_Restore(type, value, trace);
+}
+
+/* Steals module, which may be NULL. */
+static inline PyObject *
+call_leased(ForwardObject *self, PyObject *module, PyObject *args,
+            PyObject *kwargs)
+{
+    og_state *state = state_of((PyObject *)self);
+    PyObject *seat = self->seat != NULL ? self->seat : adopt(self);
+    og_pool_hold hold;
+    int taken =
+        seat == NULL ? -1 : og_pool_try(state, (SeatObject *)seat, &hold);
+    if (taken == 0) {
+        taken = og_pool_wait(self->timeout, &hold) < 0 ? -1 : 1;
+    }
+    if (taken < 0) {
+        Py_XDECREF(module);
+        return NULL;
+    }
+    PyObject *result = is_given(self->prepare)
+                           ? invoke_prepared(self, module, args, kwargs)
+                           : invoke(self, module, args, kwargs);
+    if (result == NULL) {
+        give_after_failure(self, &hold);
+        return NULL;
+    }
+    if (og_pool_give(&hold) < 0) {
+        Py_DECREF(result);
+        return NULL;
+    }
+    const og_pool_lease_state *lease = &state->pool_lease;
+    PyObject *type = (PyObject *)Py_TYPE(result);
+    return type == lease->generator || type == lease->coroutine ||
+                   type == lease->async_generator
+               ? drive(self, result)
+               : result;
+}
+
+static OG_COLD PyObject *
+module_gone(void)
+{
+    PyErr_SetString(PyExc_ReferenceError,
+                    "expected the module of this callable to be alive, it is "
+                    "gone; keep the module, not its method");
     return NULL;
 }
 
-/* A strong reference to the module in *module, NULL where there is none. */
-static int
-find_module(const ForwardObject *self, PyObject **module)
-{
-    *module = NULL;
-    if (self->module == NULL) {
-        return 0;
-    }
-    PyObject *found = PyWeakref_GetObject(self->module);
-    if (found == NULL || found == Py_None) {
-        PyErr_SetString(PyExc_ReferenceError,
-                        "expected the module of this callable to be alive, it "
-                        "is gone; keep the module, not its method");
-        return -1;
-    }
-    *module = Py_NewRef(found);
-    return 0;
-}
-
-static PyObject *
+/* Whoever calls it holds it, and with it the function. */
+static OG_HOT PyObject *
 Forward_call(PyObject *object, PyObject *args, PyObject *kwargs)
 {
     ForwardObject *self = (ForwardObject *)object;
-    PyObject *module, *result;
-    if (find_module(self, &module) < 0) {
-        return NULL;
+    PyObject *module = NULL;
+    if (self->module != NULL) {
+        module = PyWeakref_GetObject(self->module);
+        if (!is_given(module)) {
+            return module_gone();
+        }
+        Py_INCREF(module);
     }
-    PyObject *function = Py_NewRef(self->function);
-    Py_INCREF(object); /* the call may take it out of its module */
-    result = self->active ? call_leased(self, function, module, args, kwargs)
-                          : invoke(function, module, args, kwargs);
-    Py_DECREF(function);
-    Py_XDECREF(module);
-    Py_DECREF(object);
-    return result;
+    return self->active ? call_leased(self, module, args, kwargs)
+                        : invoke(self, module, args, kwargs);
 }
 
 /* --- what it looks like -------------------------------------------------- */

@@ -94,13 +94,9 @@ enter(LeaseObject *self, bool wait, og_pool_hold *asked)
     og_state *state = state_of((PyObject *)self);
     PyObject *code = og_pool_caller(&state->pool_lease, &line);
     og_pool_hold hold;
-    int entered;
-    if (wait) {
-        PyObject *timeout = self->timeout == NULL ? Py_None : self->timeout;
-        entered = og_pool_take(state, self->seat, timeout, &hold) < 0 ? -1 : 1;
-    }
-    else {
-        entered = og_pool_try(state, self->seat, &hold);
+    int entered = og_pool_try(state, self->seat, &hold);
+    if (entered == 0 && wait) {
+        entered = og_pool_wait(self->timeout, &hold) < 0 ? -1 : 1;
     }
     if (entered > 0) {
         push(self, entry, &hold, code, line);

@@ -87,10 +87,10 @@ og_pool_owner_now(struct og_state *state, PyObject *ledger_object,
 int
 og_pool_try(struct og_state *state, SeatObject *seat, og_pool_hold *hold);
 
-/* As og_pool_try, and waits or loads where that needs it: 0 or -1. */
-int
-og_pool_take(struct og_state *state, SeatObject *seat, PyObject *timeout,
-             og_pool_hold *hold);
+/* Where og_pool_try gave 0: waits or loads. 0: counted; -1, and hold is empty.
+ * timeout: borrowed, NULL is None. */
+OG_COLD int
+og_pool_wait(PyObject *timeout, og_pool_hold *hold);
 
 /* Fills the extra of a hold from what a slow road gave, None or a tuple of
  * (pool, bytes). */

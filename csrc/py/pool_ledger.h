@@ -18,7 +18,7 @@ og_ledger *
 og_ledger_of(struct og_state *state, PyObject *object);
 
 /* Raises what a core function has put into error; returns NULL. */
-PyObject *
+OG_COLD PyObject *
 og_ledger_raise(const og_error *error);
 
 #endif

@@ -12,12 +12,9 @@
 #include <structmember.h>
 
 /* asyncio, where somebody imported it: 1, 0 or -1. */
-static int
+static OG_COLD int
 find_asyncio(og_pool_lease_state *lease)
 {
-    if (lease->current_task != NULL) {
-        return 1;
-    }
     PyObject *asyncio =
         PyDict_GetItemString(PyImport_GetModuleDict(), "asyncio");
     if (asyncio == NULL) {
@@ -51,7 +48,7 @@ static int
 find_task(og_pool_lease_state *lease, PyObject **task)
 {
     *task = NULL;
-    int found = find_asyncio(lease);
+    int found = lease->current_task != NULL ? 1 : find_asyncio(lease);
     if (found <= 0) {
         return found;
     }
@@ -70,7 +67,31 @@ find_task(og_pool_lease_state *lease, PyObject **task)
     return failed ? -1 : 0;
 }
 
-static int64_t
+/* As find_task, in one step where a task is likely: expected is one's owner.
+ */
+static int
+find_likely_task(og_pool_lease_state *lease, const OwnerObject *expected,
+                 PyObject **task)
+{
+    if (expected == NULL || expected->task == NULL) {
+        return find_task(lease, task);
+    }
+    *task = PyObject_CallNoArgs(lease->current_task);
+    if (*task == Py_None) {
+        Py_CLEAR(*task);
+        return 0;
+    }
+    if (*task != NULL) {
+        return 0;
+    }
+    if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) {
+        return -1;
+    }
+    PyErr_Clear(); /* no loop runs in this thread */
+    return find_task(lease, task);
+}
+
+static inline int64_t
 thread_number(void)
 {
     return (int64_t)PyThreadState_GetID(PyThreadState_Get());
@@ -113,7 +134,7 @@ owner_alloc(og_pool_lease_state *lease, PyObject *ledger_object,
 }
 
 /* The caller's owner, made and put into the context. inherited may be NULL. */
-static OwnerObject *
+static OG_COLD OwnerObject *
 owner_make(og_pool_lease_state *lease, PyObject *ledger_object,
            og_ledger *ledger, OwnerObject *inherited, PyObject *task)
 {
@@ -155,32 +176,70 @@ owner_make(og_pool_lease_state *lease, PyObject *ledger_object,
     return self;
 }
 
-OwnerObject *
+/* The caller's owner, where its context has none at hand: of a task, of
+ * another ledger, made now. got: what the context has. */
+static OG_COLD OwnerObject *
+find_owner(og_pool_lease_state *lease, PyObject *ledger_object,
+           og_ledger *ledger, PyObject *got)
+{
+    /* What carries contexts over may set anything. */
+    OwnerObject *inherited = (PyObject *)Py_TYPE(got) == lease->owner_type
+                                 ? (OwnerObject *)got
+                                 : NULL;
+    OwnerObject *found = inherited;
+    PyObject *task;
+    if (find_likely_task(lease, inherited, &task) < 0) {
+        return NULL;
+    }
+    int64_t thread = thread_number();
+    while (found != NULL &&
+           (found->ledger != ledger || !is_caller(found, thread, task))) {
+        found = found->beside;
+    }
+    if (found != NULL) {
+        Py_INCREF((PyObject *)found);
+    }
+    else {
+        found = owner_make(lease, ledger_object, ledger, inherited, task);
+    }
+    Py_XDECREF(task);
+    return found;
+}
+
+/* Whether owner is this thread's own, as far as the owner knows. */
+static inline bool
+is_of_thread(const og_pool_lease_state *lease, PyObject *owner,
+             const og_ledger *ledger)
+{
+    const OwnerObject *self = (const OwnerObject *)owner;
+    return (PyObject *)Py_TYPE(owner) == lease->owner_type &&
+           self->ledger == ledger && self->task == NULL &&
+           self->thread_number == thread_number();
+}
+
+/* Most calls come from a thread's own context, and no loop runs there. */
+OG_HOT OwnerObject *
 og_pool_owner_now(og_state *state, PyObject *ledger_object, og_ledger *ledger)
 {
     og_pool_lease_state *lease = &state->pool_lease;
-    PyObject *task;
-    if (find_task(lease, &task) < 0) {
+    PyObject *got = PyObject_CallNoArgs(lease->owner_get);
+    if (got == NULL) {
         return NULL;
     }
-    PyObject *got =
-        PyObject_CallFunctionObjArgs(lease->owner_get, Py_None, NULL);
     OwnerObject *found = NULL;
-    if (got != NULL) {
-        OwnerObject *inherited = got == Py_None ? NULL : (OwnerObject *)got;
-        int64_t thread = thread_number();
-        OwnerObject *at = inherited;
-        for (; at != NULL && found == NULL; at = at->beside) {
-            if (at->ledger == ledger && is_caller(at, thread, task)) {
-                found = (OwnerObject *)Py_NewRef((PyObject *)at);
-            }
+    PyObject *loop = Py_None;
+    if (is_of_thread(lease, got, ledger) && lease->current_task != NULL) {
+        loop = PyObject_CallNoArgs(lease->running_loop);
+        if (loop == Py_None) {
+            Py_DECREF(loop);
+            return (OwnerObject *)got;
         }
-        if (found == NULL) {
-            found = owner_make(lease, ledger_object, ledger, inherited, task);
-        }
-        Py_DECREF(got);
+        Py_XDECREF(loop);
     }
-    Py_XDECREF(task);
+    if (loop != NULL) {
+        found = find_owner(lease, ledger_object, ledger, got);
+    }
+    Py_DECREF(got);
     return found;
 }
 
@@ -361,6 +420,27 @@ PyMethodDef og_pool_owner_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* A default of its own, so that asking for it needs no argument. */
+static PyObject *
+make_variable(void)
+{
+    PyObject *contextvars = PyImport_ImportModule("contextvars");
+    PyObject *type = contextvars == NULL
+                         ? NULL
+                         : PyObject_GetAttrString(contextvars, "ContextVar");
+    PyObject *args =
+        type == NULL ? NULL : Py_BuildValue("(s)", "opguard.pool_owner");
+    PyObject *named =
+        args == NULL ? NULL : Py_BuildValue("{sO}", "default", Py_None);
+    PyObject *variable =
+        named == NULL ? NULL : PyObject_Call(type, args, named);
+    Py_XDECREF(contextvars);
+    Py_XDECREF(type);
+    Py_XDECREF(args);
+    Py_XDECREF(named);
+    return variable;
+}
+
 int
 og_pool_owner_exec(PyObject *module, og_state *state)
 {
@@ -369,12 +449,7 @@ og_pool_owner_exec(PyObject *module, og_state *state)
     if (lease->owner_type == NULL) {
         return -1;
     }
-    PyObject *contextvars = PyImport_ImportModule("contextvars");
-    PyObject *variable = contextvars == NULL
-                             ? NULL
-                             : PyObject_CallMethod(contextvars, "ContextVar",
-                                                   "s", "opguard.pool_owner");
-    Py_XDECREF(contextvars);
+    PyObject *variable = make_variable();
     if (variable == NULL) {
         return -1;
     }

@@ -12,7 +12,7 @@
 
 #include <structmember.h>
 
-void
+OG_HOT void
 og_pool_units_drop(og_pool_units *units)
 {
     if (units != NULL && --units->uses == 0) {
@@ -20,13 +20,15 @@ og_pool_units_drop(og_pool_units *units)
     }
 }
 
-void
+OG_HOT void
 og_pool_hold_drop(og_pool_hold *hold)
 {
     SeatObject *seat = hold->seat;
     OwnerObject *owner = hold->owner;
     og_pool_units_drop(hold->units);
-    PyMem_Free(hold->extra);
+    if (hold->extra != NULL) {
+        PyMem_Free(hold->extra);
+    }
     *hold = (og_pool_hold){0};
     Py_XDECREF((PyObject *)seat);
     Py_XDECREF((PyObject *)owner);
@@ -34,16 +36,23 @@ og_pool_hold_drop(og_pool_hold *hold)
 
 /* --- counting ------------------------------------------------------------ */
 
-int
+/* The ledger would not: 0 where enter_slow is to be asked, else -1. */
+static OG_COLD int
+refused(og_pool_hold *hold, const og_error *err)
+{
+    PyObject *slow = hold->seat->enter_slow;
+    if (err->status == OG_NOT_FOUND && slow != NULL && slow != Py_None) {
+        return 0; /* it knows whose unit that was, and says so */
+    }
+    og_ledger_raise(err);
+    og_pool_hold_drop(hold);
+    return -1;
+}
+
+OG_HOT int
 og_pool_try(og_state *state, SeatObject *seat, og_pool_hold *hold)
 {
     *hold = (og_pool_hold){0};
-    if (seat->ledger == NULL || seat->units == NULL) {
-        PyErr_SetString(PyExc_RuntimeError,
-                        "expected a seat with units and a ledger, it was "
-                        "taken apart; manage the object again");
-        return -1;
-    }
     hold->seat = (SeatObject *)Py_NewRef((PyObject *)seat);
     hold->owner = og_pool_owner_now(state, seat->ledger_object, seat->ledger);
     if (hold->owner == NULL) {
@@ -59,14 +68,8 @@ og_pool_try(og_state *state, SeatObject *seat, og_pool_hold *hold)
     int entered =
         og_ledger_enter(seat->ledger, hold->owner->id, hold->units->ids,
                         hold->units->count, 0, &err);
-    if (entered < 0 && err.status == OG_NOT_FOUND &&
-        seat->enter_slow != NULL && seat->enter_slow != Py_None) {
-        return 0; /* it knows whose unit that was, and says so */
-    }
     if (entered < 0) {
-        og_ledger_raise(&err);
-        og_pool_hold_drop(hold);
-        return -1;
+        return refused(hold, &err);
     }
     seat->leases += entered;
     return entered;
@@ -164,13 +167,10 @@ repair(og_pool_hold *hold, int64_t before)
 }
 
 int
-og_pool_take(og_state *state, SeatObject *seat, PyObject *timeout,
-             og_pool_hold *hold)
+og_pool_wait(PyObject *timeout, og_pool_hold *hold)
 {
-    int taken = og_pool_try(state, seat, hold);
-    if (taken != 0) {
-        return taken < 0 ? -1 : 0;
-    }
+    SeatObject *seat = hold->seat;
+    timeout = timeout == NULL ? Py_None : timeout;
     if (seat->enter_slow == NULL || seat->enter_slow == Py_None) {
         PyErr_SetString(PyExc_RuntimeError,
                         "expected the units of the seat to be ready, they are "
@@ -181,8 +181,10 @@ og_pool_take(og_state *state, SeatObject *seat, PyObject *timeout,
     }
     int64_t before = count_held(hold);
     PyObject *slow = Py_NewRef(seat->enter_slow);
+    Py_INCREF(timeout);
     PyObject *given = PyObject_CallFunctionObjArgs(
         slow, (PyObject *)seat, (PyObject *)hold->owner, timeout, NULL);
+    Py_DECREF(timeout);
     Py_DECREF(slow);
     if (given == NULL) {
         repair(hold, before);
@@ -207,7 +209,23 @@ og_pool_take(og_state *state, SeatObject *seat, PyObject *timeout,
     return read;
 }
 
-int
+/* Who waits may go on. Where a file was cut under a map, leave_slow says whose
+ * answers were computed from zeros. */
+static OG_COLD int
+tell(const SeatObject *seat)
+{
+    if (seat->leave_slow == NULL || seat->leave_slow == Py_None) {
+        return 0;
+    }
+    PyObject *slow = Py_NewRef(seat->leave_slow);
+    PyObject *told =
+        PyObject_CallFunctionObjArgs(slow, (PyObject *)seat, NULL);
+    Py_DECREF(slow);
+    Py_XDECREF(told);
+    return told == NULL ? -1 : 0;
+}
+
+OG_HOT int
 og_pool_give(og_pool_hold *hold)
 {
     og_pool_hold own = *hold;
@@ -217,20 +235,13 @@ og_pool_give(og_pool_hold *hold)
         og_ledger_leave(own.owner->ledger, own.owner->id, own.units->ids,
                         own.units->count, own.extra, own.extra_count, &err);
     own.seat->leases--;
-    int result = pump < 0 ? -1 : 0;
+    int result = 0;
     if (pump < 0) {
         og_ledger_raise(&err);
+        result = -1;
     }
-    /* Where a file was cut under a map, leave_slow says whose answers were
-     * computed from zeros. */
-    else if ((pump > 0 || og_pages_any_broken()) &&
-             own.seat->leave_slow != NULL && own.seat->leave_slow != Py_None) {
-        PyObject *slow = Py_NewRef(own.seat->leave_slow);
-        PyObject *told =
-            PyObject_CallFunctionObjArgs(slow, (PyObject *)own.seat, NULL);
-        Py_DECREF(slow);
-        result = told == NULL ? -1 : 0;
-        Py_XDECREF(told);
+    else if (pump > 0 || og_pages_any_broken()) {
+        result = tell(own.seat);
     }
     og_pool_hold_drop(&own);
     return result;

@@ -48,6 +48,22 @@ def test_an_owner_that_dies_is_not_listed_to_who_is_told(C, seat):
     assert listed == [[]]
 
 
+@pytest.mark.parametrize("value", ["text", None, 3])
+def test_a_context_in_which_somebody_set_the_owner_to_nonsense(C, seat, value):
+    """Code that carries contexts over sets whatever variables it finds."""
+
+    def use():
+        C.pool_owner(seat.ledger)
+        for variable in contextvars.copy_context():
+            if variable.name == "opguard.pool_owner":
+                variable.set(value)
+        with C.Lease(seat):
+            assert leases(seat) == [1]
+
+    contextvars.copy_context().run(use)
+    assert leases(seat) == [0]
+
+
 def test_units_that_change_while_a_lease_is_adopted(C, seat):
     unit = seat.units[0]
     owner = C.pool_owner(seat.ledger)
