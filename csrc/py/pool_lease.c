@@ -6,6 +6,7 @@
 #include "py/pool_ledger.h"
 #include "py/pool_lease.h"
 #include "py/state.h"
+#include "py/util.h"
 
 #include <structmember.h>
 
@@ -13,7 +14,7 @@ typedef struct {
     PyObject_HEAD SeatObject *seat;
     PyObject *value, *timeout, *after;
     PyObject *code; /* where enter_async was asked; or NULL */
-    int line;
+    int place;
     og_pool_entry *top;
     Py_ssize_t ended; /* entries that the collector ended before their block */
     PyObject *weak_list;
@@ -30,11 +31,11 @@ state_of(PyObject *object)
 /* Steals hold and code. */
 static void
 push(LeaseObject *self, og_pool_entry *entry, og_pool_hold *hold,
-     PyObject *code, int line)
+     PyObject *code, int place)
 {
     entry->hold = *hold;
     entry->code = code;
-    entry->line = line;
+    entry->place = place;
     entry->below = self->top;
     self->top = entry;
     OwnerObject *owner = hold->owner;
@@ -90,23 +91,23 @@ enter(LeaseObject *self, bool wait, og_pool_hold *asked)
         PyErr_NoMemory();
         return -1;
     }
-    int line;
+    int place;
     og_state *state = state_of((PyObject *)self);
-    PyObject *code = og_pool_caller(&state->pool_lease, &line);
+    PyObject *code = og_pool_caller(&state->pool_lease, &place);
     og_pool_hold hold;
     int entered = og_pool_try(state, self->seat, &hold);
     if (entered == 0 && wait) {
         entered = og_pool_wait(self->timeout, &hold) < 0 ? -1 : 1;
     }
     if (entered > 0) {
-        push(self, entry, &hold, code, line);
+        push(self, entry, &hold, code, place);
         return 1;
     }
     PyMem_Free(entry);
     if (entered == 0) {
         PyObject *old = self->code;
         self->code = code;
-        self->line = line;
+        self->place = place;
         Py_XDECREF(old);
         *asked = hold;
         return 0;
@@ -284,7 +285,7 @@ Lease_adopt(PyObject *object, PyObject *const *args, Py_ssize_t count)
     hold.seat->leases++;
     Py_INCREF((PyObject *)hold.seat);
     Py_INCREF((PyObject *)hold.owner);
-    push(self, entry, &hold, self->code, self->line);
+    push(self, entry, &hold, self->code, self->place);
     self->code = NULL;
     Py_RETURN_NONE;
 }
@@ -455,6 +456,9 @@ int
 og_pool_lease_exec(PyObject *module, og_state *state)
 {
     og_pool_lease_state *lease = &state->pool_lease;
+    if (og_intern(&lease->place_name, "f_lasti") < 0) {
+        return -1;
+    }
     lease->lease_type = PyType_FromModuleAndSpec(module, &Lease_spec, NULL);
     return lease->lease_type == NULL
                ? -1

@@ -61,7 +61,7 @@ struct og_pool_entry {
     og_pool_entry *next, *previous; /* of the same owner */
     og_pool_hold hold;
     PyObject *code; /* where the `with` stands; or NULL */
-    int line;
+    int place;      /* in code */
 };
 
 typedef struct og_pool_lease_state {
@@ -71,6 +71,7 @@ typedef struct og_pool_lease_state {
     PyObject *running_loop, *current_task; /* once asyncio was imported */
     PyObject *generator, *coroutine, *async_generator; /* types */
     PyObject *method;                                  /* type */
+    PyObject *place_name;                              /* interned */
     PyObject *last_code; /* asked for a lease last, and is not of the pools */
     OwnerObject *owners; /* newest first */
 } og_pool_lease_state;
@@ -111,9 +112,13 @@ void
 og_pool_hold_drop(og_pool_hold *hold);
 
 /* The code that runs in this thread and is not of the pools, a new reference,
- * and its line. NULL without an exception where there is none. */
+ * and where in it. NULL without an exception where there is none. */
 PyObject *
-og_pool_caller(og_pool_lease_state *lease, int *line);
+og_pool_caller(og_pool_lease_state *lease, int *place);
+
+/* The line of a place in code, 0 where it has none; -1 with an exception. */
+int
+og_pool_line(PyObject *code, int place);
 
 /* An awaitable whose answer is value: a new reference. */
 PyObject *

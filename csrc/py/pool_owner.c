@@ -291,7 +291,7 @@ Owner_get_task(PyObject *object, void *ignored)
 typedef struct held_row {
     og_pool_units *units;
     PyObject *code;
-    int line;
+    int place;
 } held_row;
 
 static PyObject *
@@ -305,8 +305,10 @@ row_as_tuple(const held_row *row)
         }
     }
     PyObject *code = row->code == NULL ? Py_None : row->code;
-    PyObject *result =
-        units == NULL ? NULL : Py_BuildValue("(OOi)", units, code, row->line);
+    int line = row->code == NULL ? 0 : og_pool_line(code, row->place);
+    PyObject *result = units == NULL || line < 0
+                           ? NULL
+                           : Py_BuildValue("(OOi)", units, code, line);
     Py_XDECREF(units);
     return result;
 }
@@ -325,7 +327,7 @@ Owner_get_held(PyObject *object, void *ignored)
         return PyErr_NoMemory();
     }
     for (og_pool_entry *at = self->entries; at != NULL; at = at->next, i++) {
-        rows[i] = (held_row){at->hold.units, Py_XNewRef(at->code), at->line};
+        rows[i] = (held_row){at->hold.units, Py_XNewRef(at->code), at->place};
         at->hold.units->uses++;
     }
     PyObject *held = PyTuple_New((Py_ssize_t)count);

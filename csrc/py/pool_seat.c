@@ -467,6 +467,7 @@ family_exec(PyObject *module, og_state *state)
         use((of)->async_generator); \
         use((of)->method);          \
         use((of)->last_code);       \
+        use((of)->place_name);      \
     } while (0)
 
 static int

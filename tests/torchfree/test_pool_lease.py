@@ -10,6 +10,7 @@ import inspect
 import signal
 import sys
 import threading
+import time
 import weakref
 from functools import wraps
 
@@ -335,6 +336,30 @@ def test_holders_have_code_and_line_and_keep_no_frame(C, pool):
     assert refs[0]() is None
     lease.__exit__(None, None, None)
     assert C.pool_owner(pool.ledger).held == ()
+
+
+def test_a_block_far_down_in_a_function_costs_what_any_block_does(C, pool):
+    """The line is looked up when somebody asks for it, not at each entry."""
+    lease = C.Lease(pool.seat())
+    blocks = []
+    for lines in (1, 3000):
+        filling = "    if seen is None:\n        seen = []\n" * lines
+        source = (
+            f"def block(seen=0):\n{filling}    begin = clock()\n    for _ in range(200):\n"
+            "        with lease:\n            pass\n    used = clock() - begin\n"
+            "    with lease:\n        return used, owner().held\n"
+        )
+        space = {
+            "lease": lease,
+            "clock": time.perf_counter,
+            "owner": lambda: C.pool_owner(pool.ledger),
+        }
+        exec(source, space)
+        blocks.append(space["block"])
+    near, far = (min(block()[0] for _ in range(15)) for block in blocks)
+    assert far < 20 * near
+    ((_, code, line),) = blocks[1]()[1]
+    assert (code, line) == (blocks[1].__code__, 1 + 2 * 3000 + 6)
 
 
 def test_holders_are_told_by_who_asked_the_pools(C, pool):
