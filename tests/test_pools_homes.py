@@ -386,6 +386,16 @@ def smaps(address: int, end: int) -> int:
     return total
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4), ("complex128", 8)])
+def test_the_map_knows_what_is_written_as_one(folder, dtype, size):
+    model = nn.Linear(8, 8, bias=False)
+    model.weight = nn.Parameter(torch.zeros(8, 8, dtype=getattr(torch, dtype)))
+    model.register_buffer("count", torch.zeros(1, dtype=torch.int64))
+    home = Home.adopt(model, folder, "grain")
+    assert home.map.grain == size
+    home.close()
+
+
 def test_memory_really_held(folder):
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8)))
     home = Home.adopt(model, folder, "held")
@@ -406,9 +416,7 @@ def test_memory_really_held(folder):
 def test_a_kernel_that_cannot_scan(folder, monkeypatch, method):
     """The older ways of finding changes, by the same rules."""
     spill_map = _C.SpillMap
-    monkeypatch.setattr(
-        _C, "SpillMap", lambda fd, offset, nbytes: spill_map(fd, offset, nbytes, method)
-    )
+    monkeypatch.setattr(_C, "SpillMap", lambda *place, **more: spill_map(*place, method, **more))
     model = small()
     home = Home.adopt(model, folder, method)
     assert home.map.method == method

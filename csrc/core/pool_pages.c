@@ -127,7 +127,7 @@ og_pages_map(og_pages *pages, int fd, int64_t offset, size_t nbytes,
              void *address)
 {
     const size_t page = og_pages_size();
-    *pages = (og_pages){.fd = -1, .process = (int64_t)getpid()};
+    *pages = (og_pages){.fd = -1, .process = (int64_t)getpid(), .grain = 1};
     if (nbytes == 0 || nbytes > PTRDIFF_MAX - TABLE || offset < 0 ||
         (size_t)offset % page != 0 || (uintptr_t)address % page != 0) {
         return EINVAL;

@@ -36,7 +36,7 @@ typedef struct og_pages_stamp {
 
 struct og_pages_slot;
 
-/* Filled by og_pages_map; callers read, and write nothing. */
+/* Filled by og_pages_map; callers read, and write what says so. */
 typedef struct og_pages {
     char *start;    /* NULL: not mapped */
     size_t nbytes;  /* as asked for */
@@ -44,6 +44,7 @@ typedef struct og_pages {
     int fd;         /* our own duplicate */
     int64_t offset; /* of start in the file, a multiple of the page size */
     bool borrowed;  /* somebody else's map of somebody else's file */
+    size_t grain;   /* bytes that are written as one, 1 to 8; may be set */
     og_pages_method method;
     int64_t process; /* a forked child never writes the file */
     og_pages_stamp stamp;

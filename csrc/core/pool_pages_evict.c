@@ -6,8 +6,8 @@
  * one step, to a place nobody else knows; from then on the old place shows the
  * file. What turns out, over there, to differ from the file was written late,
  * and goes into the file too, or back to where it was if the file must not be
- * written. Where such a page was written yet again at the
- * old place meanwhile, both are put together byte by byte.
+ * written. Where such a page was written yet again at the old place meanwhile,
+ * both are put together element by element.
  *
  * What remains: a thread that, without holding the model, changes one page
  * twice in those microseconds and computes the second value from the first
@@ -18,6 +18,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -137,17 +138,55 @@ is_changed(const settling *s, char *page, int64_t offset)
            changed;
 }
 
-/* What page changed of before (NULL: all of it) goes to home, except where
- * home was changed since. */
+/* One word of home as it is to be: elements that are late and that home has
+ * as they were before. Never a part of an element: what home was given since
+ * may have a byte or two in common with what was before. */
 static void
-put_together(volatile char *home, const char *page, const char *before,
-             size_t size)
+take_late(const og_pages *pages, char *home, const char *late,
+          const char *before, size_t count)
 {
-    for (size_t i = 0; i < size; i++) {
-        if (before == NULL || (page[i] != before[i] && home[i] == before[i])) {
-            home[i] = page[i];
+    const size_t grain = pages->grain;
+    for (size_t i = 0; i < count; i += grain) {
+        const size_t size = count - i < grain ? count - i : grain;
+        if (before == NULL || (memcmp(late + i, before + i, size) != 0 &&
+                               memcmp(home + i, before + i, size) == 0)) {
+            memcpy(home + i, late + i, size);
         }
     }
+}
+
+/* What page changed of before (NULL: all of it) goes to home, except where
+ * home was changed since. By whole words, as whoever writes home does so now:
+ * what it puts between our look and our write must not be overwritten. */
+static void
+put_together(const og_pages *pages, char *home, const char *page,
+             const char *before, size_t size)
+{
+    for (size_t at = 0; at < size; at += sizeof(uint64_t)) {
+        _Atomic(uint64_t) *word = (_Atomic(uint64_t) *)(void *)(home + at);
+        const size_t left = size - at;
+        const size_t count = left < sizeof *word ? left : sizeof *word;
+        uint64_t seen = atomic_load(word), wanted = seen;
+        do {
+            char bytes[sizeof seen];
+            memcpy(bytes, &seen, sizeof seen);
+            take_late(pages, bytes, page + at,
+                      before == NULL ? NULL : before + at, count);
+            memcpy(&wanted, bytes, sizeof wanted);
+        } while (wanted != seen &&
+                 !atomic_compare_exchange_weak(word, &seen, wanted));
+    }
+}
+
+/* Returns when every page fault at home that had begun has ended: one of them
+ * may have copied the page of the file as it was before it was written. Any
+ * change of the mapping waits for them; this one is taken back at once. */
+static void
+wait_for_faults(const settling *s)
+{
+    size_t length = (size_t)(s->away.end - s->away.start);
+    (void)madvise(s->home, length, MADV_RANDOM);
+    (void)madvise(s->home, length, MADV_NORMAL);
 }
 
 /* One page over there against the file; differing, it goes into the file, or
@@ -175,8 +214,11 @@ settle_page(settling *s, char *page)
     }
     char *home = s->home == NULL ? NULL : s->home + from;
     bool in_file = failed == 0 && s->writes;
+    if (home != NULL && in_file) {
+        wait_for_faults(s);
+    }
     if (home != NULL && (!in_file || is_changed(s, home, offset))) {
-        put_together(home, page, before, size);
+        put_together(s->pages, home, page, before, size);
     }
 }
 

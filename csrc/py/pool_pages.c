@@ -43,14 +43,20 @@ method_named(const char *name)
 static PyObject *
 Map_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *keywords[] = {"fd",     "offset",  "nbytes",
-                               "method", "address", NULL};
-    int fd = -1, failed = 0;
+    static char *keywords[] = {"fd",      "offset", "nbytes", "method",
+                               "address", "grain",  NULL};
+    int fd = -1, failed = 0, grain = 1;
     long long offset = 0, nbytes = 0;
     unsigned long long address = 0;
     const char *name = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iLL|zK:SpillMap", keywords,
-                                     &fd, &offset, &nbytes, &name, &address)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iLL|zKi:SpillMap",
+                                     keywords, &fd, &offset, &nbytes, &name,
+                                     &address, &grain)) {
+        return NULL;
+    }
+    if (grain != 1 && grain != 2 && grain != 4 && grain != 8) {
+        PyErr_Format(PyExc_ValueError,
+                     "expected grain to be 1, 2, 4 or 8, got %d", grain);
         return NULL;
     }
     if (nbytes <= 0 || offset < 0) {
@@ -74,6 +80,7 @@ Map_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                               (void *)(uintptr_t)address);
     Py_END_ALLOW_THREADS
     self->pages.method = (og_pages_method)method;
+    self->pages.grain = (size_t)grain;
     if (failed != 0) {
         Py_DECREF(self);
         return raise_errno(failed);
@@ -326,6 +333,13 @@ Map_get_method(PyObject *op, void *unused)
 }
 
 static PyObject *
+Map_get_grain(PyObject *op, void *unused)
+{
+    (void)unused;
+    return PyLong_FromSize_t(((MapObject *)op)->pages.grain);
+}
+
+static PyObject *
 Map_get_writable(PyObject *op, void *unused)
 {
     (void)unused;
@@ -337,6 +351,7 @@ static PyGetSetDef Map_getset[] = {
     {"nbytes", Map_get_nbytes, NULL, "As asked for, in bytes.", NULL},
     {"broken", Map_get_broken, NULL,
      "Whether bytes were read that the file no longer has.", NULL},
+    {"grain", Map_get_grain, NULL, "Bytes of the smallest element.", NULL},
     {"method", Map_get_method, NULL, "How changed pages are found.", NULL},
     {"writable", Map_get_writable, NULL,
      "Whether changed pages can go into the file.", NULL},
@@ -345,10 +360,11 @@ static PyGetSetDef Map_getset[] = {
 
 PyDoc_STRVAR(
     Map_doc,
-    "SpillMap(fd, offset, nbytes, method=None, address=0)\n--\n\n"
+    "SpillMap(fd, offset, nbytes, method=None, address=0, grain=1)\n--\n\n"
     "nbytes of a file from offset on, mapped privately: a buffer.\n\n"
     "With an address the map is there already and stays its owner's: nothing "
-    "is\nwritten to its file.");
+    "is\nwritten to its file. grain: bytes of the smallest element in it; of "
+    "two writes\nthat come together as pages go, whole elements are taken.");
 
 static PyType_Slot Map_slots[] = {
     {Py_tp_doc, (void *)Map_doc},

@@ -380,7 +380,13 @@ class Ledger:
 @final
 class SpillMap:
     def __new__(
-        cls, fd: int, offset: int, nbytes: int, method: str | None = None, address: int = 0
+        cls,
+        fd: int,
+        offset: int,
+        nbytes: int,
+        method: str | None = None,
+        address: int = 0,
+        grain: int = 1,
     ) -> SpillMap: ...
 
     if sys.version_info >= (3, 12):
@@ -400,6 +406,8 @@ class SpillMap:
     def nbytes(self) -> int: ...
     @property
     def broken(self) -> bool: ...
+    @property
+    def grain(self) -> int: ...
     @property
     def method(self) -> str: ...
     @property

@@ -161,6 +161,7 @@ check_stray_writer(og_pages_method method)
     size_t size = PAGES * page;
     int fd = new_file(size);
     og_pages pages = mapped(fd, size, method);
+    pages.grain = sizeof(int64_t);
     counting c = {.start = pages.start};
     pthread_t thread;
     CHECK(pthread_create(&thread, NULL, count, &c) == 0);

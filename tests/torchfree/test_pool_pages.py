@@ -69,6 +69,14 @@ def test_the_best_way_is_chosen_and_others_by_name(C, file):
         C.SpillMap(file.fileno(), 0, PAGE, "guess")
 
 
+def test_elements_of_a_size(C, file):
+    assert C.SpillMap(file.fileno(), 0, PAGE).grain == 1
+    assert C.SpillMap(file.fileno(), 0, PAGE, grain=8).grain == 8
+    for wrong in (0, 3, 16, -1):
+        with pytest.raises(ValueError, match="expected grain to be 1, 2, 4 or 8"):
+            C.SpillMap(file.fileno(), 0, PAGE, grain=wrong)
+
+
 def test_arguments(C, file):
     fd = file.fileno()
     for wrong in ((fd,), (fd, 0, "1"), ("x", 0, 1)):

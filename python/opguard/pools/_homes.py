@@ -29,6 +29,7 @@ from opguard.pools._storages import (
     ALIGNMENT,
     Leaf,
     Storage,
+    grain_of,
     inner_leaves,
     leaves_of,
     refuse,
@@ -356,7 +357,8 @@ class Home:
         self._folder, self.nbytes = folder, end
         self._file = file = folder.write(self.name, pieces, end, {"format": "pt"})
         try:
-            pages = _C.SpillMap(file.fd, file.offset, end)
+            grain = grain_of(storage for storage, _ in places)
+            pages = _C.SpillMap(file.fd, file.offset, end, grain=grain)
         except OSError as error:
             file.close()
             raise self._said(error, None, "map") from error

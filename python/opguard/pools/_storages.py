@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from opguard.pools.errors import Unmanageable
 __all__ = [
     "Leaf",
     "Storage",
+    "grain_of",
     "inner_leaves",
     "leaves_of",
     "refuse",
@@ -173,6 +174,11 @@ def storages_of(leaves: list[Leaf]) -> list[Storage]:
             end = max(end, member[1]) if len(open_run) > 1 else member[1]
         found.append(_run(open_run, end))
     return [storage for _, storage in sorted(found, key=lambda pair: pair[0])]
+
+
+def grain_of(storages: Iterable[Storage]) -> int:
+    """Bytes of the smallest element in them, at most 8."""
+    return min(8, *(leaf.tensor.element_size() for one in storages for leaf in one.leaves))
 
 
 def _refuse_two_of_one(leaves: list[Leaf]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from opguard import _C
 from opguard.pools._spill_format import PAGE
-from opguard.pools._storages import Storage
+from opguard.pools._storages import Storage, grain_of
 
 __all__ = ["UserFile", "user_files_of"]
 
@@ -116,7 +116,8 @@ def _opened(mapping: _Mapping, storages: list[Storage]) -> UserFile | None:
             return None
         first = storages[0].address // PAGE * PAGE
         offset = mapping.offset + first - mapping.start
-        pages = _C.SpillMap(fd, offset, _end_of(storages) - first, None, first)
+        size = _end_of(storages) - first
+        pages = _C.SpillMap(fd, offset, size, None, first, grain_of(storages))
         kept = tuple(one.leaves[0].tensor.untyped_storage() for one in storages)
         return UserFile(pages, mapping.path, found.st_dev, found.st_ino, kept)
     except OSError:
