@@ -27,6 +27,7 @@ og_ledger_free(og_ledger *ledger)
     free(ledger->holds);
     free(ledger->buckets);
     free(ledger->scratch);
+    free(ledger->waits);
     free(ledger);
 }
 

@@ -231,7 +231,24 @@ og_ledger_drop_owner(og_ledger *ledger, int64_t owner, og_error *err);
 int
 og_ledger_forfeit(og_ledger *ledger, int64_t owner, og_error *err);
 
-/* 1 where the owner, or one that it descends from, holds a lease. */
+/* One owner waits for another outside of the ledger: for what that one has
+ * and will give up, whatever it is. flags: OG_POOL_BLOCKS_THREAD or 0. */
+typedef struct og_pool_await {
+    int64_t owner, holder;
+    int flags;
+} og_pool_await;
+
+/* All such waits from now on, in place of those told before; the deadlock
+ * test counts them, and who is waited for may overtake. asker: 0, or an owner
+ * that begins to wait by this: 0 is returned, and nothing changed, where not
+ * all of its waits can end; else 1. Pump: requests that wait may go on now, or
+ * may have become impossible. */
+int
+og_ledger_set_waits(og_ledger *ledger, const og_pool_await *waits,
+                    size_t count, int64_t asker, og_error *err);
+
+/* 1 where the owner, or one that it descends from, holds a lease or is waited
+ * for. */
 int
 og_ledger_owner_holds(const og_ledger *ledger, int64_t owner, og_error *err);
 

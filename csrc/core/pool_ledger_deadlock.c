@@ -5,8 +5,8 @@
  * An owner cannot finish before its own tickets, before those of owners that
  * descend from it (unless such a ticket ends by itself), and before one that
  * blocks its thread. Nor can what a task waits for end before what blocks the
- * task's thread. An owner that waits for another outside the ledger is not
- * seen.
+ * task's thread. An og_wait ends when its holder has finished. An owner that
+ * waits for another outside the ledger, and did not say so, is not seen.
  *
  * Whom a grant lets finish only frees, so such grants are made in any order.
  * What is granted to an owner that another's ticket still keeps from going on
@@ -99,32 +99,67 @@ block(og_ledger *ledger, const og_ticket *ticket, uint32_t change)
     } while (above != 0);
 }
 
+static void
+block_wait(og_ledger *ledger, const og_wait *wait, uint32_t change)
+{
+    uint32_t above = wait->owner;
+    while (above != 0 && above != wait->until) {
+        ledger->owners[above].blocked += change;
+        above = ledger->owners[above].parent;
+    }
+}
+
 /* Counts from zero also for owners that hold nothing. */
+static void
+begin_waiter(og_ledger *ledger, uint32_t at)
+{
+    while (at != 0) {
+        ledger->owners[at].blocked = 0;
+        at = ledger->owners[at].parent;
+    }
+}
+
 static void
 begin_ticket(og_ledger *ledger, og_ticket *ticket)
 {
     ticket->done = ticket->charged = false;
-    for (uint32_t at = ticket->owner; at != 0;) {
-        ledger->owners[at].blocked = 0;
-        at = ledger->owners[at].parent;
-    }
+    begin_waiter(ledger, ticket->owner);
     for (uint32_t i = 0; i < ticket->unit_count; i++) {
         forget_absent(&ledger->units[ticket->units[i]]);
     }
 }
 
-/* Whether a ticket that is not done blocks the thread. */
+static bool
+stops(const og_ledger *ledger, uint32_t owner, int flags, int64_t thread)
+{
+    return (flags & OG_POOL_BLOCKS_THREAD) != 0 && thread != 0 &&
+           ledger->owners[owner].thread == thread;
+}
+
+/* Whether a wait blocks the thread; test: that is not done. */
+static bool
+is_stopped_outside(const og_ledger *ledger, int64_t thread, bool test)
+{
+    bool stopped = false;
+    for (uint32_t i = 0; i < ledger->wait_count && !stopped; i++) {
+        const og_wait *wait = &ledger->waits[i];
+        stopped = !(test && wait->done) &&
+                  stops(ledger, wait->owner, wait->flags, thread);
+    }
+    return stopped;
+}
+
+/* Whether a ticket or wait that is not done blocks the thread. */
 static bool
 is_stopped(const og_ledger *ledger, uint32_t first, int64_t thread)
 {
     const og_ticket *at = thread == 0 ? NULL : ticket_at(ledger, first);
     for (; at != NULL; at = ticket_at(ledger, at->next)) {
-        if (!at->done && (at->flags & OG_POOL_BLOCKS_THREAD) != 0 &&
-            ledger->owners[at->owner].thread == thread) {
+        if (!at->done && stops(ledger, at->owner, at->flags, thread)) {
             return true;
         }
     }
-    return false;
+    return is_stopped_outside(ledger, thread, true);
 }
 
 static bool
@@ -203,9 +238,23 @@ charge(og_ledger *ledger, og_ticket *ticket, bool charged)
 }
 
 static bool
-finish_owners(og_ledger *ledger, uint32_t first)
+end_waits(og_ledger *ledger)
 {
     bool any = false;
+    for (uint32_t i = 0; i < ledger->wait_count; i++) {
+        og_wait *wait = &ledger->waits[i];
+        if (!wait->done && ledger->owners[wait->holder].finished) {
+            wait->done = any = true;
+            block_wait(ledger, wait, (uint32_t)-1);
+        }
+    }
+    return any;
+}
+
+static bool
+finish_owners(og_ledger *ledger, uint32_t first)
+{
+    bool any = end_waits(ledger);
     for (uint32_t at = ledger->holding; at != 0;) {
         og_owner *owner = &ledger->owners[at];
         if (!owner->finished && can_finish(ledger, first, owner)) {
@@ -308,13 +357,15 @@ stops_others(const og_ledger *ledger, uint32_t first, const og_ticket *ticket)
     return found;
 }
 
-/* One grant whose owner goes on to wait for another. */
+/* One grant whose owner goes on to wait for another. Who keeps an owner by an
+ * og_wait may wait for one above it, so then it need not come first. */
 static uint32_t
 grant_charged(og_ledger *ledger, uint32_t first)
 {
     og_ticket *at = ticket_at(ledger, first);
     for (; at != NULL; at = ticket_at(ledger, at->next)) {
-        if (can_be_met(ledger, first, at) && stops_others(ledger, first, at)) {
+        if (can_be_met(ledger, first, at) &&
+            (ledger->wait_count > 0 || stops_others(ledger, first, at))) {
             at->done = true;
             block(ledger, at, (uint32_t)-1);
             charge(ledger, at, true);
@@ -322,6 +373,28 @@ grant_charged(og_ledger *ledger, uint32_t first)
         }
     }
     return 0;
+}
+
+static void
+begin(og_ledger *ledger, uint32_t first)
+{
+    begin_pools(ledger);
+    og_ticket *at = ticket_at(ledger, first);
+    for (; at != NULL; at = ticket_at(ledger, at->next)) {
+        begin_ticket(ledger, at);
+    }
+    for (uint32_t i = 0; i < ledger->wait_count; i++) {
+        ledger->waits[i].done = false;
+        begin_waiter(ledger, ledger->waits[i].owner);
+    }
+    begin_owners(ledger);
+    for (at = ticket_at(ledger, first); at != NULL;
+         at = ticket_at(ledger, at->next)) {
+        block(ledger, at, 1);
+    }
+    for (uint32_t i = 0; i < ledger->wait_count; i++) {
+        block_wait(ledger, &ledger->waits[i], 1);
+    }
 }
 
 bool
@@ -333,16 +406,7 @@ og_deadlock_free(og_ledger *ledger, og_ticket *also, bool granted)
         first = og_slot_of(also->id);
         left++;
     }
-    begin_pools(ledger);
-    og_ticket *at = ticket_at(ledger, first);
-    for (; at != NULL; at = ticket_at(ledger, at->next)) {
-        begin_ticket(ledger, at);
-    }
-    begin_owners(ledger);
-    for (at = ticket_at(ledger, first); at != NULL;
-         at = ticket_at(ledger, at->next)) {
-        block(ledger, at, 1);
-    }
+    begin(ledger, first);
     if (granted) {
         also->done = true;
         block(ledger, also, (uint32_t)-1);
@@ -350,7 +414,7 @@ og_deadlock_free(og_ledger *ledger, og_ticket *also, bool granted)
         left--;
     }
     bool any = true;
-    while (any && left > 0) {
+    while (any && left + ledger->wait_count > 0) {
         any = finish_owners(ledger, first);
         uint32_t count = grant_finishing(ledger, first);
         if (!any && count == 0) {
@@ -372,10 +436,32 @@ og_ticket_stopped(const og_ledger *ledger, const og_ticket *ticket)
     bool task = thread != 0 && (ticket->flags & OG_POOL_BLOCKS_THREAD) == 0;
     og_ticket *at = task ? ticket_at(ledger, ledger->queue.first) : NULL;
     for (; at != NULL && !stopped; at = ticket_at(ledger, at->next)) {
-        stopped = (at->flags & OG_POOL_BLOCKS_THREAD) != 0 &&
-                  ledger->owners[at->owner].thread == thread;
+        stopped = stops(ledger, at->owner, at->flags, thread);
     }
-    return stopped;
+    return stopped || (task && is_stopped_outside(ledger, thread, false));
+}
+
+/* Whether the owner is above at, but below until, where that is not 0. */
+static bool
+is_above(const og_ledger *ledger, uint32_t owner, uint32_t at, uint32_t until)
+{
+    do {
+        at = ledger->owners[at].parent;
+    } while (at != 0 && at != until && at != owner);
+    return at == owner && at != until;
+}
+
+static bool
+is_blocked_outside(const og_ledger *ledger, uint32_t owner)
+{
+    bool blocked =
+        is_stopped_outside(ledger, ledger->owners[owner].thread, false);
+    for (uint32_t i = 0; i < ledger->wait_count && !blocked; i++) {
+        const og_wait *wait = &ledger->waits[i];
+        blocked = wait->owner != owner &&
+                  is_above(ledger, owner, wait->owner, wait->until);
+    }
+    return blocked;
 }
 
 bool
@@ -387,19 +473,14 @@ og_owner_blocked(const og_ledger *ledger, uint32_t owner, const og_ticket *but)
         if (at == but) {
             continue;
         }
-        bool stops = (at->flags & OG_POOL_BLOCKS_THREAD) != 0 && thread != 0;
-        if (stops && ledger->owners[at->owner].thread == thread) {
+        if (stops(ledger, at->owner, at->flags, thread)) {
             return true;
         }
         bool ends = (at->flags & OG_POOL_ENDS) != 0;
-        uint32_t above =
-            ends || at->owner == owner ? 0 : ledger->owners[at->owner].parent;
-        while (above != 0 && above != owner) {
-            above = ledger->owners[above].parent;
-        }
-        if (above == owner) {
+        if (!ends && at->owner != owner &&
+            is_above(ledger, owner, at->owner, 0)) {
             return true;
         }
     }
-    return false;
+    return is_blocked_outside(ledger, owner);
 }

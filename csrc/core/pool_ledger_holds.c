@@ -63,12 +63,7 @@ link_owner(og_ledger *ledger, og_hold *hold, uint32_t slot)
         ledger->holds[owner->holds].owner_previous = slot;
     }
     else {
-        owner->previous = 0;
-        owner->next = ledger->holding;
-        if (ledger->holding != 0) {
-            ledger->owners[ledger->holding].previous = hold->owner;
-        }
-        ledger->holding = hold->owner;
+        og_owner_list(ledger, hold->owner);
     }
     owner->holds = slot;
 }
@@ -84,15 +79,7 @@ unlink_owner(og_ledger *ledger, og_hold *hold)
           ? &owner->holds
           : &ledger->holds[hold->owner_previous].owner_next) =
         hold->owner_next;
-    if (owner->holds == 0) {
-        if (owner->next != 0) {
-            ledger->owners[owner->next].previous = owner->previous;
-        }
-        *(owner->previous == 0 ? &ledger->holding
-                               : &ledger->owners[owner->previous].next) =
-            owner->next;
-        owner->next = owner->previous = 0;
-    }
+    og_owner_unlist(ledger, hold->owner);
 }
 
 static void

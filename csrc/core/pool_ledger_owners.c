@@ -107,10 +107,10 @@ og_ledger_forfeit(og_ledger *ledger, int64_t id, og_error *err)
 bool
 og_owner_holds(const og_ledger *ledger, const og_owner *owner)
 {
-    while (owner->holds == 0 && owner->parent != 0) {
+    while (!og_owner_listed(owner) && owner->parent != 0) {
         owner = &ledger->owners[owner->parent];
     }
-    return owner->holds != 0;
+    return og_owner_listed(owner);
 }
 
 int

@@ -35,10 +35,12 @@ typedef struct og_unit {
 typedef struct og_owner {
     int64_t id, thread;
     uint32_t parent;
-    uint32_t holds;          /* first og_hold */
-    uint32_t next, previous; /* of the owners that hold; free slots */
+    uint32_t holds; /* first og_hold */
+    uint32_t next,
+        previous; /* of those that hold or are awaited; free slots */
     uint32_t children, tickets;
-    uint32_t blocked; /* deadlock test: tickets it cannot finish before */
+    uint32_t awaited; /* og_waits for it */
+    uint32_t blocked; /* deadlock test: what it cannot finish before */
     bool dropped, finished;
 } og_owner;
 
@@ -70,6 +72,15 @@ typedef struct og_ticket {
     bool done, charged; /* deadlock test: granted; with more to wait for */
 } og_ticket;
 
+/* One owner waits for another outside of the ledger. Each counts among the
+ * tickets of both. */
+typedef struct og_wait {
+    uint32_t owner, holder;
+    uint32_t until; /* of those above the owner, the first not held up */
+    int flags;
+    bool done;
+} og_wait;
+
 typedef struct og_pool {
     int64_t budget, used, idle, extra;
     int64_t total; /* of all units, so that no sum of them overflows */
@@ -98,7 +109,9 @@ struct og_ledger {
     og_table unit_table, owner_table, ticket_table;
     uint32_t hold_capacity, hold_used, hold_free, hold_reserved;
     uint32_t pool_count;
-    uint32_t holding; /* first owner that holds anything */
+    uint32_t holding; /* first owner that holds anything or is awaited */
+    og_wait *waits;
+    uint32_t wait_count;
     uint32_t chosen, chosen_count;
     og_list queue, news;
     uint64_t stamp;
@@ -170,6 +183,43 @@ og_unit_show(og_ledger *ledger, const og_unit *unit)
 {
     if (og_unit_idle(unit)) {
         ledger->pools[unit->pool].idle += unit->bytes;
+    }
+}
+
+/* Whether it is on the list of those that hold something or are awaited. */
+static inline bool
+og_owner_listed(const og_owner *owner)
+{
+    return owner->holds != 0 || owner->awaited != 0;
+}
+
+/* On and off that list: before the first reason for it, after the last. */
+static inline void
+og_owner_list(og_ledger *ledger, uint32_t slot)
+{
+    og_owner *owner = &ledger->owners[slot];
+    if (!og_owner_listed(owner)) {
+        owner->previous = 0;
+        owner->next = ledger->holding;
+        if (ledger->holding != 0) {
+            ledger->owners[ledger->holding].previous = slot;
+        }
+        ledger->holding = slot;
+    }
+}
+
+static inline void
+og_owner_unlist(og_ledger *ledger, uint32_t slot)
+{
+    og_owner *owner = &ledger->owners[slot];
+    if (!og_owner_listed(owner)) {
+        if (owner->next != 0) {
+            ledger->owners[owner->next].previous = owner->previous;
+        }
+        *(owner->previous == 0 ? &ledger->holding
+                               : &ledger->owners[owner->previous].next) =
+            owner->next;
+        owner->next = owner->previous = 0;
     }
 }
 
@@ -283,7 +333,7 @@ og_hold_remove(og_ledger *ledger, uint32_t owner, uint32_t unit, int64_t count)
 
 /* pool_ledger_owners.c */
 
-/* Whether it or one it descends from holds anything. */
+/* Whether it or one it descends from holds anything or is awaited. */
 bool
 og_owner_holds(const og_ledger *ledger, const og_owner *owner);
 
@@ -340,9 +390,9 @@ og_plan_never(og_ledger *ledger, const og_ticket *ticket, int64_t *need,
 
 /* pool_ledger_deadlock.c */
 
-/* Marks as done every ticket that waits (and `also`, NULL allowed) that can
- * be met once those who can finish have; true if all can. granted: as if also,
- * which may be in the queue, were granted now. */
+/* Marks as done every ticket that waits (and `also`, NULL allowed) and every
+ * og_wait that can be met once those who can finish have; true if all tickets
+ * can. granted: as if also, which may be in the queue, were granted now. */
 bool
 og_deadlock_free(og_ledger *ledger, og_ticket *also, bool granted);
 

@@ -363,6 +363,8 @@ static PyMethodDef Ledger_methods[] = {
     SHARED(pump, "Decides what waits: the tickets decided."),
     SHARED(take, "The answer of a ticket; it ends unless it waits."),
     SHARED(cancel, "Ends a ticket, whatever it has; True: pump."),
+    SHARED(set_waits,
+           "All waits outside of it: owner, holder, flags of each."),
     SHARED(waiting, "((ticket, owner, units, need), ...) in order."),
     {NULL, NULL, 0, NULL},
 };

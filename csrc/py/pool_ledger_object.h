@@ -90,6 +90,7 @@ LEDGER_METHOD(request);
 LEDGER_METHOD(pump);
 LEDGER_METHOD(take);
 LEDGER_METHOD(cancel);
+LEDGER_METHOD(set_waits);
 LEDGER_METHOD(waiting);
 
 #endif

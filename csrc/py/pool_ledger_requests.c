@@ -224,6 +224,46 @@ LEDGER_METHOD(cancel)
     return og_ledger_bool(pump, &error);
 }
 
+LEDGER_METHOD(set_waits)
+{
+    og_error error;
+    og_numbers numbers;
+    PyObject *result = NULL;
+    og_pool_await *waits = NULL;
+    int64_t asker = 0;
+    if (og_ledger_arguments("set_waits", count, 1, 2) < 0 ||
+        (count > 1 && og_ledger_int(args[1], "asker", &asker) < 0)) {
+        return NULL;
+    }
+    if (og_ledger_numbers(args[0], "waits", &numbers) < 0) {
+        goto done;
+    }
+    size_t each = numbers.count / 3;
+    if (numbers.count % 3 != 0) {
+        PyErr_Format(PyExc_ValueError,
+                     "expected owner, holder and flags of each wait, got %zu "
+                     "numbers",
+                     numbers.count);
+        goto done;
+    }
+    waits = PyMem_Malloc((each + 1) * sizeof *waits);
+    if (waits == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (size_t i = 0; i < each; i++) {
+        const int64_t *at = numbers.at + 3 * i;
+        waits[i] = (og_pool_await){at[0], at[1], (int)at[2]};
+    }
+    int ends =
+        og_ledger_set_waits(ledger_in(self), waits, each, asker, &error);
+    result = og_ledger_bool(ends, &error);
+done:
+    PyMem_Free(waits);
+    og_numbers_release(&numbers);
+    return result;
+}
+
 static PyObject *
 describe_ticket(og_ledger *ledger, int64_t ticket)
 {

@@ -42,6 +42,7 @@ failing_realloc(void *block, size_t size)
 #include "core/pool_ledger_policy.c"
 #include "core/pool_ledger_requests.c"
 #include "core/pool_ledger_units.c"
+#include "core/pool_ledger_waits.c"
 #undef malloc
 #undef calloc
 #undef realloc

@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from opguard import _C
+
 if TYPE_CHECKING:
     from opguard.pools._arenas import Chunk
     from opguard.pools._books import Entry
     from opguard.pools.management import Management
 
-__all__ = ["block_lease", "lease_of_seat", "lease_owners", "seat_of_chunk", "waiting"]
+__all__ = [
+    "block_lease",
+    "lease_of_seat",
+    "lease_owners",
+    "ledger_owner",
+    "seat_of_chunk",
+    "waiting",
+]
 
 _timeout: ContextVar[float | None] = ContextVar("opguard_patch_timeout", default=None)
 
@@ -36,6 +45,12 @@ def _management() -> Management | None:
     from opguard.pools.management import current_management
 
     return current_management()
+
+
+def ledger_owner() -> tuple[Management, _C.Owner] | None:
+    """The thread or task that calls, as the pools know it; None where nobody set them up."""
+    management = _management()
+    return None if management is None else (management, _C.pool_owner(management.ledger))
 
 
 def block_lease(obj: Any, timeout: float | None) -> Any:
@@ -158,6 +173,4 @@ def seat_of_chunk(chunk: Chunk) -> Any:
 
 def lease_of_seat(seat: Any) -> Any:
     """A lease on what has this seat, not entered."""
-    from opguard import _C
-
     return _C.Lease(seat, None, _timeout.get())

@@ -1,4 +1,8 @@
-"""Whose turn it is to change an object: one owner at a time, a thread or a task of asyncio."""
+"""Whose turn it is to change an object: one owner at a time, a thread or a task of asyncio.
+
+A circle of owners that wait for each other's turns is refused here. The pools' ledger is told of
+all such waits, and refuses those that lead through its leases too.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,22 @@ import threading
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
+from opguard import _C
+from opguard.pools import _managed
 from opguard.pools._places import name_of_thread
 from opguard.pools.errors import Deadlock, LeaseTimeout
 
+if TYPE_CHECKING:
+    from opguard.pools.management import Management
+
 __all__ = ["Owner", "Turn", "current_owner", "locked"]
 
-_waits: dict[tuple[int, int], Turn] = {}
+_waits: dict[tuple[int, int], _Waiter] = {}
+# Whose ledgers know of waits.
+_told: set[Management] = set()
 
 
 class Locked:
@@ -34,6 +46,7 @@ class Locked:
         """In a forked child, where another thread may have held it."""
         self.lock = threading.RLock()
         _waits.clear()
+        _tell()
 
 
 locked = Locked()
@@ -42,12 +55,14 @@ locked = Locked()
 class Owner:
     """Who opens blocks: a thread, or a task of asyncio."""
 
-    __slots__ = ("key", "task", "thread")
+    __slots__ = ("key", "known", "task", "thread")
 
     def __init__(self, thread: int, task: Any) -> None:
         self.thread = thread
         self.task = task
         self.key = (thread, id(task))
+        # As the pools know it, once it has or waits for a turn.
+        self.known: tuple[Management, _C.Owner] | None = None
 
     def __str__(self) -> str:
         if self.task is not None:
@@ -57,6 +72,11 @@ class Owner:
     def is_same(self, other: Owner) -> bool:
         """Whether both are one thread, or one task."""
         return self.key == other.key
+
+    def id_in(self, management: Management) -> int:
+        """The ledger's number for it, 0 where it has none there."""
+        known = self.known
+        return known[1].id if known is not None and known[0] is management else 0
 
 
 def current_owner() -> Owner:
@@ -72,11 +92,61 @@ def current_owner() -> Owner:
 
 
 class _Waiter:
-    __slots__ = ("granted", "hold", "owner", "wake")
+    __slots__ = ("blocks_thread", "granted", "hold", "owner", "turn", "wake")
 
-    def __init__(self, owner: Owner, hold: object, wake: Callable[[], object]) -> None:
-        self.owner, self.hold, self.wake = owner, hold, wake
+    def __init__(
+        self, turn: Turn, owner: Owner, hold: object, wake: Callable[[], object], blocks: bool
+    ) -> None:
+        self.turn, self.owner, self.hold, self.wake = turn, owner, hold, wake
+        self.blocks_thread = blocks
         self.granted = False
+
+    def stops(self, owner: Owner) -> bool:
+        """Whether that owner can do nothing before this wait has ended."""
+        return self.owner.is_same(owner) or (
+            self.blocks_thread and self.owner.thread == owner.thread
+        )
+
+    def ahead(self) -> list[Owner]:
+        """Who must let go before its turn comes."""
+        turn = self.turn
+        before = takewhile(lambda waiter: waiter is not self, turn._waiters)
+        return [owner for owner in (turn.owner, *(w.owner for w in before)) if owner is not None]
+
+    def is_circle(self) -> bool:
+        """Whether any of those waits for this one."""
+        seen: set[tuple[int, int]] = set()
+        look = self.ahead()
+        while look:
+            owner = look.pop()
+            if self.stops(owner):
+                return True
+            if owner.key not in seen:
+                seen.add(owner.key)
+                for waiter in _waits.values():
+                    look += waiter.ahead() if waiter.stops(owner) else ()
+        return False
+
+
+def _tell(asker: Owner | None = None) -> bool:
+    """Tells the ledgers who waits, under the lock; False: one sees that ``asker`` must not."""
+    waiters = tuple(_waits.values())
+    for management in _told.union(w.owner.known[0] for w in waiters if w.owner.known):
+        numbers: list[int] = []
+        for waiter in waiters:
+            for holder in waiter.ahead():
+                pair = waiter.owner.id_in(management), holder.id_in(management)
+                if all(pair):
+                    numbers += [*pair, _C.POOL_BLOCKS_THREAD if waiter.blocks_thread else 0]
+        _told.add(management)
+        if not management.ledger.set_waits(
+            tuple(numbers), 0 if asker is None else asker.id_in(management)
+        ):
+            return False
+        if not numbers:
+            _told.discard(management)
+        management.pump()
+    return True
 
 
 class Turn:
@@ -99,27 +169,29 @@ class Turn:
     def on_free(self) -> None:
         """Called under the lock when nobody has it and nobody waits."""
 
-    def _try(self, owner: Owner, hold: object, waiter: _Waiter | None, blocks_thread: bool) -> bool:
+    def _try(self, waiter: _Waiter) -> bool:
         """Under the lock: takes the object, or queues ``waiter``; Deadlock if that cannot end."""
+        owner = waiter.owner
         if not self._holds or self.owner is None:
             self.owner = owner
         if self.owner.is_same(owner):
-            self._holds.append(hold)
+            self._holds.append(waiter.hold)
             return True
-        seen: Owner | None = self.owner
-        while seen is not None:
-            if seen.is_same(owner) or (blocks_thread and seen.thread == owner.thread):
-                raise Deadlock(
-                    f"{owner} would wait for {self.described()}, which is held by {self.owner}, "
-                    "which cannot let go before it: leave that block first, or use async with",
-                    self.holders(),
-                )
-            waits_for = _waits.get(seen.key)
-            seen = waits_for.owner if waits_for is not None else None
-        if waiter is not None:
-            self._waiters.append(waiter)
-            _waits[owner.key] = self
-        return False
+        self._waiters.append(waiter)
+        try:
+            if not waiter.is_circle():
+                _waits[owner.key] = waiter
+                if _tell(owner):
+                    return False
+            raise Deadlock(
+                f"{owner} would wait for {self.described()}, which is held by {self.owner}, and "
+                "somebody there cannot let go before it: leave that block first, or use async with",
+                self.holders(),
+            )
+        except BaseException:
+            self._waiters.remove(waiter)
+            _waits.pop(owner.key, None)
+            raise
 
     def acquire(self, owner: Owner, timeout: float | None, hold: object) -> None:
         """Waits until this owner may change the stack; re-entrant.
@@ -135,10 +207,11 @@ class Turn:
         """
         gate = threading.Lock()
         gate.acquire()
-        waiter = _Waiter(owner, hold, gate.release)
+        waiter = _Waiter(self, owner, hold, gate.release, blocks=True)
         try:
+            owner.known = _managed.ledger_owner()
             with locked.lock:
-                if self._try(owner, hold, waiter, blocks_thread=True):
+                if self._try(waiter):
                     return
             came = gate.acquire(timeout=-1 if timeout is None else max(timeout, 0))
         except BaseException:
@@ -158,10 +231,11 @@ class Turn:
             if not came.done():
                 came.set_result(None)
 
-        waiter = _Waiter(owner, hold, lambda: loop.call_soon_threadsafe(tell))
+        waiter = _Waiter(self, owner, hold, lambda: loop.call_soon_threadsafe(tell), blocks=False)
         try:
+            owner.known = _managed.ledger_owner()
             with locked.lock:
-                if self._try(owner, hold, waiter, blocks_thread=False):
+                if self._try(waiter):
                     return
             await asyncio.wait_for(came, timeout)
         except TimeoutError:
@@ -175,10 +249,11 @@ class Turn:
         """Stops waiting; True if it was granted meanwhile, which is given back unless ``keep``."""
         try:
             with locked.lock:
-                if _waits.get(waiter.owner.key) is self:
+                if _waits.get(waiter.owner.key) is waiter:
                     del _waits[waiter.owner.key]
                 if waiter in self._waiters:
                     self._waiters.remove(waiter)
+                    _tell()
                 if not keep:
                     self._release_locked(waiter.hold)
                 return waiter.granted
@@ -218,6 +293,7 @@ class Turn:
             except RuntimeError:  # its event loop is closed
                 self.owner = None
                 self._holds.clear()
+        _tell()
         if self.owner is None:
             self.on_free()
 
