@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import random
+import threading
 import warnings
 
 import pytest
@@ -28,7 +30,7 @@ def another_layer(model: nn.Module) -> None:
 
 
 def other_state(model: nn.Module) -> None:
-    model.load_state_dict(tiny(3, seed=5).state_dict(), assign=True)
+    model.load_state_dict(tiny(len(model), seed=5).state_dict(), assign=True)
 
 
 CHANGES = {
@@ -108,6 +110,68 @@ def test_in_use_they_are_not_taken_in(management):
         assert handle.user.nbytes == MIB
     pools.manage(model)
     assert handle.user.nbytes == MIB // 2
+
+
+def test_pinned_they_are_taken_in_and_pinned_again(management):
+    model = tiny(2)
+    handle = pools.manage(model, pin=True)
+    use(model, handle)
+    model.half()
+    pools.manage(model)
+    assert handle.pinned
+    assert handle.user.nbytes == MIB
+    use(model, handle)
+    management.free()
+    assert handle.loaded
+
+
+def test_components_of_a_pipeline_are_taken_in(management):
+    pipe = {"a": tiny(1), "b": tiny(1, seed=1)}
+    handle = pools.manage(pipe)
+    for part in pipe.values():
+        part.half()
+    pools.manage(pipe)
+    with handle.lease():
+        assert management.pool("cpu").used == MIB
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_taken_in_while_others_come_and_go(management, stream):
+    model = tiny(2)
+    handle = pools.manage(model, stream=stream)
+    stop, wrong = threading.Event(), []
+    pause = random.Random(3).random
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                with pools.auto_manage(model, timeout=10):
+                    model(torch.zeros(1, 512))
+            except BaseException as error:
+                wrong.append(error)
+            management.free()
+            stop.wait(pause() * 0.005)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    renewed = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pools.WeightsAstray)
+        for thread in threads:
+            thread.start()
+        for _ in range(15):
+            other_state(model)
+            pools.manage(model)
+            renewed.add(handle.user)
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+        pools.manage(model)
+    assert not wrong
+    assert len(renewed) > 1
+    assert not any(user.leases or user.astray for user in management.snapshot().users)
+    management.free()
+    assert management.pool("cpu").used == 0
+    use(model, handle)
 
 
 def test_what_cannot_be_taken_in_is_managed_no_more(management):

@@ -302,6 +302,30 @@ def test_a_model_without_tensors_of_its_own_learns_what_it_reads(pool):
     assert model.seen[-1]
 
 
+def test_threads_that_learn_while_others_wait_leave_no_lease(pool):
+    wrong: list[object] = []
+
+    def work(model: nn.Module, expected: torch.Tensor) -> None:
+        try:
+            for _ in range(4):
+                if not torch.equal(model(IDS), expected):
+                    wrong.append("other values")
+        except BaseException as error:
+            wrong.append(error)
+
+    for _ in range(5):
+        model = Tied().eval()
+        expected = model(IDS)
+        pools.manage(model)
+        threads = [threading.Thread(target=work, args=(model, expected)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert not wrong
+        until(lambda: not held())
+
+
 def test_what_was_learned_is_forgotten_with_the_budget_it_was_learned_in(pool):
     model = Tied().eval()
     expected = model(IDS)
@@ -351,7 +375,7 @@ def test_interrupts_leave_no_block_counted(pool):
         signal.signal(signal.SIGALRM, before)
     until(lambda: not held())
     stream = handle.user
-    assert not any(stream.block_seat(number).leases for number in range(len(stream.cut.blocks)))
+    assert not any(stream._runs(number) for number in range(len(stream.cut.blocks)))
     assert torch.equal(model(X), expected)
 
 

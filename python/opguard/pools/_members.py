@@ -158,44 +158,59 @@ class Members(Moving):
         Raises:
             Unmanageable, OSError: the new ones cannot be managed; the object is not any more.
         """
-        obj, user = entry.ref(), entry.user
-        if obj is None or not user.strays():
+        for part in entry.user.parts:
+            self.renew(part)
+        if not entry.user.strays():
             return
-        self.condemn(entry)
-        for pool in tuple(self.pools.values()):
-            self.move_all_out(self.ledger.reclaim_condemned, pool._index)
-        with entry.moving:
-            infos = [self.unit(unit) for unit in entry.all_units]
-            if any(info is None or info.state != ABSENT for info in infos):
-                user.warn_of_strays()
-                return
-            user.close()
-            try:
-                self._replace(entry, self._user(obj, entry.name, entry.options))
-            except BaseException:
-                self._dead.put(entry)
-                self._retire(entry)
-                raise
-        self.update(
-            entry,
-            priority=max((info.priority for info in infos), default=0),
-            pin=any(info.pinned for info in infos),
-        )
-        self.drain()
+        infos = [info for unit in entry.all_units if (info := self.unit(unit)) is not None]
+        pinned = any(info.pinned for info in infos)
+        try:
+            self.update(entry, pin=False)
+            self.condemn(entry)
+            for pool in tuple(self.pools.values()):
+                self.move_all_out(self.ledger.reclaim_condemned, pool._index)
+            with entry.moving:
+                renewed = self._renewed(entry)
+        finally:
+            if self._by_id.get(entry.key) is entry:
+                priority = max((info.priority for info in infos), default=0)
+                self.update(entry, priority=priority, pin=pinned)
+        if renewed:
+            self.drain()
+        else:
+            entry.user.warn_of_strays()
 
-    def _replace(self, entry: Entry, user: ResourcePoolUser) -> None:
-        """Another user of the same object, which takes the first one's place."""
+    def _renewed(self, entry: Entry) -> bool:
+        """Put another user in the place of one that is away. False: it is not."""
+        obj, user = entry.ref(), entry.user
+        if obj is None or not user.strays():  # another thread was at it
+            return True
+        if any(self.state(unit) != ABSENT for unit in entry.all_units):
+            return False
+        user.close()
+        try:
+            entry.user = self._user(obj, entry.name, entry.options)
+            self._resize(entry, self._needs_of(entry.user))
+        except BaseException:
+            self._dead.put(entry)
+            self._retire(entry)
+            raise
+        return True
+
+    def _resize(self, entry: Entry, needs: dict[str, int]) -> None:
+        """Who asks for a unit just now finds it again: it has another size from now on."""
+        for pool, unit in entry.units.items():
+            self.ledger.set_unit(unit, "nbytes", needs.pop(pool, 0))
         made: list[int] = []
         try:
-            units = self._add_units(user, self._needs_of(user), made)
-            with self._mutex:
-                self.entries.update(dict.fromkeys(made, entry))
-                entry.seat.units = tuple(made)
-                old, entry.user, entry.units = entry.units, user, units
+            more = self._add_units(entry.user, needs, made)
+            self.entries.update(dict.fromkeys(made, entry))
+            entry.units = entry.units | more
         except BaseException:
             self._remove_units(made)
             raise
-        self._remove_units(old.values())
+        if more:
+            entry.seat.units = tuple(entry.units.values())
 
     def _new_name(self, name: str) -> str:
         self._names[name] = number = self._names.get(name, 0) + 1

@@ -108,6 +108,10 @@ class PipelineWrapper(ResourcePoolUser):
         """The entries of its components, as of the last look."""
         return self._entries
 
+    @property
+    def parts(self) -> tuple[Entry, ...]:
+        return self._entries
+
     def refresh(self) -> None:
         """See which components it has now; new ones are managed, what is gone is let go."""
         obj = _kept(self.obj)

@@ -214,7 +214,8 @@ class StreamedModule(ModuleUser):
             for number, segment in enumerate(self._segments)
         ]
         self._outer = {number for block in blocks for number in block.around}
-        self._seats = [management.seat(()) for _ in blocks]
+        # By block; the last is the one to take, leases of those before it keep what they have.
+        self._seats: list[list[Any]] = [[] for _ in blocks]
         self._settle()
         for number, block in enumerate(blocks):
             if block.segments or number in self._outer:
@@ -235,8 +236,12 @@ class StreamedModule(ModuleUser):
                 self._management.update(entry, pin=True)  # those that may stay, now
 
     def _seat(self, number: int) -> None:
-        """Have leases of a block take what it takes now; those there are keep what they have."""
-        self._seats[number].units = tuple(self._units(self._taken[number]))
+        """Have leases of a block take what it takes now."""
+        held = [seat for seat in self._seats[number] if seat.leases]
+        self._seats[number] = [*held, self._management.seat(self._units(self._taken[number]))]
+
+    def _runs(self, number: int) -> bool:
+        return any(seat.leases for seat in self._seats[number])
 
     def _module_of(self, number: int) -> nn.Module:
         module = self.cut.blocks[number].module()
@@ -322,7 +327,7 @@ class StreamedModule(ModuleUser):
         """What leases of that block share."""
         if self._budget != self._pool.budget:
             self._settle()
-        return self._seats[number]
+        return self._seats[number][-1]
 
     def keeps(self, segment: int) -> bool:
         """Whether it may stay after use; all of them together cannot."""
@@ -356,8 +361,8 @@ class StreamedModule(ModuleUser):
         """
         for number, block in enumerate(self.cut.blocks if self._learns else ()):
             outer = block.around[-1] if block.around else -1
-            if segment in block.segments and outer >= 0 and self._seats[outer].leases:
-                if not self._seats[number].leases and self._has_room(outer, segment):
+            if segment in block.segments and outer >= 0 and self._runs(outer):
+                if not self._runs(number) and self._has_room(outer, segment):
                     self._taken[outer].add(segment)
                     self._seat(outer)
                 return
@@ -383,14 +388,14 @@ class StreamedModule(ModuleUser):
         return True
 
     def _is_in(self, number: int) -> bool:
-        infos = map(self._management.unit, self._seats[number].units)
+        infos = map(self._management.unit, self._seats[number][-1].units)
         # What was told to go is about to, unless it is taken again.
         return all(i and i.state in (LOADING, READY) and not i.condemned for i in infos)
 
     def _bring_in(self, number: int) -> None:
         management = self._management
         owner = _C.pool_owner(management.ledger)
-        units = self._seats[number].units
+        units = self._seats[number][-1].units
         with self._fetching.here:
             if self._wish != number:  # paused, or another one is wanted by now
                 return

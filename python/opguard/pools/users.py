@@ -126,6 +126,11 @@ class ResourcePoolUser(ABC):
         """What it is made of, where its bytes are those of other users; they are told instead."""
         return ()
 
+    @property
+    def parts(self) -> tuple[Entry, ...]:
+        """Those of its members that are managed for themselves as well."""
+        return ()
+
     def seat(self, own: Any) -> Any:
         """What a lease on it takes: the seat of its own units, or one of its members' units."""
         return own
