@@ -252,6 +252,7 @@ def test_pinned_it_runs_and_what_can_stay_stays(pool):
     for _ in range(3):
         assert torch.equal(model(X), expected)
     assert handle.pinned
+    handle.user.pause()  # what is being fetched is in use
     pools.free()
     kept = pool.used
     assert 0 < kept <= pool.budget - 2 * LAYER
@@ -259,6 +260,7 @@ def test_pinned_it_runs_and_what_can_stay_stays(pool):
         pools.manage(layers(3)).load()
     pool.budget = 4 * LAYER
     assert torch.equal(model(X), expected)
+    handle.user.pause()
     pools.free()
     assert 0 < pool.used < kept
     handle.pinned = False
@@ -404,6 +406,31 @@ def test_interrupted_while_it_is_managed_it_is_a_plain_model(pool, monkeypatch):
     assert torch.equal(model(X), expected)
 
 
+def test_a_model_that_dies_while_a_block_of_it_is_fetched_stops_no_fetching(pool, monkeypatch):
+    """Whoever asks buries who died: the thread that fetches meets its own model there."""
+    from opguard.pools import streaming
+
+    models, management = [layers()], pools.get_management()
+    pools.manage(models[0])
+    models[0](X)
+    fetching, go_on, buried = threading.Event(), threading.Event(), threading.Event()
+
+    def bury(_ask):
+        fetching.set()
+        go_on.wait(20)
+        management.drain()
+        buried.set()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(streaming, "enter", bury)
+        until(lambda: models[0](X) is not None and fetching.wait(0.01))
+        management.stop()  # nobody else does it
+        models.clear()
+        go_on.set()
+        assert buried.wait(5)
+    assert not management.snapshot().users
+
+
 def test_a_child_forked_while_a_block_is_fetched_goes_on(pool, monkeypatch):
     model = layers()
     handle = pools.manage(model)
@@ -417,8 +444,7 @@ def test_a_child_forked_while_a_block_is_fetched_goes_on(pool, monkeypatch):
     from opguard.pools import streaming
 
     monkeypatch.setattr(streaming, "enter", wait)
-    model(X)
-    assert fetching.wait(5)
+    until(lambda: model(X) is not None and fetching.wait(0.01))
     child = os.fork()
     if child == 0:  # the thread that fetches is not here
         signal.alarm(10)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -187,6 +188,7 @@ class StreamedModule(ModuleUser):
         self._course = Course()
         self._wish = -1
         self._fetching = ForkLock()
+        self._fetcher = 0
         self.home = Home.adopt(
             module, management.folder, self._name, segments=tensors, trust_files=trust_files
         )
@@ -313,8 +315,10 @@ class StreamedModule(ModuleUser):
     def pause(self) -> None:
         """Bring in nothing more that nobody has asked for; returns when none is on its way."""
         self._wish = -1
-        with self._fetching.here:
-            return
+        # Who fetches may bury models on the way, this one too.
+        if self._fetcher != threading.get_ident():
+            with self._fetching.here:
+                return
 
     def make_room(self, nbytes: int) -> int:
         """Have idle users of its pool give back that much. Returns bytes that came free."""
@@ -393,12 +397,19 @@ class StreamedModule(ModuleUser):
         return all(i and i.state in (LOADING, READY) and not i.condemned for i in infos)
 
     def _bring_in(self, number: int) -> None:
-        management = self._management
-        owner = _C.pool_owner(management.ledger)
-        units = self._seats[number][-1].units
         with self._fetching.here:
             if self._wish != number:  # paused, or another one is wanted by now
                 return
-            enter(Ask(management, owner.id, units, flags=TRY))
-            if management.ledger.leave(owner.id, units, ()):
-                management.pump()
+            self._fetcher = threading.get_ident()
+            try:
+                self._fetch(number)
+            finally:
+                self._fetcher = 0
+
+    def _fetch(self, number: int) -> None:
+        management = self._management
+        owner = _C.pool_owner(management.ledger)
+        units = self._seats[number][-1].units
+        enter(Ask(management, owner.id, units, flags=TRY))
+        if management.ledger.leave(owner.id, units, ()):
+            management.pump()
