@@ -64,6 +64,20 @@ def settled(management):
 # --- leases ---------------------------------------------------------------------------------------
 
 
+def test_a_proxy_that_is_entered_by_hand_and_dropped_keeps_no_lease_and_no_patch(pools):
+    model = tiny()
+    handle = manage(model)
+    before = model[0].weight.clone()
+    keeper = CommitObjectProxy(model)
+    proxy = CommitObjectProxy(model, [Doubles()])
+    proxy.__enter__()
+    assert leases(handle) > 0
+    del proxy
+    assert leases(handle) == 0
+    assert torch.equal(model[0].weight, before)
+    assert keeper.applied == ()
+
+
 @pytest.mark.parametrize("commit", [Doubles(), CallableCommit(flag)], ids=["weights", "function"])
 @pytest.mark.parametrize("kind", [CommitObjectProxy, AutoManageCommitObjectProxy])
 def test_a_managed_object_is_in_while_it_is_patched_and_free_to_go_after(pools, kind, commit):

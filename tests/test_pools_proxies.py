@@ -120,6 +120,56 @@ def test_a_generator_that_is_dropped_inside_its_block_leaves_nothing():
     assert thing.log == []
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_proxy_that_is_entered_by_hand_and_dropped_is_left(beside):
+    thing = Thing()
+    other = CommitObjectProxy(thing, [Push("b")]) if beside else None
+    proxy = CommitObjectProxy(thing, [Push("a")])
+    proxy.__enter__()
+    proxy.__enter__()
+    assert thing.log == ["a"]
+    del proxy
+    assert thing.log == []
+    with other or CommitObjectProxy(thing, [Push("b")], timeout=1):
+        assert thing.log == ["b"]
+    assert thing.log == []
+
+
+def test_one_that_is_dropped_inside_another_s_block_gives_that_its_stack_back():
+    thing = Thing()
+    with CommitObjectProxy(thing, [Push("a")]) as same:
+        inner = CommitObjectProxy(thing, [Push("a"), Push("b")])
+        inner.__enter__()
+        assert same.log == ["a", "b"]
+        outer = CommitObjectProxy(thing, [Push("c")])
+        outer.__enter__()
+        del inner  # not the innermost: nothing changes
+        assert same.log == ["c"]
+        del outer
+        assert same.log == ["a"]
+    assert thing.log == []
+
+
+def test_who_waits_for_a_block_of_a_dropped_proxy_gets_its_turn():
+    thing, waits, seen = Thing(), threading.Event(), []
+    proxy = CommitObjectProxy(thing, [Push("a")])
+    in_thread(proxy.__enter__).join(5)  # a thread that is gone by now
+    assert thing.log == ["a"]
+
+    def wait():
+        waits.set()
+        with CommitObjectProxy(thing, [Push("b")], timeout=5):
+            seen.append(list(thing.log))
+
+    thread = in_thread(wait)
+    assert waits.wait(5)
+    time.sleep(0.05)
+    del proxy
+    thread.join(5)
+    assert seen == [["b"]]
+    assert thing.log == []
+
+
 def test_a_call_is_a_block_of_its_own():
     def shout(self, x):
         return x + "!"

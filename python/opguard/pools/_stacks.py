@@ -120,6 +120,8 @@ class PatchedObject(Turn):
         self.resting: tuple[CommitABC, ...] = ()
         self.entries: list[Entry] = []
         self.proxies = 0
+        # Whether a block went without having been left.
+        self.behind = False
 
     @property
     def stack(self) -> tuple[CommitABC, ...]:
@@ -139,6 +141,21 @@ class PatchedObject(Turn):
         if not self.proxies:
             _orphans.append(self)
 
+    @property
+    def wanted(self) -> tuple[CommitABC, ...]:
+        """What should be on the object: the innermost block's stack, or that of no block."""
+        entries = tuple(self.entries)
+        return entries[-1].stack if entries else self.resting if self.proxies else ()
+
+    def lose(self, entries: Sequence[Entry]) -> None:
+        """Under the lock: a proxy died inside these blocks of its, so nobody will leave them."""
+        self.proxies -= 1
+        for entry in entries:
+            if entry in self.entries:
+                self.entries.remove(entry)
+                self.behind = True
+            self._release_locked(entry)
+
     # -- blocks ---------------------------------------------------------------------------------
 
     def open(self, entry: Entry) -> None:
@@ -154,7 +171,7 @@ class PatchedObject(Turn):
         """Puts the stack of the innermost block that is left on the object."""
         if entry in self.entries:
             self.entries.remove(entry)
-        self.rebase(self.entries[-1].stack if self.entries else self.resting)
+        self.rebase(self.wanted)
         self._settle()
 
     def rest(self, stack: tuple[CommitABC, ...]) -> None:
@@ -352,20 +369,20 @@ def record_of(obj: Any, proxy: Any) -> PatchedObject:
             record = _records[id(obj)] = PatchedObject(obj)
         record.proxies += 1
     locked.after()
-    weakref.finalize(proxy, _proxy_died, record).atexit = False
+    weakref.finalize(proxy, _proxy_died, record, proxy._entries).atexit = False
     return record
 
 
-_deaths: deque[PatchedObject] = deque()
+_deaths: deque[tuple[PatchedObject, list[Entry]]] = deque()
 
 
-def _proxy_died(record: PatchedObject) -> None:
-    _deaths.append(record)
+def _proxy_died(record: PatchedObject, entries: list[Entry]) -> None:
+    _deaths.append((record, entries))
     _look_after_orphans()
 
 
 def _look_after_orphans() -> None:
-    """Counts proxies that died; takes back what nobody is left to take back."""
+    """Counts proxies that died, and takes back what nobody is left to take back."""
     while _deaths or _orphans:
         record = _next_orphan()
         if record is None and (_deaths or _orphans):
@@ -375,7 +392,7 @@ def _look_after_orphans() -> None:
 
 
 def _next_orphan() -> PatchedObject | None:
-    """One that nobody has a proxy of, held by this thread now."""
+    """One that has what nobody is left to take back, held by this thread now."""
     if locked.lock._is_owned():  # this runs in a finalizer
         return None
     held: list[bool] = []  # an interrupt may come right after the lock was taken
@@ -384,13 +401,17 @@ def _next_orphan() -> PatchedObject | None:
         if not held[0]:
             return None
         while _deaths:
-            dead = _deaths.popleft()
-            dead.proxies -= 1
+            dead, entries = _deaths.popleft()
+            dead.lose(entries)
             _orphans.append(dead)
         while _orphans:
-            record = _orphans.popleft()
-            if not record.proxies and not record._holds:
-                record.owner = current_owner()
+            record, owner = _orphans.popleft(), current_owner()
+            # Whoever has a block on it will leave that; here only between two changes of ours.
+            ours = record.owner is not None and record.owner.is_same(owner)
+            if record._holds and (not ours or _pending.calls is not None):
+                continue
+            if record.behind or not (record._holds or record.proxies):
+                record.owner = owner if record.owner is None else record.owner
                 record._holds.append(_OURS)
                 return record
         return None
@@ -400,20 +421,25 @@ def _next_orphan() -> PatchedObject | None:
 
 
 def _take_back(record: PatchedObject) -> None:
-    """Nobody has a proxy of this object: it gets back what it was, and the record goes."""
+    """The object gets what it should have; the record goes where nobody has a proxy of it."""
     gone = False
     try:
-        record.resting = ()
-        record.rebase(())
+        record.behind = False
+        if not record.proxies:
+            record.resting = ()
+        record.rebase(record.wanted)
+        record._settle()
         gone = True
     finally:
         with locked.lock:
             record._holds.remove(_OURS)
-            record.owner = None
-            gone = gone and not record.proxies and not record._waiters
-            if gone and _records.get(id(record.obj)) is record:
+            gone = gone and not (record.proxies or record._waiters or record._holds)
+            gone = gone and _records.get(id(record.obj)) is record
+            if not record._holds:
+                record.owner = None
+            if gone:
                 del _records[id(record.obj)]
-            elif record._waiters:
+            elif record._waiters and not record._holds:
                 record._pass_on()
     if gone:
         for forget in on_forget:

@@ -36,7 +36,7 @@ class CommitObjectProxy(Generic[T]):
 
     Args:
         base: any object. The proxy keeps it alive and never copies it: what is patched is the
-            object itself, for the time of the block.
+            object itself, for the time of the block, which ends at the latest with the proxy.
         commits: bottom first; each at most once.
         timeout: seconds to wait for another thread's or task's block on the same object; None
             waits as long as it takes, 0 refuses at once.
