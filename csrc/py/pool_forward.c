@@ -100,13 +100,28 @@ invoke_prepared(const ForwardObject *self, PyObject *module, PyObject *args,
     return result;
 }
 
+/* keeper.name(self, argument); without the argument where that is NULL. The
+ * keeper is held meanwhile: looking its method up may take it out of self. */
+static PyObject *
+call_keeper(ForwardObject *self, const char *name, PyObject *argument)
+{
+    PyObject *keeper = Py_NewRef(self->keeper);
+    PyObject *method = PyObject_GetAttrString(keeper, name);
+    PyObject *result = method == NULL
+                           ? NULL
+                           : PyObject_CallFunctionObjArgs(
+                                 method, (PyObject *)self, argument, NULL);
+    Py_XDECREF(method);
+    Py_DECREF(keeper);
+    return result;
+}
+
 /* Has the keeper find the seat of the first call: borrowed from self. */
 static OG_COLD PyObject *
 adopt(ForwardObject *self)
 {
     if (is_given(self->keeper)) {
-        PyObject *found =
-            PyObject_CallMethod(self->keeper, "adopt", "O", (PyObject *)self);
+        PyObject *found = call_keeper(self, "adopt", NULL);
         if (found == NULL) {
             return NULL;
         }
@@ -127,8 +142,7 @@ drive(ForwardObject *self, PyObject *body)
     if (!is_given(self->keeper)) {
         return body;
     }
-    PyObject *driven = PyObject_CallMethod(self->keeper, "drive", "OO",
-                                           (PyObject *)self, body);
+    PyObject *driven = call_keeper(self, "drive", body);
     Py_DECREF(body);
     return driven;
 }
@@ -290,10 +304,7 @@ ask_keeper(PyObject *object, const char *name, PyObject *argument)
                         "has none; copy the function that it calls");
         return NULL;
     }
-    return argument == NULL
-               ? PyObject_CallMethod(self->keeper, name, "O", object)
-               : PyObject_CallMethod(self->keeper, name, "OO", object,
-                                     argument);
+    return call_keeper(self, name, argument);
 }
 
 static PyObject *

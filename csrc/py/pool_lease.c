@@ -17,6 +17,7 @@ typedef struct {
     int place;
     og_pool_entry *top;
     Py_ssize_t ended; /* entries that the collector ended before their block */
+    bool ending;      /* it ends them now, whose ever they are */
     PyObject *weak_list;
 } LeaseObject;
 
@@ -48,12 +49,34 @@ push(LeaseObject *self, og_pool_entry *entry, og_pool_hold *hold,
     *hold = (og_pool_hold){0};
 }
 
-/* Gives the newest entry back: as og_pool_give. */
-static int
-pop(LeaseObject *self)
+/* Where the link to the entry is that is left: the newest of who leaves, of
+ * several; else the newest of all, for any thread may leave. It may be gone:
+ * to look who leaves may run any code. */
+static og_pool_entry **
+find_leaving(LeaseObject *self)
 {
-    og_pool_entry *entry = self->top;
-    self->top = entry->below;
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    SeatObject *seat = self->top->hold.seat;
+    Py_INCREF((PyObject *)seat);
+    OwnerObject *owner = og_pool_owner_now(state_of((PyObject *)self),
+                                           seat->ledger_object, seat->ledger);
+    Py_DECREF((PyObject *)seat);
+    Py_XDECREF((PyObject *)owner);     /* its entries keep it alive */
+    PyErr_Restore(type, value, trace); /* who leaves must have left */
+    og_pool_entry **at = &self->top;
+    while (*at != NULL && (*at)->hold.owner != owner) {
+        at = &(*at)->below;
+    }
+    return *at == NULL ? &self->top : at;
+}
+
+/* Gives an entry back: as og_pool_give. */
+static int
+pop(og_pool_entry **link)
+{
+    og_pool_entry *entry = *link;
+    *link = entry->below;
     if (entry->next != NULL) {
         entry->next->previous = entry->previous;
     }
@@ -121,6 +144,9 @@ enter(LeaseObject *self, bool wait, og_pool_hold *asked)
 static int
 leave(LeaseObject *self)
 {
+    bool several = self->top != NULL && self->top->below != NULL;
+    og_pool_entry **link =
+        several && !self->ending ? find_leaving(self) : &self->top;
     if (self->top == NULL && self->ended > 0) {
         self->ended--; /* the block was in a generator that went with us */
         return 0;
@@ -131,7 +157,7 @@ leave(LeaseObject *self)
                         "it is not; use it by `with`");
         return -1;
     }
-    int result = pop(self);
+    int result = pop(link);
     if (self->after == NULL) {
         return result;
     }
@@ -332,6 +358,9 @@ Lease_traverse(PyObject *object, visitproc visit, void *arg)
     Py_VISIT(self->value);
     Py_VISIT(self->timeout);
     Py_VISIT(self->after);
+    for (og_pool_entry *at = self->top; at != NULL; at = at->below) {
+        Py_VISIT((PyObject *)at->hold.seat);
+    }
     return 0;
 }
 
@@ -343,12 +372,14 @@ Lease_finalize(PyObject *object)
     LeaseObject *self = (LeaseObject *)object;
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
+    self->ending = true;
     while (self->top != NULL) {
         self->ended++;
         if (leave(self) < 0) {
             PyErr_WriteUnraisable(NULL);
         }
     }
+    self->ending = false;
     PyErr_Restore(type, value, trace);
 }
 

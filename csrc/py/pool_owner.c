@@ -125,12 +125,18 @@ owner_alloc(og_pool_lease_state *lease, PyObject *ledger_object,
     }
     self->ledger_object = Py_NewRef(ledger_object);
     self->ledger = ledger;
+    return self;
+}
+
+/* From now on it is listed: it has its id. */
+static void
+owner_link(og_pool_lease_state *lease, OwnerObject *self)
+{
     self->older = lease->owners;
     if (lease->owners != NULL) {
         lease->owners->newer = self;
     }
     lease->owners = self;
-    return self;
 }
 
 /* The caller's owner, made and put into the context. inherited may be NULL. */
@@ -166,6 +172,7 @@ owner_make(og_pool_lease_state *lease, PyObject *ledger_object,
         Py_DECREF((PyObject *)self);
         return NULL;
     }
+    owner_link(lease, self);
     PyObject *token =
         PyObject_CallFunctionObjArgs(lease->owner_set, (PyObject *)self, NULL);
     if (token == NULL) {

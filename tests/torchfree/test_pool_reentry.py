@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextvars
+import copy
 import gc
 import sys
+import threading
 import types
 import weakref
 
@@ -156,3 +158,71 @@ def test_a_module_collected_while_its_method_is_made(C, seat, by_hand):
         if isinstance(wrapped, types.MethodType):
             assert wrapped.__self__.itself is wrapped.__self__
         del garbage, wrapped
+
+
+def test_a_lease_that_two_threads_share_is_left_by_whom_it_is_left(C, seat):
+    """The first to come is the first to go; who is still inside is the one that holds it."""
+    lease, entered, go = C.Lease(seat), threading.Event(), threading.Event()
+
+    def first():
+        owners.append(C.pool_owner(seat.ledger))
+        with lease:
+            entered.set()
+            go.wait(10)
+
+    owners = []
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait(10)
+    with lease:
+        go.set()
+        thread.join()
+        mine = C.pool_owner(seat.ledger)
+        assert lease.entered == 1
+        assert seat.ledger.holders(seat.units[0]) == ((mine.id, 1),)
+        assert (len(mine.held), owners[0].held) == (1, ())
+    assert (lease.entered, leases(seat)) == (0, [0])
+
+
+def test_a_forgotten_lease_in_a_cycle_of_its_own_seat_is_given_back(C, seat, by_hand):
+    def forget():
+        own = C.Seat(seat.ledger, seat.units)
+        lease = C.Lease(own)
+        own.enter_slow = lambda *given: lease
+        lease.__enter__()
+
+    forget()
+    assert leases(seat) == [1]
+    gc.collect()
+    assert leases(seat) == [0]
+
+
+@pytest.mark.parametrize("road", ["adopt", "drive", "deepcopy"])
+def test_a_keeper_that_goes_while_it_is_asked(C, seat, road):
+    """Looking a method up runs code, which may drop who has it."""
+
+    class Keeper:
+        @property
+        def gone(self):
+            forward.keeper = None
+            raise AttributeError
+
+        adopt = drive = deepcopy = gone
+
+        def __getattr__(self, name):
+            asked.append(name)
+            return lambda *given: found.append(self)
+
+    asked, found = [], []
+    forward = C.LeasedForward(
+        None if road == "adopt" else seat, lambda: (x for x in ()), None, Keeper()
+    )
+    if road == "deepcopy":
+        copy.deepcopy(forward)
+    elif road == "drive":
+        assert forward() is None
+    else:
+        with pytest.raises(RuntimeError, match="has none"):
+            forward()
+    assert asked == [road]
+    assert type(found[0]) is Keeper
