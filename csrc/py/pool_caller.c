@@ -99,6 +99,9 @@ og_pool_line(PyObject *code, int place)
     int line = 0;
     Py_XDECREF(rows);
     while (each != NULL && line == 0 && (row = PyIter_Next(each)) != NULL) {
+        if (PyErr_Occurred() != NULL) {
+            break; /* without memory 3.11 gives a row that it has released */
+        }
         line = line_in_row(row, place);
         Py_DECREF(row);
     }
