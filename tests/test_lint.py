@@ -318,6 +318,7 @@ LAYERS = (
         "_numbers",
         "_routing",
         "_secrets",
+        "_sizes",
         "_tables",
         "_types",
         "hub",

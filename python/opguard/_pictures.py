@@ -47,4 +47,5 @@ def shows_itself(axes: Axes, figure: Figure) -> Axes:
 def label(name: str, most: int) -> str:
     """A user's name as text in a picture: at most ``most`` letters, of which the end says more."""
     name = name if len(name) <= most else "..." + name[3 - most :]
+    name = f" {name}" if name.startswith("_") else name  # else a legend leaves it out
     return one_line(name).replace("$", r"\$")  # a dollar sign would begin mathematics

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from opguard._sizes import readable
 from opguard.devices import DeviceLike, memory_now, normalize_device
 
 __all__ = ["Holder", "Holders", "who_holds"]
@@ -55,28 +56,19 @@ class Holders(NamedTuple):
     holders: tuple[Holder, ...]
 
     def __repr__(self) -> str:
-        lines = [f"{self.device}: {_bytes(self.size)} in {self.storages} storages"]
+        lines = [f"{self.device}: {readable(self.size)} in {self.storages} storages"]
         for holder in self.holders:
             shared = f", {holder.tensors} tensors" if holder.tensors > 1 else ""
-            lines.append(f"{_bytes(holder.size):>11}  {holder.what}{shared}: {holder.chain}")
+            lines.append(f"{readable(holder.size):>11}  {holder.what}{shared}: {holder.chain}")
         rest = self.storages - len(self.holders)
         if rest > 0:
             left = self.size - sum(holder.size for holder in self.holders)
-            lines.append(f"{_bytes(left):>11}  in {rest} smaller storages")
+            lines.append(f"{readable(left):>11}  in {rest} smaller storages")
         if self.elsewhere > 0:
             lines.append(
-                f"{_bytes(self.elsewhere):>11}  held by no Python tensor, such as autograd's graphs"
+                f"{readable(self.elsewhere):>11}  held by no Python tensor, as autograd's graphs"
             )
         return "\n".join(lines)
-
-
-def _bytes(size: int) -> str:
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError
 
 
 class _Storage:

@@ -8,6 +8,8 @@ import sys
 from importlib import metadata
 from typing import Any
 
+from opguard._sizes import readable
+
 __all__ = ["as_json", "as_text", "collect"]
 
 PYTHON_FLOOR = "3.11"
@@ -95,7 +97,7 @@ def as_json() -> str:
 
 
 def _size(memory: int | None) -> str:
-    return "" if memory is None else f", {memory / 2**30:.1f} GiB"
+    return "" if memory is None else f", {readable(memory)}"
 
 
 def as_text() -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from opguard._sizes import readable
 from opguard.base import OpGuardBase
 from opguard.hub import LocalFileMissing
 
@@ -50,14 +51,14 @@ class Profile:
     def as_text(self) -> str:
         """Lines for a terminal."""
         rows = [
-            ("model", f"{self.name} on {self.device} as {self.dtype}, {_mib(self.weights)}"),
+            ("model", f"{self.name} on {self.device} as {self.dtype}, {readable(self.weights)}"),
             ("load", _time(self.load)),
             ("call", f"{_time(self.call)} (median of {self.calls})"),
         ]
         if self.bare is not None and self.overhead is not None:
             rows.append(("bare", f"{_time(self.bare)}, so the guard adds {_time(self.overhead)}"))
         if self.peak is not None:
-            rows.append(("peak", f"{_mib(self.peak)} of {self.device}"))
+            rows.append(("peak", f"{readable(self.peak)} of {self.device}"))
         if self.trace is not None:
             rows.append(("trace", f"{self.trace} (open it in ui.perfetto.dev)"))
         lines = [f"{name:<6} {text}" for name, text in rows]
@@ -74,10 +75,6 @@ def _time(seconds: float) -> str:
     if abs(seconds) < 1e-3:
         return f"{seconds * 1e6:.1f} us"
     return f"{seconds * 1e3:.2f} ms" if abs(seconds) < 1 else f"{seconds:.2f} s"
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"
 
 
 def _synchronized(device: torch.device) -> Callable[[], None]:

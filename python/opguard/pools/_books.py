@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from _thread import allocate_lock
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -67,13 +67,14 @@ class Books:
         self.recorder = Recorder()
         self._latches: dict[int, Latch] = {}
 
-    def pool(self, name: str) -> ResourcePool:
-        """The pool of that name; ``"cuda"`` is the first of them.
+    def pool(self, name: str | torch.device) -> ResourcePool:
+        """The pool of that name or device; ``"cuda"`` is the first of them.
 
         Raises:
             KeyError: naming the pools there are.
         """
-        found = self.pools.get(name) or self.pools.get(f"{name}:0")
+        name = str(name)
+        found = self.pools.get(name, self.pools.get(f"{name}:0"))
         if found is None:
             raise KeyError(f"expected one of the pools {sorted(self.pools)}, got {name!r}")
         return found
@@ -156,6 +157,13 @@ class Books:
     def _units_of(self, unit: int) -> list[tuple[str, int]]:
         entry = self.entries.get(unit)
         return list(entry.units.items()) if entry else []
+
+    def count_unmet(self, units: Iterable[int]) -> None:
+        """Uses that the ledger counted, and that were no hits."""
+        for unit in units:
+            entry = self.entries.get(unit)
+            if entry is not None:
+                entry.stats.unmet += 1
 
     def note_wait(self, units: Sequence[int], seconds: float) -> None:
         """Account time that a request for these units waited."""

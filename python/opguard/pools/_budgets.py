@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from operator import index
 from pathlib import Path
+from typing import SupportsIndex
 
 import torch
 
-__all__ = ["device_capacity", "host_capacity", "parse_bytes", "readable"]
+__all__ = ["device_capacity", "host_capacity", "parse_bytes"]
 
 UNITS = {
     "": 1,
@@ -27,11 +29,15 @@ UNITS = {
     "tib": 1 << 40,
 }
 TEXT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*|%)\s*")
+# What the ledger counts in one pool.
+MOST = 1 << 60
 # cgroup v1 says "no limit" by a number near 2**63.
 NO_LIMIT = 1 << 60
 
 
-def parse_bytes(value: int | str, whole: int | None = None, *, what: str = "a budget") -> int:
+def parse_bytes(
+    value: SupportsIndex | str, whole: int | None = None, *, what: str = "a budget"
+) -> int:
     """Bytes of ``value``: a number of bytes, text with a unit, or a share of ``whole``.
 
     Args:
@@ -41,36 +47,29 @@ def parse_bytes(value: int | str, whole: int | None = None, *, what: str = "a bu
 
     Raises:
         TypeError: for anything that is neither an int nor text.
-        ValueError: for text that names no number of bytes, and for less than none.
+        ValueError: for text that names no number of bytes, for less than none and beyond 2**60.
     """
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if isinstance(value, bool) or not (isinstance(value, str) or hasattr(value, "__index__")):
         raise TypeError(
             f"expected {what} as int bytes or text like '256MiB', got {type(value).__name__}"
         )
-    if isinstance(value, int):
-        if value < 0:
-            raise ValueError(f"expected {what} of at least 0 bytes, got {value}")
-        return value
+    nbytes = _from_text(value, whole, what) if isinstance(value, str) else float(index(value))
+    if not 0 <= nbytes <= MOST:
+        raise ValueError(f"expected {what} of 0 to 2**60 bytes, got {value!s:.40}")
+    return int(nbytes) if isinstance(value, str) else index(value)
+
+
+def _from_text(value: str, whole: int | None, what: str) -> float:
     found = TEXT.fullmatch(value)
     if found and found[2] == "%":
         if whole is None or float(found[1]) > 100:
             raise ValueError(f"expected {what} as a share of at most 100 % of a device: {value!r}")
-        return int(whole * float(found[1]) / 100)
+        return whole * float(found[1]) / 100
     if not found or found[2].lower() not in UNITS:
         raise ValueError(
-            f"expected {what} like 268435456, '256MiB', '1.5 GB' or '50%', got {value!r}"
+            f"expected {what} like 268435456, '256MiB', '1.5 GB' or '50%', got {value!r:.80}"
         )
-    return int(float(found[1]) * UNITS[found[2].lower()])
-
-
-def readable(nbytes: float) -> str:
-    """``"12.5 MiB"`` for a number of bytes."""
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+    return float(found[1]) * UNITS[found[2].lower()]
 
 
 def host_capacity() -> int:

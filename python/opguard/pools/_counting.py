@@ -17,6 +17,7 @@ class Stats:
 
     def __init__(self) -> None:
         self.misses = 0
+        self.unmet = 0  # uses that did not find it there, or came to nothing
         self.evictions = 0
         self.bytes_in = 0
         self.written_back = 0

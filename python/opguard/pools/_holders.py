@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from opguard.pools._budgets import readable
+from opguard._sizes import readable
 from opguard.pools._places import is_ours, line_outside, name_of_thread, place
 from opguard.pools._stacks import line_of
 from opguard.pools.errors import Deadlock, LeaseTimeout, PoolRefused

@@ -74,7 +74,8 @@ class Members(Moving):
         try:
             first.extend(map(self._claims.setdefault, (key,), (mine,)))
             if first[0] is mine:
-                return self.find(obj) or self._made(obj, name, options)
+                entry = self.find(obj) or self._made(obj, name, options)
+                return entry
         finally:
             if first and first[0] is mine:
                 self._claims.pop(key)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from _thread import get_ident
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -10,14 +12,16 @@ from typing import Any
 import torch
 
 from opguard.pools._books import EVICTING, READY, Books, Entry
+from opguard.pools._budgets import parse_bytes
 from opguard.pools._reclaiming import Reclaimer
 from opguard.pools.errors import PoolError, PoolFileChanged
-from opguard.pools.policies import Candidate
+from opguard.pools.policies import Candidate, rank_of
 from opguard.pools.resource_pools import ResourcePool
 
 __all__ = ["Moving"]
 
 EVERYTHING = 1 << 60
+logger = logging.getLogger("opguard.pools")
 # Seconds that `free` waits for others who give back.
 PATIENCE = 1.0
 
@@ -51,6 +55,7 @@ class Moving(Books):
         self._told_to_go: set[int] = set()
         self.would_not_go: set[int] = set()
         self._rank: Callable[[Candidate], float] | None = None
+        self._ranking: set[int] = set()  # threads
         self._reclaimer = Reclaimer(self)
         self._sweep_next = 0
         # By unit: how often it had been used when nobody did, and the mark set after that.
@@ -64,18 +69,21 @@ class Moving(Books):
         """Take leave of objects that died. True: some are still in use."""
         return False
 
-    def free(self, device: torch.device | str | None = None, nbytes: int | None = None) -> int:
+    def free(
+        self, device: torch.device | str | None = None, nbytes: int | str | None = None
+    ) -> int:
         """Give back idle users, least valuable first. Returns bytes that came free.
 
         Args:
             device: of which memory; None is where modules run.
-            nbytes: at least so many, where there are; None is all.
+            nbytes: at least so many, where there are, as bytes or text; None is all.
         """
-        pool = self.execution_pool if device is None else self.pool(str(device))
-        wanted = EVERYTHING if nbytes is None else int(nbytes)
+        pool = self.execution_pool if device is None else self.pool(device)
+        wanted = EVERYTHING if nbytes is None else parse_bytes(nbytes, what="bytes to free")
         for unit in tuple(self.would_not_go):  # they may by now: there is room on the disk again
             if self.state(unit) == READY:
                 self.ledger.condemn(unit)
+        self._rank_if_it_can()
         freed = self.move_all_out(self.ledger.reclaim, pool._index, wanted, 0)
         # Another thread is at it: what it gives back is free then, too. Not so one who was granted
         # bytes and cannot move them before this returns: a task of the loop that runs here.
@@ -253,6 +261,7 @@ class Moving(Books):
     def _reclaim_above_budget(self, pool: ResourcePool) -> bool:
         budget, used = self.ledger.pool(pool._index)[:2]
         if used > budget:
+            self._rank_if_it_can()
             self.move_all_out(self.ledger.reclaim, pool._index, used - budget, 0)
             budget, used = self.ledger.pool(pool._index)[:2]
         return bool(used > budget)
@@ -275,15 +284,37 @@ class Moving(Books):
                 entry.moving.release()
 
     def rank(self) -> None:
-        """Ask a callable policy about all who could go. Under no lock; the ledger validates."""
-        if self._rank is None:
+        """Ask a callable policy about all who could go. Under no lock; the ledger validates.
+
+        Raises:
+            Exception: the policy's own, or that it answers no number.
+        """
+        policy, me = self._rank, get_ident()
+        if policy is None or me in self._ranking:  # it uses pools itself
             return
-        for unit, entry in tuple(self.entries.items()):
-            info = self.unit(unit)
-            if info is not None and info.state == READY and not info.leases and not info.pinned:
-                pool = next(p for name, p in self.pools.items() if entry.units.get(name) == unit)
+        self._ranking.add(me)
+        try:
+            for unit, entry in self.entries.copy().items():
+                self._rank_one(policy, unit, entry)
+        finally:
+            self._ranking.discard(me)
+
+    def _rank_one(self, policy: Callable[[Candidate], float], unit: int, entry: Entry) -> None:
+        info = self.unit(unit)
+        if info is None or info.state != READY or info.leases or info.pinned:
+            return
+        for name, pool in self.pools.items():
+            if entry.units.get(name) == unit:
                 candidate = Candidate(
                     entry.name, pool.name, pool.device, info.nbytes, info.priority,
                     info.uses, info.tick, info.cost,
                 )  # fmt: skip
-                self.ledger.set_unit(unit, "rank", float(self._rank(candidate)))
+                rank = rank_of(policy, candidate)
+                with suppress(ValueError):  # it went meanwhile
+                    self.ledger.set_unit(unit, "rank", rank)
+
+    def _rank_if_it_can(self) -> None:
+        try:
+            self.rank()
+        except Exception:
+            logger.exception("the policy failed; who goes is chosen by what it said before")

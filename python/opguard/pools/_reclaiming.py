@@ -33,17 +33,24 @@ class Reclaimer:
 
     def start(self) -> None:
         """Start the thread, unless it runs. Not from a finalizer."""
-        if self._thread is not None:
+        if self._has_thread():
             return
         with self._starting:
             thread = threading.Thread(target=self._run, name="opguard-reclaimer", daemon=True)
-            if self._thread is not None:  # a finalizer came here meanwhile
+            if self._has_thread():  # another was first, or a finalizer came here meanwhile
                 return
             self._thread = thread
             try:
                 thread.start()
-            except RuntimeError:  # no thread can be had now; requests give back what they need
-                self._thread = None
+            except BaseException as error:
+                if thread.ident is None:
+                    self._thread = None
+                if not isinstance(error, RuntimeError):
+                    raise
+                # No thread can be had now: requests give back what they need.
+
+    def _has_thread(self) -> bool:
+        return self._thread is not None
 
     def wake(self) -> None:
         self._calls.put(True)

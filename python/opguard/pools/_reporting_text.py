@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from opguard._sizes import readable
 from opguard._tables import html_table, one_line, text_table
-from opguard.pools._budgets import readable
 
 if TYPE_CHECKING:
     from opguard.pools._snapshots import PoolFigures, Snapshot, UserFigures

@@ -175,9 +175,15 @@ class Ask:
                 self._left.extend(chain(spared, failed, left))
             for unit in answer.load:
                 management.open_latch(unit)
+            management.count_unmet(self.units)
         self._answers, self._evicted, self._loaded, self._left = [], [], [], []
         management.pump()
         self.__class__ = Ask
+
+    def arrived(self) -> None:
+        """All of it is there now; some was not when it was asked for."""
+        came = {*self.answer.load, *self.answer.pending}
+        self.management.count_unmet(unit for unit in self.units if unit in came)
 
     def nap(self) -> float:
         """Seconds to sleep before looking around."""
@@ -225,6 +231,7 @@ def enter(ask: Ask, adopt: Adopt | None = None, owner: Any = None) -> None:
     try:
         while not _attempt(ask):
             ask.undo()
+        ask.arrived()
         if adopt is not None:
             ask.adopted.extend(map(adopt, (owner,), (ask.extra,)))
         ask.handed_over = True
@@ -278,6 +285,7 @@ async def enter_async(ask: Ask, adopt: Adopt, owner: Any) -> None:
     try:
         while not await _attempt_async(ask):
             ask.undo()
+        ask.arrived()
         ask.adopted.extend(map(adopt, (owner,), (ask.extra,)))
     except BaseException:
         ask.__class__ = _Broken

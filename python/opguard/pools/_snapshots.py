@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from opguard.pools.policies import name_of_policy
+
 if TYPE_CHECKING:
     from opguard.pools._books import Entry
     from opguard.pools.management import Management
@@ -108,11 +110,10 @@ def take_snapshot(management: Management) -> Snapshot:
         for unit, entry in management.entries.copy().items()
         if (figures := _user(management, unit, entry)) is not None
     )
-    policy = management.policy
     recorder = management.recorder
     events = recorder.events.copy()  # one step, unlike tuple, which may collect garbage first
     return Snapshot(
-        policy if isinstance(policy, str) else getattr(policy, "__name__", repr(policy)),
+        name_of_policy(management.policy),
         pools,
         users,
         _waiting(management),
@@ -140,7 +141,7 @@ def _user(management: Management, unit: int, entry: Entry) -> UserFigures | None
         pinned=bool(info.pinned),
         leases=info.leases,
         holders=holder_lines(management, management.holders(unit)),
-        hits=max(0, info.uses - stats.misses),
+        hits=max(0, info.uses - stats.unmet),
         misses=stats.misses,
         evictions=stats.evictions,
         bytes_in=stats.bytes_in,

@@ -13,6 +13,8 @@ from _thread import allocate_lock
 from contextlib import suppress
 from time import monotonic
 
+from opguard.pools.errors import PoolError
+
 __all__ = ["Board", "Latch", "TaskWaiter", "ThreadWaiter", "Waiter", "time_left"]
 
 
@@ -44,7 +46,13 @@ class TaskWaiter:
     __slots__ = ("_future", "_loop")
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        try:
+            self._loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise PoolError(
+                "expected a loop of asyncio to wait in, none runs here; under another kind of loop "
+                "use `with` in place of `async with`, in a thread of its own"
+            ) from None
         self._future: asyncio.Future[None] = self._loop.create_future()
 
     def wake(self) -> bool:

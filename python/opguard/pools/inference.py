@@ -109,10 +109,14 @@ class InferenceMemory:
     """
 
     def __init__(self, estimator: Estimator = None) -> None:
-        self._fixed = parse_bytes(estimator) if isinstance(estimator, int | str) else None
+        self._fixed = (
+            parse_bytes(estimator, what="the memory of a call")
+            if isinstance(estimator, int | str)
+            else None
+        )
         self._function = estimator if callable(estimator) else None
         self._known: dict[Hashable, dict[Hashable, int]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may call the model
 
     @property
     def largest(self) -> int:
@@ -159,7 +163,7 @@ class InferenceMemory:
         if self._fixed is not None:
             return self._fixed
         if self._function is not None:
-            return parse_bytes(self._function(model, *args, **kwargs))
+            return parse_bytes(self._function(model, *args, **kwargs), what="the memory of a call")
         tensors, plain = _keys(args, kwargs)
         with self._lock:
             variants = self._known.get(tensors, {})

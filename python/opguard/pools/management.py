@@ -145,7 +145,8 @@ class Management(Members):
 # --- the one of this process ----------------------------------------------------------------------
 
 _current: list[Management] = []
-_setting_up = threading.Lock()
+# A finalizer may come here while its own thread is inside.
+_setting_up = threading.RLock()
 
 
 def setup_default_pools(
@@ -170,11 +171,15 @@ def setup_default_pools(
         TypeError, ValueError: for a budget or a policy that is none.
     """
     check_policy(policy)
-    budgets = dict(budgets or {})
+    if budgets is not None and not isinstance(budgets, Mapping):
+        raise TypeError(
+            f"expected budgets by name of pool, as {{'cpu': '256MiB'}}, got {budgets!r:.80}"
+        )
     with _setting_up:
+        fresh = None if _current else {pool.name: pool for pool in _default_pools()}
         management = _current[0] if _current else Management(spill_dir, policy)
-        pools = management.pools or {pool.name: pool for pool in _default_pools()}
-        wanted = _by_pool(budgets, pools)
+        pools: Mapping[str, ResourcePool] = management.pools or fresh or {}
+        wanted = _by_pool(budgets or {}, pools)
         nbytes = {name: pool.budget_from(wanted.get(name)) for name, pool in pools.items()}
         for name, pool in pools.items():
             if name not in management.pools:
@@ -200,11 +205,14 @@ def _default_pools() -> list[ResourcePool]:
 def _by_pool(
     budgets: Mapping[str, int | str | None], pools: Mapping[str, ResourcePool]
 ) -> dict[str, int | str | None]:
-    found = {}
-    for name, budget in budgets.items():
+    found: dict[str, int | str | None] = {}
+    for given, budget in budgets.items():
+        name = str(given)  # a torch.device, too
         key = name if name in pools else f"{name}:0"
         if key not in pools:
             raise KeyError(f"expected budgets for the pools {sorted(pools)}, got {name!r}")
+        if key in found:
+            raise ValueError(f"expected one budget for each pool, got {key!r} twice")
         found[key] = budget
     return found
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from opguard.pools._budgets import readable
+from opguard._sizes import readable
 from opguard.pools._homes import Home
 from opguard.pools._lending import home_for
 from opguard.pools._module_user import Estimate, ModuleUser

@@ -23,7 +23,8 @@ def make_room(error: BaseException) -> bool:
     uses stays.
 
     Returns:
-        Whether anything was freed, so that trying again may help. False where no pool was set up.
+        Whether anything was freed, so that trying again may help. False where no pool was set up
+        for that memory.
     """
     from opguard.pools.management import current_management
 
@@ -32,7 +33,11 @@ def make_room(error: BaseException) -> bool:
         return False
     text = str(error)
     device = _device(error, text)
-    return management.free(device, _wanted(text)) > 0
+    try:
+        pool = management.pool(device)
+    except KeyError:
+        return False
+    return management.free(pool.name, _wanted(text)) > 0
 
 
 def _wanted(text: str) -> int | None:

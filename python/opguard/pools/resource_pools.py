@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from opguard.pools._budgets import device_capacity, parse_bytes, readable
+from opguard._sizes import readable
+from opguard.pools._budgets import device_capacity, parse_bytes
 
 if TYPE_CHECKING:
     from opguard.pools._accelerators import Accelerator

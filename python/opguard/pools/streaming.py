@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 from opguard import _C
+from opguard._sizes import readable
 from opguard.pools._block_calls import BlockForward, Course, prefetcher, untraced
 from opguard.pools._blocks import Cut, bytes_of, cut_module
 from opguard.pools._books import ABSENT, LOADING, READY
-from opguard.pools._budgets import readable
 from opguard.pools._homes import Home
 from opguard.pools._lending import home_for
 from opguard.pools._module_user import Estimate, ModuleUser

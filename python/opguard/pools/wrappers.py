@@ -263,11 +263,11 @@ def auto_manage(obj: Any, *, offload: Offload = "lazy", timeout: float | None = 
     return _C.Lease(handle.seat, handle, timeout, after)
 
 
-def free(device: torch.device | str | None = None, nbytes: int | None = None) -> int:
+def free(device: torch.device | str | None = None, nbytes: int | str | None = None) -> int:
     """Give back what is in nobody's use, least valuable first. Returns bytes that came free.
 
     Args:
         device: of which memory; None is where modules run.
-        nbytes: at least so many, where there are; None is all.
+        nbytes: at least so many, where there are, as bytes or text; None is all.
     """
     return get_management().free(device, nbytes)
