@@ -65,3 +65,21 @@ def test_components_larger_than_the_device_together(pools):
                 assert 0 < device.used <= device.budget
     unmanage(pipe)
     assert device.used == 0
+
+
+def test_weights_that_are_replaced_on_the_device_are_taken_in(pools):
+    for model in (tiny(2), tiny(8)):
+        handle, x = manage(model), torch.ones(1, 512)
+        model(x)
+        with handle.lease():
+            assert not any(user.astray for user in pools.snapshot().users)
+            before = handle.user
+        model.half()
+        expected = copy.deepcopy(model)(x.half())
+        assert any(user.astray for user in pools.snapshot().users)
+        assert manage(model).user is not before
+        assert not any(user.astray for user in pools.snapshot().users)
+        with handle.lease():
+            assert torch.allclose(model(x.half()), expected)
+            assert 0 < pools.pool("gpu:0").used <= 3 * MIB
+        unmanage(model)

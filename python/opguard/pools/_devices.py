@@ -403,15 +403,18 @@ class DeviceHome:
 
     def astray(self) -> list[str]:
         """Names of tensors that point neither home nor to the device: patched, or moved."""
-        with self._lock:
-            ours = {
-                view.data_ptr() for there in self._there.values() for view in there.views.values()
-            }
+        ours, astray = self.addresses(), set(self.home.astray())
         return [
             name
             for name, tensor in self._tensors().items()
-            if name in self.home.astray() and tensor.data_ptr() not in ours
+            if name in astray and tensor.data_ptr() not in ours
         ]
+
+    def addresses(self) -> set[int]:
+        """Where the tensors that are on the device now begin."""
+        with self._lock:
+            there = tuple(self._there.values())
+            return {view.data_ptr() for segment in there for view in segment.views.values()}
 
     def _tensors(self) -> dict[str, Tensor]:
         return {member.name: tensor for member, tensor in self.home.tensors()}

@@ -31,7 +31,8 @@ class _Watched(NamedTuple):
     key: str
     address: int
 
-    def is_astray(self) -> bool:
+    def is_astray(self, there: set[int]) -> bool:
+        """Neither at home nor, on a device, among those that are there."""
         owner = self.owner()
         if owner is None:
             return True
@@ -40,7 +41,7 @@ class _Watched(NamedTuple):
         found = owner._parameters.get(self.key)
         if type(found) is not nn.Parameter or found.data_ptr() == self.address:
             return False
-        return not _is_patched(found)
+        return found.data_ptr() not in there and not _is_patched(found)
 
 
 def _watch(module: nn.Module | None, home: Home) -> Iterator[tuple[int, _Watched]]:
@@ -118,17 +119,13 @@ class ModuleUser(ResourcePoolUser):
         Parameter leave; not what a patch points elsewhere.
         """
         segments = self._watched if segment is None else (segment,)
+        there: set[int] = set() if isinstance(self._home, Home) else self._home.addresses()
         return [
             each.name
             for number in segments
-            if not self._is_there(number)
             for each in self._watched.get(number, ())
-            if each.is_astray()
+            if each.is_astray(there)
         ]
-
-    def _is_there(self, segment: int) -> bool:
-        home = self._home  # on a device they are not at home
-        return not isinstance(home, Home) and bool(home.is_in(segment))
 
     def warn_of_strays(self, segment: int | None = None, *, again: bool = True) -> None:
         """WeightsAstray where there are some.
