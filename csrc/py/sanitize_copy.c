@@ -229,6 +229,11 @@ node_add(copy_work *work, PyObject *object, size_t *added)
     }
     if (work->count == work->capacity) {
         size_t capacity = work->capacity == 0 ? 8 : work->capacity * 2;
+        size_t *order = PyMem_Realloc(work->order, capacity * sizeof *order);
+        if (order == NULL) {
+            return -1;
+        }
+        work->order = order;
         copy_node *nodes =
             PyMem_Realloc(work->nodes, capacity * sizeof *nodes);
         if (nodes == NULL) {
@@ -305,14 +310,6 @@ discover(copy_work *work, PyObject *root)
             result = node_add(work, child, &added);
             continue;
         }
-        /* Grown with the nodes, so that there is always room. */
-        size_t *order =
-            PyMem_Realloc(work->order, work->capacity * sizeof *order);
-        if (order == NULL) {
-            result = -1;
-            break;
-        }
-        work->order = order;
         work->order[work->ordered++] = top->node;
         depth--;
     }
