@@ -43,7 +43,7 @@ WARNINGS = [
 ]
 # -g1: functions and lines for a backtrace or memcheck; all that -g adds costs a sixth of the build.
 C_FLAGS = ["-std=c11", "-O2", "-g1", "-fvisibility=hidden", "-fno-strict-aliasing", *WARNINGS]
-SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-O1"]
 
 
 def sources(*layers: str) -> list[str]:

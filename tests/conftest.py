@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from order import long_first
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # No test may reach the network by accident, and no progress bar or advice may turn into a failure.
@@ -40,11 +42,17 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """``-m full`` is everything, so every test has that marker."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None, None, None]:
+    """``-m full`` is everything, so every test has that marker; what was chosen is put in order."""
     for item in items:
         item.add_marker("full")
+    yield
+    workers = getattr(config, "workerinput", {}).get("workercount")
+    if workers:  # alone, the order of files is easier to follow
+        items[:] = long_first(items, workers)
 
 
 @pytest.hookimpl(wrapper=True)

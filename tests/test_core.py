@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from checkout import CSRC, TESTS
-from compiling import SANITIZERS, compile_c, need, sanitizer_environment
+from compiling import (
+    SANITIZERS,
+    assert_instrumented,
+    compile_c,
+    need,
+    sanitized_package,
+    sanitizer_environment,
+)
 
 PROGRAMS = sorted((TESTS / "core").glob("test_*.c"))
 
@@ -88,18 +95,11 @@ def test_ops_load_without_python(tmp_path):
     assert after - before < 64, f"{after - before} pages more after 20000 rounds"
 
 
-def test_ops_under_sanitizers(tmp_path):
+def test_ops_under_sanitizers(tmp_path, tmp_path_factory):
     """The same rounds with every file of the ops library instrumented."""
-    sources = [*sorted((CSRC / "core").glob("*.c")), *sorted((CSRC / "torch").glob("*.c"))]
-    library = compile_c(
-        tmp_path / "libopguard_ops.so",
-        [*sources, CSRC / "cuda" / "load.c"],
-        *SANITIZERS,
-        "-fPIC",
-        "-shared",
-        "-fexceptions",
-        flags=(f"-L{torch_lib()}", "-l:libtorch_cpu.so", "-ldl"),
-    )
+    torch_lib()
+    library = sanitized_package(tmp_path_factory) / "libopguard_ops.so"
+    assert_instrumented(library)
     program = build_program(tmp_path, *SANITIZERS)
     # libtorch's own start-up keeps what it allocates: a leak of ours shows above, by growth.
     environment = sanitizer_environment(

@@ -191,20 +191,50 @@ def test_fails():
 """
 
 
-@pytest.mark.parametrize("style", ["long", "short", "native"])
-def test_pytest_shows_the_same_failure(tmp_path, style):
-    shown = []
-    for sanitize in ("pass", "_C.sanitize_exception(error)"):
-        path = tmp_path / "test_sample.py"
+SANITIZE = ("pass", "_C.sanitize_exception(error)")
+STYLES = ("long", "short", "native")
+RUN_EACH = """
+import contextlib, io, json, os, sys
+import pytest
+
+shown = {}
+for style in sys.argv[1].split(","):
+    for folder in sorted(os.listdir()):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            status = pytest.main(
+                ["-q", "-p", "no:cacheprovider", "-c", os.devnull, f"--tb={style}",
+                 "--import-mode=importlib", "--rootdir", ".", f"{folder}/test_sample.py"]
+            )
+        shown[style + folder] = [int(status), out.getvalue()]
+print(json.dumps(shown))
+"""
+
+
+@pytest.fixture(scope="module")
+def shown_by_pytest(tmp_path_factory):
+    """Style and folder -> status and text; the folders differ in the one call. One import of torch
+    for all of them."""
+    root = tmp_path_factory.mktemp("shown")
+    for number, sanitize in enumerate(SANITIZE):
+        path = root / f"version_{number}" / "test_sample.py"
+        path.parent.mkdir()
         path.write_text(FAILING_TEST.format(sanitize=sanitize))
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull,
-             f"--tb={style}", "--rootdir", str(tmp_path), str(path)],
-            capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path,
-            env=ENV,
-        )  # fmt: skip
-        assert done.returncode == 1, done.stderr
-        lines = done.stdout.replace(sanitize, "SANITIZE").splitlines()
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_EACH, ",".join(STYLES)],
+        capture_output=True, text=True, check=False, timeout=120, cwd=root, env=ENV,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_pytest_shows_the_same_failure(shown_by_pytest, style):
+    shown = []
+    for number, sanitize in enumerate(SANITIZE):
+        status, text = shown_by_pytest[f"{style}version_{number}"]
+        assert status == 1, text
+        text = text.replace(f"version_{number}", "version_N")
+        lines = text.replace(sanitize, "SANITIZE").splitlines()
         # Long style starts each function with its arguments, which are values.
         shown.append([line for line in lines if not line.startswith("value = ")
                       and "1 failed in" not in line])  # fmt: skip

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from checkout import TESTS, copy_clean
-from compiling import need
+from checkout import TESTS
+from compiling import assert_instrumented, need, sanitized_package
 from torchfree import bare_interpreter, other_pythons, run_torchfree
 
 # What takes longer than this natively runs under the other instruments only: memcheck is 40 times
@@ -36,29 +36,10 @@ def assert_passed(run: subprocess.CompletedProcess[str]) -> None:
 # --- ASan and UBSan -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``_C`` built the documented way: OPGUARD_SANITIZE=1."""
-    need("gcc")
-    pytest.importorskip("setuptools")
-    source = copy_clean(tmp_path_factory.mktemp("sanitized") / "source")
-    code = "from setuptools import setup; setup()"
-    built = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, "-q", "build_ext", "--inplace"],
-        cwd=source,
-        env={**os.environ, "OPGUARD_SANITIZE": "1", "OPGUARD_CUDA": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert built.returncode == 0, built.stderr[-4000:]
-    (extension,) = (source / "python" / "opguard").glob("_C*.so")
-    symbols = subprocess.run(
-        ["nm", "-D", str(extension)], capture_output=True, text=True, check=True
-    )
-    assert "__asan_" in symbols.stdout
-    assert "__ubsan_" in symbols.stdout
-    return extension
+    (extension,) = sanitized_package(tmp_path_factory).glob("_C*.so")
+    return assert_instrumented(extension)
 
 
 def runtime(name: str) -> str:
