@@ -83,3 +83,26 @@ def test_weights_that_are_replaced_on_the_device_are_taken_in(pools):
             assert torch.allclose(model(x.half()), expected)
             assert 0 < pools.pool("gpu:0").used <= 3 * MIB
         unmanage(model)
+
+
+def test_hooks_of_a_block_find_its_weights_on_the_device(pools):
+    """As those of weight_norm, which compute the weight before each forward."""
+    model, x = tiny(8), torch.ones(1, 512)
+    seen: list[bool] = []
+    for layer in model:
+        layer.register_forward_pre_hook(lambda at, _: seen.append(is_there(at.weight)))
+    bare = tiny(8)(x)
+    user = manage(model).user
+
+    def is_there(weight: torch.Tensor) -> bool:
+        return weight.data_ptr() in user.home.addresses()
+
+    for _ in range(2):
+        assert torch.equal(model(x), bare)
+    assert seen == [True] * 16
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(x), bare)
+    assert seen[16:] == [False] * 8
+    unmanage(model)
+    assert all(layer._compiled_call_impl is None for layer in model)
+    assert torch.equal(model(x), bare)

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from opguard import _C
-from opguard.pools._marks import BODIES, Orphan, driven, pickles_itself
+from opguard.pools._marks import BODIES, CALL, Orphan, driven, pickles_itself
 
 if TYPE_CHECKING:
     from opguard.pools.streaming import StreamedModule
 
-__all__ = ["BlockForward", "Course", "prefetcher", "untraced"]
+__all__ = ["BlockCall", "BlockForward", "Course", "prefetcher", "untraced"]
 
 
 class Course:
@@ -144,6 +144,33 @@ class BlockForward:
         if pickles_itself(type(module)):
             return Orphan, ("forward",)
         return getattr, (module, "forward")
+
+
+class BlockCall:
+    """A lease around a block's hooks as well: those of ``weight_norm`` read weights.
+
+    It stands where a module's compiled call would, which torch leaves out of copies.
+    """
+
+    def __init__(self, module: nn.Module, number: int, stream: StreamedModule) -> None:
+        self._module = weakref.ref(module)
+        self._number = number
+        self._stream = stream
+        module.__dict__[CALL] = self
+
+    @partial(untraced, inside=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self._module()
+        if self._stream.closed:
+            return module._call_impl(*args, **kwargs)
+        with _C.Lease(self._stream.block_seat(self._number), None, None):
+            return module._call_impl(*args, **kwargs)
+
+    @staticmethod
+    def is_needed(module: nn.Module) -> bool:
+        """Whether it has hooks; what is compiled has its own call."""
+        hooked = module._forward_pre_hooks or module._forward_hooks
+        return bool(hooked) and module._compiled_call_impl is None
 
 
 def _class_forward(module: nn.Module) -> Callable[..., Any]:

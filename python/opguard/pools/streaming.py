@@ -3,6 +3,7 @@
 A block (see ``_blocks``) takes the segments it uses on entry and lets them go on exit, by an
 instance ``forward`` and not by hooks: torch runs no hook after a KeyboardInterrupt, and the mere
 presence of hooks sends ``nn.TransformerEncoderLayer`` down another road, with other last bits.
+Where a block has hooks when it is managed, they run inside a lease as well.
 What followed which block is learned while it runs; the next one is brought in by a thread
 meanwhile, where that fits at once. A wrong guess costs time and nothing else.
 """
@@ -23,11 +24,12 @@ from torch import nn
 
 from opguard import _C
 from opguard._sizes import readable
-from opguard.pools._block_calls import BlockForward, Course, prefetcher, untraced
+from opguard.pools._block_calls import BlockCall, BlockForward, Course, prefetcher, untraced
 from opguard.pools._blocks import Cut, bytes_of, cut_module
 from opguard.pools._books import ABSENT, LOADING, READY
 from opguard.pools._homes import Home
 from opguard.pools._lending import home_for
+from opguard.pools._marks import CALL
 from opguard.pools._module_user import Estimate, ModuleUser
 from opguard.pools._requests import TRY, Ask, enter
 from opguard.pools._spill import ForkLock
@@ -221,7 +223,10 @@ class StreamedModule(ModuleUser):
         self._settle()
         for number, block in enumerate(blocks):
             if block.segments or number in self._outer:
-                BlockForward(self._module_of(number), number, self)
+                module = self._module_of(number)
+                BlockForward(module, number, self)
+                if BlockCall.is_needed(module):
+                    BlockCall(module, number, self)
 
     def _settle(self) -> None:
         """What each block takes and what stays: at the start, and for each budget anew."""
@@ -305,6 +310,8 @@ class StreamedModule(ModuleUser):
             forward = None if module is None else module.__dict__.get("forward")
             if isinstance(forward, BlockForward):
                 forward.remove()
+            if module is not None and isinstance(module._compiled_call_impl, BlockCall):
+                module.__dict__.pop(CALL)
         self.pause()
         for segment in self._segments:
             with suppress(PoolRefused):  # held by a call of a part that outlives the model
