@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from opguard import _C
+from opguard.pools import _inputs
 from opguard.pools._inputs import input_mover, move_inputs
 from opguard.pools.hooks import AutoManageHook
 from opguard.pools.management import get_management
@@ -732,6 +733,22 @@ def test_a_call_moves_its_inputs_to_where_it_runs():
     hook.remove()
     (first, _), _ = net(X, (X,))
     assert first is X
+
+
+def test_plain_inputs_that_are_there_are_looked_at_once(monkeypatch):
+    """A call of which nothing has to move makes no memo and takes nothing apart."""
+    move = input_mover(META)
+    there = torch.ones(2, device="meta")
+    monkeypatch.setattr(_inputs, "_move", lambda *given: pytest.fail("taken apart"))
+    args, kwargs = (there, None, 3, there), {"y": there, "name": "text"}
+    moved = move(args, kwargs)
+    assert (moved[0] is args, moved[1] is kwargs) == (True, True)
+    assert move(args, None) == (args, None)
+    monkeypatch.undo()
+    (first, second), named = move((there, X), {"y": [X]})
+    assert first is there
+    assert {t.device.type for t in (second, named["y"][0])} == {"meta"}
+    assert move((), {"y": X})[1]["y"].device.type == "meta"
 
 
 def test_no_accelerator_costs_no_move():

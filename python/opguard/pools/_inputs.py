@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +19,8 @@ Mover = Callable[
     [tuple[Any, ...], dict[str, Any] | None], tuple[tuple[Any, ...], dict[str, Any] | None]
 ]
 
+PLAIN = frozenset({type(None), bool, int, float, str})
+
 
 def input_mover(device: torch.device) -> Mover | None:
     """What moves inputs to ``device``; None on machines where they can be in one place only."""
@@ -28,6 +30,8 @@ def input_mover(device: torch.device) -> Mover | None:
     def move(
         args: tuple[Any, ...], kwargs: dict[str, Any] | None
     ) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
+        if _are_here(args, device) and (not kwargs or _are_here(kwargs.values(), device)):
+            return args, kwargs
         memo: dict[int, Any] = {}
         return _move(args, device, memo), _move(kwargs, device, memo)
 
@@ -41,6 +45,20 @@ def move_inputs(value: Any, device: torch.device) -> Any:
     changed. One object that is in several places is one in the result too.
     """
     return _move(value, device, {})
+
+
+def _are_here(values: Iterable[Any], device: torch.device) -> bool:
+    """Whether these are tensors there and plain values alone, as in most calls."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            here = value.device
+            if here != device and (
+                here.type != device.type or device.index not in (None, here.index)
+            ):
+                return False
+        elif type(value) not in PLAIN:
+            return False
+    return True
 
 
 def _move(value: Any, device: torch.device, memo: dict[int, Any]) -> Any:
