@@ -1,11 +1,14 @@
 """What task classes open when they load from folders of this machine and are called.
 
-    python audit_locality.py ROOT CASE [SETTING ...]   prints a JSON object with all that was seen
+    python audit_locality.py ROOT CASES SETTINGS [CASES SETTINGS ...]
+
+prints a JSON object with all that was seen, and with the exports that each pair of lists made.
 
 An audit hook sees every socket that this process makes, every name it looks up and every address it
 binds, connects or sends to, from any thread, from before the first import. ROOT holds the models,
-as tests/test_locality_tasks.py builds them; a CASE is a name in CASES, a SETTING fp32, fp16, bf16,
-i8, fp4 or nf4. CASE ``leak`` opens a socket itself: it proves that the audit can see one.
+as tests/test_locality_tasks.py builds them; a case is a name in CASES, a setting fp32, fp16, bf16,
+i8, fp4 or nf4; lists have commas. Case ``leak`` opens a socket itself: it proves that the audit can
+see one.
 """
 
 import sys
@@ -25,6 +28,7 @@ def hook(event: str, args: tuple[object, ...]) -> None:
 
 sys.addaudithook(hook)
 
+import itertools  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
@@ -148,9 +152,10 @@ def main() -> None:
     logging.getLogger("opguard").setLevel(logging.ERROR)  # what a fallback says is not asked here
     warnings.simplefilter("ignore")
     done: dict[str, str] = {}
-    cases = sys.argv[2].split(",")
-    for case in cases:
-        for setting in sys.argv[3:] or ["fp32"]:
+    exports: list[list[str]] = []
+    before: set[str] = set()
+    for cases, settings in zip(sys.argv[2::2], sys.argv[3::2], strict=True):
+        for case, setting in itertools.product(cases.split(","), settings.split(",")):
             running[0] = f"{case} {setting}"
             try:
                 if case == "leak":
@@ -160,8 +165,10 @@ def main() -> None:
                     done[running[0]] = run(case, setting)
             except Exception as error:
                 done[running[0]] = f"{type(error).__name__}: {error}"
+        made = set(os.listdir(os.environ["OPGUARD_EXPORTS"]))
+        exports.append(sorted(made - before))
+        before = made
     threads = [thread for thread in __import__("threading").enumerate() if not thread.daemon]
-    exports = sorted(os.listdir(os.environ["OPGUARD_EXPORTS"])) if root.exists() else []
     print(json.dumps({"ran": done, "seen": seen, "threads": len(threads), "exports": exports}))
 
 
