@@ -386,6 +386,8 @@ for _ in range(5):  # the first one compiles
     took = min(took, time.process_time() - at)
 new = {{name.partition(".")[0] for name in set(sys.modules) - had}}
 assert not new & {{"diffusers", "transformers", "accelerate", "numpy", "psutil"}}, new
+late = {{"commits", "proxies", "streaming", "lora", "reporting"}}  # imported by who uses them
+assert not {{f"opguard.pools.{{name}}" for name in late}} & set(sys.modules)
 assert threading.active_count() == 1
 opguard.pools.setup_default_pools(spill_dir={str(tmp_path)!r})
 opguard.pools.manage(torch.nn.Linear(2, 2))

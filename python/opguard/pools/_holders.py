@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from opguard._sizes import readable
 from opguard.pools._places import is_ours, line_outside, name_of_thread, place
-from opguard.pools._stacks import line_of
 from opguard.pools.errors import Deadlock, LeaseTimeout, PoolRefused
 
 if TYPE_CHECKING:
@@ -60,8 +59,10 @@ def _places(who: Any, unit: int) -> Iterator[str]:
             continue
         if not is_ours(code):
             yield place(code, line)
-        elif (block := line_of(who.thread, who.task)) is not None:  # a patch took the lease
-            yield block
+        elif stacks := sys.modules.get("opguard.pools._stacks"):  # a patch may have taken the lease
+            block = stacks.line_of(who.thread, who.task)
+            if block is not None:
+                yield block
 
 
 def _running_place(thread: int, task: Any) -> str | None:

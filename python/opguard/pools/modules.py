@@ -15,7 +15,6 @@ from opguard.pools._module_user import Estimate, ModuleUser
 from opguard.pools._reading import Reading
 from opguard.pools._storages import refuse
 from opguard.pools.errors import PoolError, Unmanageable
-from opguard.pools.streaming import StreamedModule, outgrows
 from opguard.pools.users import ResourcePoolUser, register_user
 
 if TYPE_CHECKING:
@@ -174,6 +173,9 @@ def module_user(
     verify: str | None = None,
 ) -> ResourcePoolUser:
     """A module as a whole, or in blocks: where ``stream`` says so, or it outgrows the budget."""
+    # Not at the top: what is not needed before the first module makes an import slower.
+    from opguard.pools.streaming import StreamedModule, outgrows
+
     refuse(module)
     tensors = _refuse_parts(module, management)
     kind: Any = TorchModuleWrapper

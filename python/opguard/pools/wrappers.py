@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,11 +11,9 @@ import torch
 
 from opguard import _C
 from opguard.pools._books import READY, Entry
-from opguard.pools._patched_block import PatchedBlock
 from opguard.pools.errors import PoolError
 from opguard.pools.management import Management, get_management
 from opguard.pools.pipelines import keepers_of, weakly
-from opguard.pools.proxies import CommitObjectProxy
 
 if TYPE_CHECKING:
     from opguard.pools.users import ResourcePoolUser
@@ -258,7 +257,10 @@ def auto_manage(obj: Any, *, offload: Offload = "lazy", timeout: float | None = 
         raise ValueError(f"expected offload 'lazy' or 'exit', got {offload!r}")
     handle = obj if isinstance(obj, AutoManageWrapper) else AutoManageWrapper(obj)
     after = None if offload == "lazy" else handle.let_go
-    if isinstance(handle.obj, CommitObjectProxy):
+    proxies = sys.modules.get("opguard.pools.proxies")  # who has a proxy has imported its class
+    if proxies is not None and isinstance(handle.obj, proxies.CommitObjectProxy):
+        from opguard.pools._patched_block import PatchedBlock
+
         return PatchedBlock(handle, timeout, after)
     return _C.Lease(handle.seat, handle, timeout, after)
 
