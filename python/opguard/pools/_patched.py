@@ -21,6 +21,7 @@ from torch import Tensor
 from opguard.pools import _lora_math, _managed, _stacks
 from opguard.pools._arenas import Chunk, put_chunk, rounded, take_chunk
 from opguard.pools._parameters import groups_of, is_at, point_all, tensors_of
+from opguard.pools._undoing import through
 from opguard.pools._views import version_of
 from opguard.pools.commits import CommitABC
 from opguard.pools.errors import PatchFailed
@@ -95,7 +96,7 @@ class DeltaCommit(CommitABC):
             undo.callback(_free, obj, chunks)
             with _lock:
                 patch = _Patch(obj, chunks)
-                undo.callback(patch.take_back)
+                undo.callback(through, patch.take_back)
                 patch.put_on(deltas)
             self._keep(obj, patch)
             patch.rest, patch.leases = undo.pop_all(), leases or ExitStack()
@@ -228,7 +229,9 @@ class _State:
         if level.tensor is None or below is None:
             return [], {}
         found = {}
-        for parameter, version in zip(self.parameters, level.versions, strict=True):
+        # No versions: it was interrupted on its way there.
+        known = zip(self.parameters, level.versions, strict=True) if level.versions else ()
+        for parameter, version in known:
             moved = not is_at(parameter, level.tensor)
             if moved or level.changed or version_of(parameter) != version:
                 found[id(parameter)] = parameter.data
@@ -263,17 +266,14 @@ class _Patch:
             level, more = self._computed(state, len(state.levels), delta)
             levels.append(level)
             moves += more
-        try:
-            point_all(moves)
-            for state, level in zip(self.states, levels, strict=True):
-                state.note()
-                state.levels.append(level)
-                level.versions = state.versions()
-                _states.update((id(parameter), state) for parameter in state.parameters)
-        except BaseException:
-            self._strike()
-            point_all([(parameter, there, back) for parameter, back, there in moves])
-            raise
+        # On the list first: wherever this ends, `take_back` points back what points there.
+        for state, level in zip(self.states, levels, strict=True):
+            state.note()
+            _states.update((id(parameter), state) for parameter in state.parameters)
+            state.levels.append(level)
+        point_all(moves)
+        for state, level in zip(self.states, levels, strict=True):
+            level.versions = state.versions()
 
     def _computed(self, state: _State, at: int, delta: Delta) -> tuple[_Level, list[_Move]]:
         base = state.base

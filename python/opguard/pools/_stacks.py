@@ -13,11 +13,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 from opguard.pools._turns import Owner, Turn, current_owner, locked
-from opguard.pools._undoing import Snapshot
+from opguard.pools._undoing import Snapshot, through
 from opguard.pools.commits import CommitABC
 from opguard.pools.errors import PatchFailed
 
@@ -120,7 +121,7 @@ class PatchedObject(Turn):
         self.resting: tuple[CommitABC, ...] = ()
         self.entries: list[Entry] = []
         self.proxies = 0
-        # Whether a block went without having been left.
+        # Whether a block went without having been left, or not wholly.
         self.behind = False
 
     @property
@@ -138,7 +139,7 @@ class PatchedObject(Turn):
 
     def on_free(self) -> None:
         """The last to hold it may have outlived all proxies."""
-        if not self.proxies:
+        if self.behind or not self.proxies:
             _orphans.append(self)
 
     @property
@@ -171,7 +172,13 @@ class PatchedObject(Turn):
         """Puts the stack of the innermost block that is left on the object."""
         if entry in self.entries:
             self.entries.remove(entry)
-        self.rebase(self.wanted)
+        try:
+            self.rebase(self.wanted)
+        except Exception:
+            raise
+        except BaseException:  # interrupted: whoever lets go of it next goes on
+            self.behind = True
+            raise
         self._settle()
 
     def rest(self, stack: tuple[CommitABC, ...]) -> None:
@@ -246,7 +253,11 @@ class PatchedObject(Turn):
             note(applied)
         except BaseException as error:
             if (applied in self.applied) is was:
-                self._undo(applied, snapshot, kept)
+                try:
+                    self._undo(applied, snapshot, kept)
+                except KeyboardInterrupt:
+                    through(partial(self._undo, applied, snapshot, kept))
+                    raise
             if isinstance(error, Exception):
                 failed = applied.failed(verb, self.obj, error)
                 raise failed from (error if failed is not error else error.__cause__)
@@ -263,7 +274,7 @@ class PatchedObject(Turn):
         elif kept is None:
             unit._remember(self.obj, None)
         elif kept is not None and unit._recalled(self.obj) is None:
-            self.applied.remove(applied)
+            self.applied[:] = [other for other in self.applied if other is not applied]
             unit._remember(self.obj, None)
 
     def _go_back(self, before: list[_Applied], error: BaseException) -> None:
@@ -369,7 +380,7 @@ def record_of(obj: Any, proxy: Any) -> PatchedObject:
             record = _records[id(obj)] = PatchedObject(obj)
         record.proxies += 1
     locked.after()
-    weakref.finalize(proxy, _proxy_died, record, proxy._entries).atexit = False
+    weakref.finalize(proxy, _proxy_died, record, proxy._begun).atexit = False
     return record
 
 
@@ -384,14 +395,21 @@ def _proxy_died(record: PatchedObject, entries: list[Entry]) -> None:
 def _look_after_orphans() -> None:
     """Counts proxies that died, and takes back what nobody is left to take back."""
     while _deaths or _orphans:
-        record = _next_orphan()
-        if record is None and (_deaths or _orphans):
-            return  # whoever holds the lock comes here after it
-        if record is not None:
-            _take_back(record)
+        taken: list[PatchedObject] = []
+        try:
+            record = _next_orphan(taken)
+            if record is None and (_deaths or _orphans):
+                return  # whoever holds the lock comes here after it
+            if record is not None:
+                _take_back(record)
+        except KeyboardInterrupt:  # whoever comes next goes on
+            with locked.lock:
+                for record in taken:
+                    record._release_locked(_OURS)
+            raise
 
 
-def _next_orphan() -> PatchedObject | None:
+def _next_orphan(taken: list[PatchedObject]) -> PatchedObject | None:
     """One that has what nobody is left to take back, held by this thread now."""
     if locked.lock._is_owned():  # this runs in a finalizer
         return None
@@ -411,6 +429,7 @@ def _next_orphan() -> PatchedObject | None:
             if record._holds and (not ours or _pending.calls is not None):
                 continue
             if record.behind or not (record._holds or record.proxies):
+                taken.append(record)
                 record.owner = owner if record.owner is None else record.owner
                 record._holds.append(_OURS)
                 return record

@@ -7,14 +7,31 @@ of the modules it holds, and of their submodules. Contents of tensors and of dee
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "through"]
 
 _CONTAINERS = (dict, list, set, deque, bytearray)
+
+
+def through(clean: Callable[[], object]) -> None:
+    """Calls what cleans up until it has come to its end.
+
+    A second Ctrl-C inside of it is raised after it. What is called may have done its work, or a
+    part of it, before.
+    """
+    late: KeyboardInterrupt | None = None
+    while True:
+        try:
+            clean()
+            break
+        except KeyboardInterrupt as interrupt:
+            late = interrupt
+    if late is not None:
+        raise late
 
 
 def _objects(obj: Any) -> Iterator[Any]:

@@ -14,6 +14,8 @@ from uuid import uuid4
 
 from torch import nn
 
+from opguard.pools._undoing import through
+
 __all__ = [
     "AttributeCommit",
     "CallableCommit",
@@ -194,7 +196,7 @@ class AttributeCommit(CommitABC):
             self._forget(obj)
             raise
         except BaseException:  # an interrupt does not say whether it is set
-            self.revert(obj)
+            through(lambda: self.revert(obj) if self._recalled(obj) is not None else None)
             raise
 
     def revert(self, obj: Any) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -22,6 +23,7 @@ import torch
 from opguard.pools import _managed, _stacks
 from opguard.pools._places import line_outside
 from opguard.pools._turns import current_owner
+from opguard.pools._undoing import through
 from opguard.pools.commits import CallableCommit, CommitABC
 from opguard.pools.users import ResourcePoolUser, register_user
 
@@ -58,6 +60,8 @@ class CommitObjectProxy(Generic[T]):
         self._commits = _checked(tuple(commits))
         self.timeout = timeout
         self._entries: list[_stacks.Entry] = []
+        # These too, and those on their way in or out: what is left of them goes with the proxy.
+        self._begun: list[_stacks.Entry] = []
         self._record = _stacks.record_of(base, self)
 
     # -- what it is -----------------------------------------------------------------------------
@@ -153,7 +157,9 @@ class CommitObjectProxy(Generic[T]):
 
     def _entry(self) -> _stacks.Entry:
         line = line_outside(sys._getframe()) or "somewhere"
-        return _stacks.Entry(current_owner(), self._commits, line)
+        entry = _stacks.Entry(current_owner(), self._commits, line)
+        self._begun.append(entry)
+        return entry
 
     def _lease(self) -> Any:
         """What holds a managed object in memory for a block, not entered; None for others."""
@@ -166,6 +172,13 @@ class CommitObjectProxy(Generic[T]):
 
     def _left(self, entry: _stacks.Entry) -> None:
         """Gives back what entering took, however far it came."""
+        try:  # at once: no interrupt comes before
+            self._leave(entry)
+        except KeyboardInterrupt:
+            through(partial(self._leave, entry))
+            raise
+
+    def _leave(self, entry: _stacks.Entry) -> None:
         try:
             if entry in self._entries:
                 self._entries.remove(entry)
@@ -180,6 +193,8 @@ class CommitObjectProxy(Generic[T]):
                 entry.lease.__exit__(None, None, None)
         finally:
             self._record.release(entry)
+        if entry in self._begun:
+            self._begun.remove(entry)
 
     def _closed(self, error: BaseException | None) -> None:
         if not self._entries:
