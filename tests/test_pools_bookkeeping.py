@@ -11,6 +11,8 @@ import random
 import signal
 import sys
 import threading
+import weakref
+from types import SimpleNamespace
 
 import pytest
 
@@ -372,6 +374,25 @@ def test_what_cannot_be_counted_is_not_managed_at_all(cpu):
         pools.manage(thing)
     assert (cpu.entries, cpu.ledger.units(0), cpu.find(thing)) == ({}, (), None)
     assert users[0].closed
+
+
+def test_marks_of_last_uses_go_with_who_was_used(cpu, monkeypatch):
+    """A mark is an event of the driver: who dies idle has one that nobody waits for any more."""
+
+    marks = weakref.WeakSet()
+
+    class Mark:
+        def __init__(self):
+            marks.add(self)
+
+    monkeypatch.setattr(ResourcePool, "accelerator", SimpleNamespace(mark=Mark))
+    handles = managed(MIB, MIB)
+    for handle in handles:
+        lease(handle)
+    assert len(marks) == 1
+    del handle, handles
+    until(lambda: not cpu.drain() and not cpu.entries)
+    assert not marks
 
 
 def test_close_lets_go_of_all_but_what_is_in_use(cpu):

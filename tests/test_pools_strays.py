@@ -125,6 +125,57 @@ def test_pinned_they_are_taken_in_and_pinned_again(management):
     assert handle.loaded
 
 
+def test_pinned_they_stay_pinned_when_two_take_them_in(management, monkeypatch):
+    model = tiny(2)
+    handle = pools.manage(model, pin=True)
+    model.half()
+    first, second, go_on = threading.Event(), threading.Event(), threading.Event()
+    renewed, condemn = management._renewed, management.condemn
+
+    def slowly(entry):
+        first.set()
+        assert go_on.wait(10)
+        return renewed(entry)
+
+    def noted(entry):
+        (second if first.is_set() else threading.Event()).set()
+        condemn(entry)
+
+    monkeypatch.setattr(management, "_renewed", slowly)
+    monkeypatch.setattr(management, "condemn", noted)
+    threads = []
+    for reached in (first, second):
+        threads.append(threading.Thread(target=pools.manage, args=(model,)))
+        threads[-1].start()
+        assert reached.wait(10)
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert handle.pinned
+    assert handle.user.nbytes == MIB
+
+
+def test_what_a_patch_takes_counts_on_after_they_are_taken_in(management):
+    class Add(pools.DeltaCommit):
+        def deltas(self, obj):
+            return {obj[0].weight: lambda source, out: torch.add(source, 1, out=out)}
+
+    model = tiny(2)
+    handle = pools.manage(model)
+    (unit,) = handle.entry.all_units
+    proxy = pools.CommitObjectProxy(model, [Add()])
+    proxy.apply_commit_stack()
+    patched = management.nbytes(unit)
+    assert patched > handle.user.nbytes
+    model[1].weight = nn.Parameter(model[1].weight.detach() * 2, requires_grad=False)
+    want = model(x_for(model)).clone()
+    pools.manage(model)
+    assert management.nbytes(unit) == patched
+    assert torch.equal(use(model, handle), want)
+    proxy.revert_commit_stack()
+    assert management.nbytes(unit) == handle.user.nbytes
+
+
 def test_components_of_a_pipeline_are_taken_in(management):
     pipe = {"a": tiny(1), "b": tiny(1, seed=1)}
     handle = pools.manage(pipe)

@@ -163,10 +163,11 @@ class Members(Moving):
             self.renew(part)
         if not entry.user.strays():
             return
-        infos = [info for unit in entry.all_units if (info := self.unit(unit)) is not None]
-        pinned = any(info.pinned for info in infos)
+        infos: list[Any] = []
         try:
-            self.update(entry, pin=False)
+            with self._mutex:  # of two who are at it one finds it pinned, and pins it again
+                infos += (info for unit in entry.all_units if (info := self.unit(unit)) is not None)
+                self.update(entry, pin=False)
             self.condemn(entry)
             for pool in tuple(self.pools.values()):
                 self.move_all_out(self.ledger.reclaim_condemned, pool._index)
@@ -174,8 +175,9 @@ class Members(Moving):
                 renewed = self._renewed(entry)
         finally:
             if self._by_id.get(entry.key) is entry:
-                priority = max((info.priority for info in infos), default=0)
-                self.update(entry, priority=priority, pin=pinned)
+                priority = max((info.priority for info in infos), default=None)
+                pinned = any(info.pinned for info in infos)
+                self.update(entry, priority=priority, pin=pinned or None)
         if renewed:
             self.drain()
         else:
@@ -188,20 +190,22 @@ class Members(Moving):
             return True
         if any(self.state(unit) != ABSENT for unit in entry.all_units):
             return False
+        before = self._needs_of(user)
         user.close()
         try:
             entry.user = self._user(obj, entry.name, entry.options)
-            self._resize(entry, self._needs_of(entry.user))
+            self._resize(entry, before, self._needs_of(entry.user))
         except BaseException:
             self._dead.put(entry)
             self._retire(entry)
             raise
         return True
 
-    def _resize(self, entry: Entry, needs: dict[str, int]) -> None:
+    def _resize(self, entry: Entry, before: dict[str, int], needs: dict[str, int]) -> None:
         """Who asks for a unit just now finds it again: it has another size from now on."""
         for pool, unit in entry.units.items():
-            self.ledger.set_unit(unit, "nbytes", needs.pop(pool, 0))
+            riders = self.nbytes(unit) - before.get(pool, 0)  # patches that go and come with it
+            self.ledger.set_unit(unit, "nbytes", needs.pop(pool, 0) + riders)
         made: list[int] = []
         try:
             more = self._add_units(entry.user, needs, made)
@@ -346,6 +350,7 @@ class Members(Moving):
             self.entries.pop(unit, None)
             self._told_to_go.discard(unit)
             self.would_not_go.discard(unit)
+            self._last_uses.pop(unit, None)
         self._names.pop(entry.name, None)
         with entry.moving:
             try:
