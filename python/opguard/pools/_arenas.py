@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from opguard.pools import _managed, _stacks
+from opguard.pools._forks import ForkLock
 
 __all__ = ["Chunk", "drop_chunks", "put_chunk", "rounded", "take_chunk"]
 
@@ -24,7 +25,7 @@ _HUGE = 2 << 20
 # A chunk is used again for a patch that needs at least this share of it.
 _FITS = 0.5
 
-_lock = threading.RLock()
+_lock = ForkLock(threading.RLock)
 _free: dict[int, list[Chunk]] = {}
 
 
@@ -109,7 +110,7 @@ def take_chunk(obj: Any, nbytes: int, device: torch.device, counted: bool) -> Ch
     Raises:
         PoolRefused: the pool cannot have these bytes.
     """
-    with _lock:
+    with _lock.here:
         free = _free.get(id(obj), [])
         fitting = [
             chunk
@@ -130,7 +131,7 @@ def take_chunk(obj: Any, nbytes: int, device: torch.device, counted: bool) -> Ch
     try:
         chunk.hold()
     except BaseException:
-        with _lock:
+        with _lock.here:
             if _stacks.has_record(obj):
                 _free.setdefault(id(obj), []).append(chunk)
         raise
@@ -144,14 +145,14 @@ def put_chunk(obj: Any, chunk: Chunk) -> None:
         chunk.give_back()
         chunk.let_go()
         return
-    with _lock:
+    with _lock.here:
         _free.setdefault(id(obj), []).append(chunk)
     chunk.let_go()
 
 
 def drop_chunks(obj: Any) -> None:
     """Gives back what is kept warm for an object."""
-    with _lock:
+    with _lock.here:
         chunks = _free.pop(id(obj), [])
     for chunk in chunks:
         chunk.give_back()

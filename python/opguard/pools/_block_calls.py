@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from opguard import _C
+from opguard.pools._forks import ForkLock
 from opguard.pools._marks import BODIES, CALL, Orphan, driven, pickles_itself
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ class Prefetcher:
     def __init__(self) -> None:
         self._wishes: queue.SimpleQueue[_Wish] = queue.SimpleQueue()
         self._process = 0
-        self._lock = threading.Lock()
+        self._lock = ForkLock(threading.RLock)
 
     def want(self, bring_in: Callable[[], Callable[[int], None] | None], number: int) -> None:
         """Have ``bring_in()(number)`` called by the thread; a failure is nobody's concern."""
@@ -213,7 +214,7 @@ class Prefetcher:
         self._wishes.put((bring_in, number))
 
     def _start(self) -> None:
-        with self._lock:
+        with self._lock.here:
             if self._process != os.getpid():  # the first time, or a fork left the thread behind
                 self._wishes = queue.SimpleQueue()
                 threading.Thread(

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from opguard import _C
-from opguard.pools._spill import ForkLock, SpillFile, SpillFolder, forks
+from opguard.pools._forks import ForkLock, forks
+from opguard.pools._spill import SpillFile, SpillFolder
 from opguard.pools._spill_format import BLOCK, PAGE, Piece
 from opguard.pools._storages import (
     ALIGNMENT,

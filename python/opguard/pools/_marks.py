@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from opguard import _C
+from opguard.pools._forks import ForkLock
 from opguard.pools._inputs import input_mover
 
 __all__ = [
@@ -40,7 +41,7 @@ CALL = "_compiled_call_impl"
 COMPILE = "compile"
 KEY = "_opguard_pool_hook"
 IGNORED = "__jit_ignored_attributes__"  # what torch.jit.script is not to look at
-lock = threading.RLock()  # around attaching and removing, in all modules
+lock = ForkLock(threading.RLock)  # around attaching and removing, in all modules
 
 
 def manage_here(module: nn.Module) -> Any:
@@ -58,7 +59,7 @@ def mark_of(module: nn.Module | None) -> Mark | None:
 
 def take_off(obj: object) -> None:
     """All hooks of an object that is managed no more: its calls are its own again."""
-    with lock:
+    with lock.here:
         mark = mark_of(obj) if isinstance(obj, nn.Module) else None
         if mark is not None:
             mark.tokens.clear()
@@ -132,7 +133,7 @@ class Mark:
             type(module).compile(module, *args, **kwargs)
         else:
             below(*args, **kwargs)
-        with lock:
+        with lock.here:
             standing = module.__dict__.get(CALL)
             if standing is not self._forward(CALL):
                 self.wrap(CALL, standing)
@@ -155,7 +156,7 @@ class Mark:
     def adopt(self, forward: _C.LeasedForward) -> None:
         """The first call of a copy: it is managed now."""
         handle = manage_here(self._alive())
-        with lock:
+        with lock.here:
             self.seat, self.prepare = handle.seat, input_mover(handle.get_execution_device())
             for each in (forward, *(reference() for reference in self._forwards.values())):
                 if each is not None:
@@ -254,7 +255,7 @@ def _modules_with(value: object) -> list[nn.Module]:
 
 def revive(module: nn.Module, names: Sequence[str], name: str, below: Any) -> Any:
     """What a copy has under ``name``; it may be a bare object yet, whose state comes later."""
-    with lock:
+    with lock.here:
         mark = mark_of(module)
         if mark is None:
             mark = Mark(module)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from opguard.pools import _lora_math, _managed, _stacks
 from opguard.pools._arenas import Chunk, put_chunk, rounded, take_chunk
+from opguard.pools._forks import ForkLock
 from opguard.pools._parameters import groups_of, is_at, point_all, tensors_of
 from opguard.pools._undoing import through
 from opguard.pools._views import version_of
@@ -94,7 +95,7 @@ class DeltaCommit(CommitABC):
                 undo.callback(leases.close)
             chunks = _chunks(obj, deltas, leases is not None)
             undo.callback(_free, obj, chunks)
-            with _lock:
+            with _lock.here:
                 patch = _Patch(obj, chunks)
                 undo.callback(through, patch.take_back)
                 patch.put_on(deltas)
@@ -106,7 +107,7 @@ class DeltaCommit(CommitABC):
         patch: _Patch = self._kept_for(obj)
         try:
             if not patch.taken_back:
-                with _lock, torch.inference_mode(False), torch.no_grad():
+                with _lock.here, torch.inference_mode(False), torch.no_grad():
                     patch.take_back()
         finally:
             if patch.taken_back:
@@ -169,7 +170,7 @@ class _Chain:
 # --- what is patched now --------------------------------------------------------------------------
 
 # Computing is under the lock: a parameter may belong to several objects that are patched at a time.
-_lock = threading.RLock()
+_lock = ForkLock(threading.RLock)
 _states: dict[int, _State] = {}
 
 
@@ -342,7 +343,7 @@ class _Patch:
 
     def give_back(self) -> None:
         """The module goes: parameters point at the base, and the patched weights are dropped."""
-        with _lock, torch.inference_mode(False), torch.no_grad():
+        with _lock.here, torch.inference_mode(False), torch.no_grad():
             moves: list[_Move] = []
             changed: dict[int, Tensor] = {}
             for state in self.states:
@@ -361,7 +362,7 @@ class _Patch:
         """The module is back: computes its patched weights again, from the base as it is now."""
         if self.taken_back:
             return
-        with _lock, torch.inference_mode(False), torch.no_grad():
+        with _lock.here, torch.inference_mode(False), torch.no_grad():
             for chunk in self.chunks.values():
                 chunk.reset()
                 chunk.bring_in()

@@ -13,52 +13,20 @@ import fcntl
 import os
 import secrets
 import stat
-import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from opguard.pools._forks import ForkLock
 from opguard.pools._spill_format import Layout, Piece, allocate, copy, laid_out, write, write_pieces
 
-__all__ = ["ForkLock", "SpillFile", "SpillFolder", "forks"]
+__all__ = ["SpillFile", "SpillFolder"]
 
 DEFAULT = "/var/tmp"
 LOCK = ".lock"
 PARTIAL = ".partial"
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
-
-
-class _Forks:
-    count = 0
-
-
-def forks() -> int:
-    """How often this process has forked: a child reads the files that were mapped then."""
-    return _Forks.count
-
-
-def _forked() -> None:
-    _Forks.count += 1
-
-
-os.register_at_fork(after_in_parent=_forked, after_in_child=_forked)
-
-
-class ForkLock:
-    """A lock that a forked child finds free, whoever held it in the parent."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process = os.getpid()
-
-    @property
-    def here(self) -> threading.Lock:
-        """What a ``with`` takes. An ``__enter__`` of Python's own could be interrupted between
-        taking the lock and having entered, and nobody would release it."""
-        if self._process != os.getpid():
-            self._lock, self._process = threading.Lock(), os.getpid()
-        return self._lock
 
 
 class SpillFile:

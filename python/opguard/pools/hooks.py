@@ -92,7 +92,7 @@ class AutoManageHook:
         if module is None:
             raise ReferenceError("expected the module of the hook to be alive, it is gone")
         handle = self._handle or manage_here(module)
-        with lock:
+        with lock.here:
             mark = mark_of(module) or Mark(module)
             mark.seat, mark.prepare = handle.seat, input_mover(handle.get_execution_device())
             mark.install((CALL, *self._methods), self._timeout)
@@ -106,7 +106,7 @@ class AutoManageHook:
         Calls under way keep their leases. Where somebody else has wrapped one of its methods
         since, what lies below goes on without leases.
         """
-        with lock:
+        with lock.here:
             mark = mark_of(self._module())
             if mark is not None:
                 mark.tokens.discard(self._token)

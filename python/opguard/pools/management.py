@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opguard import _C
+from opguard.pools._forks import ForkLock
 from opguard.pools._members import Members
 from opguard.pools._requests import BLOCKS_THREAD, Ask, enter
 from opguard.pools._spill import SpillFolder
@@ -146,7 +147,7 @@ class Management(Members):
 
 _current: list[Management] = []
 # A finalizer may come here while its own thread is inside.
-_setting_up = threading.RLock()
+_setting_up = ForkLock(threading.RLock)
 
 
 def setup_default_pools(
@@ -175,7 +176,7 @@ def setup_default_pools(
         raise TypeError(
             f"expected budgets by name of pool, as {{'cpu': '256MiB'}}, got {budgets!r:.80}"
         )
-    with _setting_up:
+    with _setting_up.here:
         fresh = None if _current else {pool.name: pool for pool in _default_pools()}
         management = _current[0] if _current else Management(spill_dir, policy)
         pools: Mapping[str, ResourcePool] = management.pools or fresh or {}

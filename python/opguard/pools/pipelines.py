@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from opguard.pools._forks import ForkLock
 from opguard.pools._parts import find_parts, refuse_offloaded
 from opguard.pools.errors import PoolRefused, Unmanageable
 from opguard.pools.users import ResourcePoolUser, register_user
@@ -71,7 +72,7 @@ class PipelineWrapper(ResourcePoolUser):
         self._options: dict[str, Any] = {key: value for key, value in told.items() if value}
         self._modules: tuple[weakref.ref[nn.Module], ...] = ()
         self._entries: tuple[Entry, ...] = ()
-        self._refreshing = threading.Lock()
+        self._refreshing = ForkLock(threading.RLock)
         self.refresh()
         if not self._entries:
             raise Unmanageable(
@@ -119,7 +120,7 @@ class PipelineWrapper(ResourcePoolUser):
             return
         parts = find_parts(obj)
         modules = tuple(parts.values())
-        with self._refreshing:
+        with self._refreshing.here:
             if not self._is_as_before(modules):
                 refuse_offloaded(parts, self._name)
                 before, entries = self._alive(), self._joined(parts)
@@ -285,7 +286,7 @@ class _Components:
     """Which pipelines a module is a component of, and the hook that takes it just in time."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = ForkLock(threading.RLock)
         self._pipelines: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[PipelineWrapper]] = (
             weakref.WeakKeyDictionary()
         )
@@ -294,7 +295,7 @@ class _Components:
 
     def join(self, module: nn.Module, pipeline: PipelineWrapper, *, mine: bool) -> None:
         """``pipeline`` has it. mine: it was not managed before."""
-        with self._lock:
+        with self._lock.here:
             self._pipelines.setdefault(module, weakref.WeakSet()).add(pipeline)
             if mine:
                 self._managed_here.add(module)
@@ -303,7 +304,7 @@ class _Components:
         self, module: nn.Module, pipeline: PipelineWrapper, management: Management | None
     ) -> None:
         """``pipeline`` has it no more. After the last one a management, if given, lets go of it."""
-        with self._lock:
+        with self._lock.here:
             pipelines = self._pipelines.get(module)
             if pipelines is None or pipeline not in pipelines:
                 return
@@ -325,7 +326,7 @@ class _Components:
         """Have the module take itself while it runs, whichever way it is called."""
         from opguard.pools.hooks import AutoManageHook
 
-        with self._lock:
+        with self._lock.here:
             entry = management.find(module)
             if module in self._hooks or entry is None or not entry.units:
                 return  # what is streamed takes its blocks itself

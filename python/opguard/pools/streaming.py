@@ -27,12 +27,12 @@ from opguard._sizes import readable
 from opguard.pools._block_calls import BlockCall, BlockForward, Course, prefetcher, untraced
 from opguard.pools._blocks import Cut, bytes_of, cut_module
 from opguard.pools._books import ABSENT, LOADING, READY
+from opguard.pools._forks import ForkLock
 from opguard.pools._homes import Home
 from opguard.pools._lending import home_for
 from opguard.pools._marks import CALL
 from opguard.pools._module_user import Estimate, ModuleUser
 from opguard.pools._requests import TRY, Ask, enter
-from opguard.pools._spill import ForkLock
 from opguard.pools.errors import PoolRefused
 from opguard.pools.users import ResourcePoolUser
 
