@@ -12,7 +12,7 @@ import torch
 
 from opguard import pools
 from opguard.pools import AttributeCommit, CommitObjectProxy, DeltaCommit, _patched
-from pools_kit import MIB, fresh_pools
+from pools_kit import MIB, Thing, fresh_pools
 
 # After these an interpreter looks whether there was a signal.
 BREAKS = {"CALL", "CALL_KW", "CALL_FUNCTION_EX", "RESUME", "JUMP_BACKWARD"}
@@ -154,3 +154,36 @@ def test_a_second_interrupt_inside_the_cleaning_up(make):
             break
         step += 7
     assert hits > 20
+
+
+def what_evicts(how, management, handles):
+    return {
+        "free": pools.free,
+        "request": lambda: handles[2].lease().__enter__(),
+        "budget": lambda: setattr(management.pool("cpu"), "budget", MIB),
+        "offload": lambda: (handles[0].let_go(), management.reclaim_idle()),
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["free", "request", "budget", "offload"])
+def test_what_the_ledger_says_after_an_interrupt_is_so(tmp_path, monkeypatch, how):
+    wrong, step, came = [], 1, ""
+    with fresh_pools(tmp_path, 2 * MIB) as management:
+        monkeypatch.setattr(management._reclaimer, "start", lambda: None)
+        while came is not None:
+            things = [Thing() for _ in range(3)]
+            handles = [pools.manage(thing) for thing in things]
+            for handle in handles[:2]:
+                with handle.lease():
+                    pass
+            came = interrupted_at(step, what_evicts(how, management, handles))
+            management.pool("cpu").budget = 2 * MIB
+            for handle, thing in zip(handles, things, strict=True):
+                there = thing.log[-1:] == ["in"]
+                if handle.loaded != there:
+                    wrong.append(f"{came}: {handle.name} is in: {there}, said: {handle.loaded}")
+            del things, handles, handle, thing
+            management.drain()
+            step += 1
+    assert step > 50
+    assert not wrong

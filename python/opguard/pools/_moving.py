@@ -131,11 +131,15 @@ class Moving(Books):
             The exception of a user that would not go.
         """
         entry = self.entries[unit]
+        # Whoever reads on in this tells the ledger, and only the first time.
+        told = map(self.ledger.evicted, (unit,))
         with entry.moving, self._told_last_use(entry, unit):
             try:
                 written = self._given_back(entry)
+                settled.extend(told)
             except PoolFileChanged as error:
                 # There is nowhere to write it, and kept it would go on in use. It comes in no more.
+                settled.extend(told)
                 written, entry.stats.trouble = 0, f"{type(error).__name__}: {error}"
             except Exception as error:
                 settled.extend(map(self.ledger.kept, (unit,)))
@@ -143,9 +147,14 @@ class Moving(Books):
                 entry.stats.trouble = f"{type(error).__name__}: {error}"
                 return error
             except BaseException:
-                settled.extend(map(self.ledger.evicted, (unit,)))
+                # An interrupt says nothing of how far it came; what is given back twice is nothing.
+                try:
+                    self._put_out(entry)
+                except Exception:
+                    told = map(self.ledger.evicted, ())  # it stays: whoever chose it spares it
+                finally:
+                    settled.extend(told)
                 raise
-            settled.extend(map(self.ledger.evicted, (unit,)))
         self.would_not_go.discard(unit)
         entry.stats.written_back += written
         entry.stats.evictions += 1
@@ -196,10 +205,6 @@ class Moving(Books):
         except Exception:
             for rider in riders:
                 rider.bring_in()
-            raise
-        except BaseException:
-            # An interrupt says nothing of how far it came; what is given back twice is nothing.
-            cls._put_out(entry)
             raise
 
     @staticmethod
