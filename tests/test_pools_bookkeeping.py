@@ -96,6 +96,7 @@ def interrupted(function, first, second=None):
     try:
         function()
     except KeyboardInterrupt:
+        sys.setprofile(None)  # what only the traceback held goes now, by finalizers
         assert came
     finally:
         sys.settrace(outer)
@@ -285,6 +286,43 @@ def test_a_forked_child_has_nothing_of_threads_that_it_does_not_have(cpu):
     let_go.set()
     for thread in threads:
         thread.join(WAIT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_ends_what_threads_began_that_it_does_not_have(cpu, monkeypatch):
+    """A load that another thread asked for is undone, and a generator that it entered closed."""
+    (b,) = managed(2 * MIB)
+    begun, let_go = threading.Event(), threading.Event()
+
+    def hold():
+        with b.lease():
+            yield
+
+    generator = hold()
+
+    def begin():
+        b.load()
+        next(generator)
+        begun.set()
+        assert let_go.wait(WAIT)
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    assert begun.wait(WAIT)
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            signal.alarm(5)
+            monkeypatch.setattr(sys, "unraisablehook", lambda told: os._exit(2))
+            generator.close()
+            b.offload()
+            os._exit(b.entry.seat.leases)
+        os._exit(1)
+    let_go.set()
+    thread.join(WAIT)
+    generator.close()
+    b.offload()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

@@ -227,7 +227,8 @@ og_status
 og_ledger_drop_owner(og_ledger *ledger, int64_t owner, og_error *err);
 
 /* 1: pump. All that the owner holds is left and all that it asked for is
- * cancelled: its thread is not there any more. */
+ * cancelled: its thread is not there any more. Who leaves for it what it held
+ * leaves nothing, without an error. */
 int
 og_ledger_forfeit(og_ledger *ledger, int64_t owner, og_error *err);
 

@@ -86,10 +86,11 @@ og_ledger_drop_owner(og_ledger *ledger, int64_t id, og_error *err)
 int
 og_ledger_forfeit(og_ledger *ledger, int64_t id, og_error *err)
 {
-    const og_owner *owner = og_find_owner(ledger, id);
+    og_owner *owner = og_find_owner(ledger, id);
     if (owner == NULL || owner->dropped) {
         return og_unknown(err, "an owner", id);
     }
+    owner->forfeited = true;
     for (uint32_t i = 1; i < ledger->ticket_table.used; i++) {
         const og_ticket *ticket = &ledger->tickets[i];
         if (ticket->id > 0 && ticket->owner == og_slot_of(id)) {
@@ -279,16 +280,19 @@ og_ledger_leave(og_ledger *ledger, int64_t owner_id, const int64_t *units,
                 size_t count, const og_pool_extra *extra, size_t extra_count,
                 og_error *err)
 {
-    if (og_find_owner(ledger, owner_id) == NULL) {
+    const og_owner *of = og_find_owner(ledger, owner_id);
+    if (of == NULL) {
         return og_unknown(err, "an owner", owner_id);
     }
+    bool forfeited = of->forfeited;
     if (OG_LIKELY(count == 1 && extra_count == 0)) {
-        return leave_one(ledger, owner_id, units[0], err);
+        int left = leave_one(ledger, owner_id, units[0], err);
+        return left < 0 && forfeited ? 0 : left;
     }
     og_status status =
         check_leave(ledger, owner_id, units, count, extra, extra_count, err);
     if (status != OG_OK) {
-        return status;
+        return forfeited ? 0 : (int)status;
     }
     uint32_t owner = og_slot_of(owner_id);
     bool freed = false;

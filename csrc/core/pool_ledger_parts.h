@@ -41,7 +41,7 @@ typedef struct og_owner {
     uint32_t children, tickets;
     uint32_t awaited; /* og_waits for it */
     uint32_t blocked; /* deadlock test: what it cannot finish before */
-    bool dropped, finished;
+    bool dropped, forfeited, finished;
 } og_owner;
 
 /* What one owner holds of one unit, or of extra bytes in one pool. */

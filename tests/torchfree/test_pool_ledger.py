@@ -648,3 +648,18 @@ def test_who_forfeits_has_nothing_more(C, ledger):
     assert (ledger.pool(0).used, ledger.pool(0).extra) == (80, 0)
     with pytest.raises(ValueError, match="owner"):
         ledger.forfeit(99)
+
+
+def test_what_a_forfeiter_leaves_is_nothing(C, ledger):
+    """In a forked child others end what threads began that are not there, and cannot know."""
+    gone, other = ledger.add_owner(), ledger.add_owner()
+    units = [ledger.add_unit(0, 20) for _ in range(2)]
+    grant(ledger, gone, *units)
+    ledger.request(gone, (), ((0, 20),))
+    grant(ledger, other, units[0])
+    ledger.forfeit(gone)
+    for what in ((units[:1],), (units, ((0, 20),)), ((), ((0, 20),))):
+        assert ledger.leave(gone, *map(tuple, what)) is False
+    assert (ledger.pool(0).extra, [ledger.unit(u).leases for u in units]) == (0, [1, 0])
+    with pytest.raises(ValueError, match="holds none more"):
+        ledger.leave(other, (units[1],))
