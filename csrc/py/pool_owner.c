@@ -154,13 +154,14 @@ owner_make(og_pool_lease_state *lease, PyObject *ledger_object,
     int64_t parent = 0;
     OwnerObject *at = inherited;
     for (; at != NULL; at = at->beside) {
-        if (at->ledger == ledger && owner_holds(at)) {
+        bool holds = owner_holds(at) > 0;
+        if (holds && at->ledger == ledger) {
             parent = at->id;
         }
-    }
-    if (inherited != NULL && inherited->ledger != ledger &&
-        is_caller(inherited, thread, task) && owner_holds(inherited)) {
-        self->beside = (OwnerObject *)Py_NewRef((PyObject *)inherited);
+        else if (holds && self->beside == NULL &&
+                 is_caller(at, thread, task)) {
+            self->beside = (OwnerObject *)Py_NewRef((PyObject *)at);
+        }
     }
     og_error err;
     if (task != NULL && (self->task = PyWeakref_NewRef(task, NULL)) == NULL) {

@@ -66,6 +66,16 @@ def test_a_context_in_which_somebody_set_the_owner_to_nonsense(C, seat, value):
     assert leases(seat) == [0]
 
 
+def test_who_holds_is_known_again_after_two_other_ledgers(C):
+    """A lease held in one ledger is its thread's own whatever the thread asks of others."""
+    held, *others = [C.Ledger() for _ in range(3)]
+    owner = C.pool_owner(held)
+    held.request(owner.id, (held.add_unit(held.add_pool(100), 1),))
+    for other in others:
+        C.pool_owner(other)
+        assert C.pool_owner(held) is owner
+
+
 def test_units_that_change_while_a_lease_is_adopted(C, seat):
     unit = seat.units[0]
     owner = C.pool_owner(seat.ledger)
