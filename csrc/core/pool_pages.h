@@ -4,7 +4,7 @@
  * A map stays at its address from og_pages_map to og_pages_unmap: whoever
  * reads it while its pages are away gets them from the file again, and sees
  * the same bytes. What was written through the map lives in pages of this
- * process alone until og_pages_write_back puts it into the file.
+ * process alone until og_pages_give_back puts it into the file.
  *
  * Functions that can fail return 0 or an errno, because every failure here is
  * the kernel's; ESTALE says that the file is not as it was mapped. They hold
@@ -107,12 +107,6 @@ og_pages_changed(const og_pages *pages, size_t start, size_t end,
 int
 og_pages_resident(const og_pages *pages, size_t start, size_t end,
                   int64_t *resident);
-
-/* Puts changed pages into the file and leaves them in memory. EROFS for a
- * borrowed map and in a forked child. written: bytes. */
-int
-og_pages_write_back(og_pages *pages, size_t start, size_t end,
-                    int64_t *written);
 
 /* Puts changed pages into the file, then gives all pages back. What a thread
  * writes meanwhile is not lost: see pool_pages_evict.c. After an error what

@@ -11,7 +11,8 @@
  *
  * What remains: a thread that, without holding the model, changes one page
  * twice in those microseconds and computes the second value from the first
- * may compute it from the value before. Where the kernel has no such mremap
+ * may compute it from the value before, and a second value that is the one
+ * before may be taken for none. Where the kernel has no such mremap
  * (before 5.13), a write between the last look and the drop is lost. */
 #define _GNU_SOURCE
 #include "core/pool_pages.h"
@@ -28,8 +29,7 @@
 #define MREMAP_DONTUNMAP 4
 #endif
 
-/* --- writing changed pages -------------------------------------------------
- */
+/* --- writing changed pages ----------------------------------------------- */
 
 typedef struct writing {
     const og_pages *pages;
@@ -68,44 +68,18 @@ write_changed(const og_pages *pages, const og_pages_scan *scan, int fd,
     return failed;
 }
 
+/* Our own writing never changes the size: who did that is to be seen. */
 static void
 stamp_again(og_pages *pages)
 {
     og_pages_stamp now;
-    if (og_pages_stamp_of(pages->fd, &now) == 0) {
+    if (og_pages_stamp_of(pages->fd, &now) == 0 &&
+        now.size == pages->stamp.size) {
         pages->stamp = now;
     }
 }
 
-int
-og_pages_write_back(og_pages *pages, size_t start, size_t end,
-                    int64_t *written)
-{
-    *written = 0;
-    if (!og_pages_writable(pages)) {
-        return EROFS;
-    }
-    if (og_pages_broken(pages)) {
-        return ESTALE;
-    }
-    og_pages_scan scan;
-    int failed = og_pages_scan_open(&scan, pages->method, pages->fd);
-    if (failed != 0) {
-        return failed;
-    }
-    pthread_mutex_lock(&pages->lock);
-    failed = write_changed(pages, &scan, pages->fd,
-                           og_pages_range(pages, start, end), written, NULL);
-    if (*written > 0 || failed != 0) {
-        stamp_again(pages);
-    }
-    pthread_mutex_unlock(&pages->lock);
-    og_pages_scan_close(&scan);
-    return failed;
-}
-
-/* --- pages that were written late ------------------------------------------
- */
+/* --- pages that were written late ---------------------------------------- */
 
 typedef struct settling {
     const og_pages *pages;
@@ -255,8 +229,7 @@ settle(const og_pages *pages, const og_pages_scan *scan, og_pages_span away,
     return s.failed;
 }
 
-/* --- giving back -----------------------------------------------------------
- */
+/* --- giving back --------------------------------------------------------- */
 
 /* The pages without their place: it shows the file from now on. */
 static int
@@ -421,8 +394,7 @@ og_pages_give_back(og_pages *pages, size_t start, size_t end, int64_t *written)
     return failed;
 }
 
-/* --- another file ----------------------------------------------------------
- */
+/* --- another file -------------------------------------------------------- */
 
 /* The lock is held, and the scan's file has what was changed. A write by a
  * thread without the model between the two calls that change the map is lost.
@@ -473,7 +445,7 @@ move_to(og_pages *pages, og_pages_scan *scan, int fd, char *before,
     }
     if (failed == 0) {
         pages->process = (int64_t)getpid();
-        stamp_again(pages);
+        (void)og_pages_stamp_of(fd, &pages->stamp);
     }
     return failed;
 }

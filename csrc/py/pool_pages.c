@@ -21,23 +21,20 @@ raise_errno(int code)
     return PyErr_SetFromErrno(PyExc_OSError);
 }
 
-/* A method of the three, or the best for NULL; -1 with an exception set. */
+/* A method of the three; -1 with an exception set. */
 static int
 method_named(const char *name)
 {
-    for (int i = 0; name != NULL && i < 3; i++) {
+    for (int i = 0; i < 3; i++) {
         if (strcmp(methods[i], name) == 0) {
             return i;
         }
     }
-    if (name != NULL) {
-        PyErr_Format(PyExc_ValueError,
-                     "expected method to be scan, pagemap or compare, got "
-                     "'%.50s'",
-                     name);
-        return -1;
-    }
-    return (int)og_pages_method_best();
+    PyErr_Format(PyExc_ValueError,
+                 "expected method to be scan, pagemap or compare, got "
+                 "'%.50s'",
+                 name);
+    return -1;
 }
 
 static PyObject *
@@ -66,7 +63,7 @@ Map_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                      nbytes, offset);
         return NULL;
     }
-    int method = method_named(name);
+    int method = name == NULL ? 0 : method_named(name);
     if (method < 0) {
         return NULL;
     }
@@ -79,7 +76,9 @@ Map_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         failed = og_pages_map(&self->pages, fd, offset, (size_t)nbytes,
                               (void *)(uintptr_t)address);
     Py_END_ALLOW_THREADS
-    self->pages.method = (og_pages_method)method;
+    if (name != NULL) { /* else it is the best */
+        self->pages.method = (og_pages_method)method;
+    }
     self->pages.grain = (size_t)grain;
     if (failed != 0) {
         Py_DECREF(self);
@@ -94,7 +93,9 @@ Map_dealloc(PyObject *op)
     PyTypeObject *type = Py_TYPE(op);
     MapObject *self = (MapObject *)op;
     if (self->pages.start != NULL) {
-        og_pages_unmap(&self->pages);
+        Py_BEGIN_ALLOW_THREADS
+            og_pages_unmap(&self->pages);
+        Py_END_ALLOW_THREADS
     }
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(op);
@@ -214,28 +215,6 @@ Map_resident(PyObject *op, PyObject *const *args, Py_ssize_t count)
     return failed != 0 ? raise_errno(failed) : PyLong_FromLongLong(bytes);
 }
 
-PyDoc_STRVAR(write_back_doc,
-             "write_back($self, start=..., end=..., /)\n--\n\n"
-             "Put changed pages into the file; the bytes written. They stay "
-             "in memory.\n\nOSError EROFS where the file is somebody else's "
-             "or in a forked child.");
-
-static PyObject *
-Map_write_back(PyObject *op, PyObject *const *args, Py_ssize_t count)
-{
-    MapObject *self = (MapObject *)op;
-    size_t start = 0, end = 0;
-    int64_t bytes = 0;
-    int failed = 0;
-    if (take_range(self, args, count, &start, &end) < 0) {
-        return NULL;
-    }
-    Py_BEGIN_ALLOW_THREADS
-        failed = og_pages_write_back(&self->pages, start, end, &bytes);
-    Py_END_ALLOW_THREADS
-    return failed != 0 ? raise_errno(failed) : PyLong_FromLongLong(bytes);
-}
-
 PyDoc_STRVAR(give_back_doc,
              "give_back($self, start=..., end=..., /)\n--\n\n"
              "Put changed pages into the file, then give all back; the bytes "
@@ -294,8 +273,6 @@ static PyMethodDef Map_methods[] = {
      changed_doc},
     {"resident", (PyCFunction)(void (*)(void))Map_resident, METH_FASTCALL,
      resident_doc},
-    {"write_back", (PyCFunction)(void (*)(void))Map_write_back, METH_FASTCALL,
-     write_back_doc},
     {"give_back", (PyCFunction)(void (*)(void))Map_give_back, METH_FASTCALL,
      give_back_doc},
     {"move", Map_move, METH_O, move_doc},

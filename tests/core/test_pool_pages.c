@@ -103,9 +103,8 @@ check_round_trip(og_pages_method method)
     /* Of a part: the others stay. */
     CHECK(og_pages_give_back(&pages, 0, page, &written) == 0);
     CHECK(written == (int64_t)page && changed(&pages) == 2 * (int64_t)page);
-    CHECK(og_pages_write_back(&pages, 0, size, &written) == 0);
-    CHECK(written == 2 * (int64_t)page);
     CHECK(og_pages_give_back(&pages, 0, size, &written) == 0);
+    CHECK(written == 2 * (int64_t)page);
     CHECK(method == OG_PAGES_COMPARE || resident(&pages) == 0);
     CHECK(pages.start[0] == 1 && pages.start[3 * page] == 3);
     CHECK(pages.start[size - 1] == 2 && pages.start[1] == FILL);
@@ -132,8 +131,7 @@ check_arguments(void)
     close(fd);
 }
 
-/* --- threads that do not wait ---------------------------------------------
- */
+/* --- threads that do not wait -------------------------------------------- */
 
 typedef struct counting {
     char *start;
@@ -171,8 +169,7 @@ check_stray_writer(og_pages_method method)
     }
     atomic_store(&c.stop, true);
     pthread_join(thread, NULL);
-    int64_t written = -1;
-    CHECK(og_pages_give_back(&pages, 0, size, &written) == 0);
+    CHECK(og_pages_give_back(&pages, 0, size, &(int64_t){0}) == 0);
     int lost = 0;
     for (int i = 0; i < PAGES; i++) {
         for (int64_t k = 0; k < 16; k++) {
@@ -186,8 +183,7 @@ check_stray_writer(og_pages_method method)
     close(fd);
 }
 
-/* --- files that others write ----------------------------------------------
- */
+/* --- files that others write --------------------------------------------- */
 
 static void
 check_cut(void)
@@ -212,7 +208,6 @@ check_cut(void)
     CHECK(og_pages_broken(&pages) && !og_pages_broken(&other));
     CHECK(og_pages_populate(&other, 0, size) == ESTALE);
     CHECK(og_pages_give_back(&pages, 0, size, &written) == ESTALE);
-    CHECK(og_pages_write_back(&pages, 0, size, &written) == ESTALE);
     og_pages_unmap(&pages);
     og_pages_unmap(&other);
     close(fd);
@@ -273,8 +268,7 @@ check_full(void)
     close(fd);
 }
 
-/* --- forks ----------------------------------------------------------------
- */
+/* --- forks --------------------------------------------------------------- */
 
 static void
 check_fork(void)
@@ -291,7 +285,6 @@ check_fork(void)
         failures = 0;
         pages.start[page] = 2;
         CHECK(!og_pages_writable(&pages));
-        CHECK(og_pages_write_back(&pages, 0, size, &written) == EROFS);
         CHECK(og_pages_give_back(&pages, 0, size, &written) == 0);
         CHECK(written == 0 && resident(&pages) == (int64_t)page);
         CHECK(read(pipes[0], &byte, 1) == 1); /* the parent has moved */
@@ -338,7 +331,8 @@ check_many(void)
  * are taken away, after which no descriptor is left, and no answer. */
 static char *late;
 static bool no_descriptors;
-static int grown = -1; /* a file that somebody makes longer meanwhile */
+static int resized = -1; /* a file that somebody makes so long meanwhile */
+static size_t resized_to;
 static int unread = 0; /* what bringing pages in fails with */
 
 int
@@ -376,8 +370,8 @@ mremap(void *old, size_t size, size_t wanted, int flags, ...)
         *late = 'L';
         no_descriptors = true;
     }
-    if (grown >= 0) {
-        CHECK(ftruncate(grown, (off_t)((PAGES + 1) * page)) == 0);
+    if (resized >= 0) {
+        CHECK(ftruncate(resized, (off_t)resized_to) == 0);
     }
     return (void *)syscall(SYS_mremap, old, size, wanted, flags, at);
 }
@@ -442,18 +436,22 @@ check_move_to_full(void)
     close(copy);
 }
 
-/* Somebody writes the file as unchanged pages are given back: it is not taken
- * for our own writing. */
+/* Somebody writes the file as pages are given back, of which one was written
+ * late perhaps: it is not taken for our own writing. */
 static void
-check_written_meanwhile(void)
+check_resized_meanwhile(size_t size, bool is_late)
 {
     int fd = new_file(PAGES * page);
-    int64_t written = 0;
     og_pages pages = mapped(fd, PAGES * page, OG_PAGES_SCAN);
     CHECK(og_pages_populate(&pages, 0, PAGES * page) == 0);
-    grown = fd;
-    CHECK(og_pages_give_back(&pages, 0, PAGES * page, &written) == 0);
-    grown = -1;
+    resized = fd;
+    resized_to = size;
+    late = is_late ? pages.start + 3 * page : NULL;
+    int end = is_late && size < PAGES * page ? ESTALE : 0;
+    CHECK(og_pages_give_back(&pages, 0, PAGES * page, &(int64_t){0}) == end);
+    resized = -1;
+    late = NULL;
+    no_descriptors = false;
     CHECK(og_pages_check(&pages) == ESTALE);
     og_pages_unmap(&pages);
     close(fd);
@@ -494,7 +492,9 @@ main(void)
     check_late_and_blind(false);
     check_late_and_blind(true);
     check_move_to_full();
-    check_written_meanwhile();
+    check_resized_meanwhile((PAGES + 1) * page, false);
+    check_resized_meanwhile((PAGES + 1) * page, true);
+    check_resized_meanwhile(page, true);
     check_bad_disk();
     return failures != 0;
 }

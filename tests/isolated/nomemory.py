@@ -382,7 +382,6 @@ def scenarios_of(C: ModuleType) -> None:
             pages.check()
             pages.populate(0, 4096)
             pages.changed()
-            pages.write_back()
             pages.give_back()
             pages.resident()
             pages.move(second)

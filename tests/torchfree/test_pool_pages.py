@@ -42,7 +42,7 @@ def test_changed_pages_go_to_the_file_and_no_others(C, file, method):
     assert content(file) == before
     assert pages.changed() == pages.changed(PAGE, 2 * PAGE) == PAGE
     assert pages.changed(0, PAGE) == 0
-    assert pages.write_back(0, PAGE) == 0
+    assert pages.give_back(0, PAGE) == 0
     assert pages.give_back() == PAGE
     assert pages.changed() == 0
     assert view[PAGE + 5] == 77
@@ -97,7 +97,7 @@ def test_arguments(C, file):
             C.SpillMap(*wrong)
         assert caught.value.errno == code
     pages = C.SpillMap(fd, 0, PAGE)
-    for name in ("populate", "changed", "resident", "write_back", "give_back"):
+    for name in ("populate", "changed", "resident", "give_back"):
         with pytest.raises(TypeError, match="expected start and end, or neither"):
             getattr(pages, name)(1)
         with pytest.raises(ValueError, match="expected 0 <= start <= end"):
@@ -129,8 +129,6 @@ def test_a_map_that_is_somebody_elses(C, file):
     assert pages.changed() == PAGE
     assert pages.give_back() == 0
     assert pages.changed() == pages.resident() == PAGE
-    with pytest.raises(OSError, match="Read-only"):
-        pages.write_back()
     with pytest.raises(OSError, match="Read-only"):
         pages.move(file.fileno())
     del pages
