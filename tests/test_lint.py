@@ -315,6 +315,7 @@ LAYERS = (
         "_attributes",
         "_instances",
         "_ipython",
+        "_loaded",
         "_numbers",
         "_routing",
         "_secrets",

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 import weakref
+from types import ModuleType
 
 import pytest
 import torch
 
 from opguard import pools
-from opguard.pools import _budgets
+from opguard.pools import _budgets, _lora_targets, _storages
+from opguard.pools._parts import find_parts
 from opguard.pools.resource_pools import HostPool, ResourcePool
 from pools_kit import MIB, Thing, fresh_pools, tiny, until
 
@@ -368,6 +370,36 @@ def test_figures_say_what_happened(cpu):
     assert figures["one"].seconds_loading > 0
     assert [used for _, _, used in inside.events][-1] == 3 * MIB
     assert inside.policy == "lru"
+
+
+HALF_WAY = [
+    "opguard.pools._patched",
+    "opguard.pools.proxies",
+    "opguard.base",
+    "torch._dynamo.eval_frame",
+    "torch._inductor.config",
+    "torch._subclasses.fake_tensor",
+    "transformers.pytorch_utils",
+]
+
+
+@pytest.mark.parametrize("module", HALF_WAY)
+def test_what_another_thread_is_importing_just_now_is_not_asked(cpu, monkeypatch, module):
+    """Its module is there already and has none of its names yet."""
+    patched = pools.CommitObjectProxy
+    monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    model, compiled = tiny(2), tiny(1)
+    compiled._compiled_call_impl = compiled._call_impl
+    _storages.refuse(compiled)
+    handle = pools.manage(model)
+    with patched(model), pytest.raises(pools.PoolRefused, match="thread MainThread holds 'Seq"):
+        pools.manage(tiny(3)).load(timeout=0)
+    with pools.auto_manage(handle):
+        model[0].weight = torch.nn.Parameter(torch.ones(512, 512), requires_grad=False)
+        assert list(handle.user.strays()) == ["0.weight"]
+    assert not _storages._is_wrapper(torch.ones(1).as_subclass(type("Own", (torch.Tensor,), {})))
+    assert find_parts({"a": model}) == {"a": model}
+    assert not _lora_targets._is_conv1d(model)
 
 
 def test_importing_pools_is_cheap_and_patches_nothing(tmp_path):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from opguard._bundle_tensors import TensorReader, TensorWriter, Unsavable
+from opguard._loaded import loaded
 from opguard._secrets import SECRET_TEXT, is_secret, masked
 
 __all__ = ["Missing", "ValueReader", "ValueWriter", "masked"]
@@ -189,11 +190,6 @@ class ValueWriter:
         return {"$enum": {"type": type_name(type(value)), "name": value.name}}
 
 
-def _loaded(name: str, attribute: str) -> Any:
-    """A type of a library, if that library is in use: no value can be of it otherwise."""
-    return getattr(sys.modules.get(name), attribute, ())
-
-
 def _is_config(value: Any) -> bool:
     root = type(value).__module__.partition(".")[0]
     return root in ("transformers", "diffusers") and type(value).__name__ in CONFIGS
@@ -220,9 +216,9 @@ KINDS: tuple[tuple[Callable[[Any], bool], Callable[[ValueWriter, Any, str, int],
         lambda w, v, p, d: {"$slice": [w.write(n, p, d) for n in (v.start, v.stop, v.step)]},
     ),
     (lambda v: isinstance(v, torch.Generator), ValueWriter._generator),
-    (lambda v: isinstance(v, _loaded("numpy", "ndarray")), ValueWriter._array),
-    (lambda v: isinstance(v, _loaded("numpy", "generic")), ValueWriter._array),
-    (lambda v: isinstance(v, _loaded("PIL.Image", "Image")), ValueWriter._image),
+    (lambda v: isinstance(v, loaded("numpy", "ndarray")), ValueWriter._array),
+    (lambda v: isinstance(v, loaded("numpy", "generic")), ValueWriter._array),
+    (lambda v: isinstance(v, loaded("PIL.Image", "Image")), ValueWriter._image),
     (lambda v: isinstance(v, tuple) and hasattr(v, "_fields"), ValueWriter._namedtuple),
     (
         lambda v: isinstance(v, UserDict) and type(v).__module__.startswith("transformers."),

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from opguard._loaded import loaded
 from opguard._sizes import readable
 from opguard.pools._places import is_ours, line_outside, name_of_thread, place
 from opguard.pools.errors import Deadlock, LeaseTimeout, PoolRefused
@@ -59,8 +60,8 @@ def _places(who: Any, unit: int) -> Iterator[str]:
             continue
         if not is_ours(code):
             yield place(code, line)
-        elif stacks := sys.modules.get("opguard.pools._stacks"):  # a patch may have taken the lease
-            block = stacks.line_of(who.thread, who.task)
+        elif line_of := loaded("opguard.pools._stacks", "line_of"):  # a patch may have taken it
+            block = line_of(who.thread, who.task)
             if block is not None:
                 yield block
 

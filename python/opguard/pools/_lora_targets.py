@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from opguard._loaded import loaded
 from opguard.pools._lora_files import Pair, Replacement
 from opguard.pools._lora_math import LowRank, Whole
 from opguard.pools._lora_places import Place
@@ -33,8 +33,7 @@ class Target:
 
 def _is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, a linear layer that keeps its weight transposed."""
-    known = sys.modules.get("transformers.pytorch_utils")
-    return known is not None and isinstance(module, known.Conv1D)
+    return isinstance(module, loaded("transformers.pytorch_utils", "Conv1D"))
 
 
 def _refused_kind(place: Place, what: str, where: str) -> TypeError:

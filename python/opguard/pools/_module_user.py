@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from opguard._loaded import loaded
 from opguard.pools._homes import Home
 from opguard.pools.errors import WeightsAstray
 from opguard.pools.users import ResourcePoolUser
@@ -56,8 +56,8 @@ def _watch(module: nn.Module | None, home: Home) -> Iterator[tuple[int, _Watched
 
 
 def _is_patched(parameter: torch.Tensor) -> bool:
-    patched = sys.modules.get("opguard.pools._patched")
-    return patched is not None and patched.is_patched(parameter)
+    is_patched = loaded("opguard.pools._patched", "is_patched")
+    return bool(is_patched and is_patched(parameter))
 
 
 class ModuleUser(ResourcePoolUser):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
+from opguard._loaded import loaded
 from opguard.pools.errors import Unmanageable
 
 __all__ = ["find_parts", "refuse_offloaded"]
@@ -40,8 +40,7 @@ def find_parts(obj: object) -> dict[str, nn.Module]:
 
 def _opened(obj: Any) -> Any:
     """The detector of a guarded model; anything else as it is."""
-    base = sys.modules.get("opguard.base")
-    if base is None or not isinstance(obj, base.OpGuardBase):
+    if not isinstance(obj, loaded("opguard.base", "OpGuardBase")):
         return obj
     if not obj.is_loaded:
         raise Unmanageable(

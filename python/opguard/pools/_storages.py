@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opguard._loaded import loaded
 from opguard.pools.errors import Unmanageable
 
 __all__ = [
@@ -218,8 +218,7 @@ def _is_wrapper(tensor: Tensor) -> bool:
     """A subclass made by _make_wrapper_subclass, a fake tensor among them."""
     if type(tensor) in (Tensor, nn.Parameter, nn.Buffer):
         return False
-    fakes = sys.modules.get("torch._subclasses.fake_tensor")
-    if fakes is not None and isinstance(tensor, fakes.FakeTensor):
+    if isinstance(tensor, loaded("torch._subclasses.fake_tensor", "FakeTensor")):
         return True
     with contextlib.suppress(RuntimeError), torch._C.DisableTorchFunctionSubclass():
         return bool(tensor.numel()) and tensor.untyped_storage().data_ptr() == 0
@@ -258,12 +257,10 @@ def _frozen(module: nn.Module) -> str | None:
     """Whether weights were copied into compiled code, where nothing can follow them."""
     if isinstance(module, torch.jit.ScriptModule) and not hasattr(module, "training"):
         return "it is a frozen ScriptModule, whose weights are constants of its graph"
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    inductor: Any = sys.modules.get("torch._inductor.config")
-    compiled = (dynamo is not None and isinstance(module, dynamo.OptimizedModule)) or any(
+    compiled = isinstance(module, loaded("torch._dynamo.eval_frame", "OptimizedModule")) or any(
         part._compiled_call_impl is not None for part in module.modules()
     )
-    if compiled and inductor is not None and inductor.freezing:
+    if compiled and loaded("torch._inductor.config", "freezing"):
         return "torch._inductor.config.freezing folds its weights into compiled code: turn it off"
     return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from opguard import _C
+from opguard._loaded import loaded
 from opguard.pools._books import READY, Entry
 from opguard.pools.errors import PoolError
 from opguard.pools.management import Management, get_management
@@ -257,8 +257,8 @@ def auto_manage(obj: Any, *, offload: Offload = "lazy", timeout: float | None = 
         raise ValueError(f"expected offload 'lazy' or 'exit', got {offload!r}")
     handle = obj if isinstance(obj, AutoManageWrapper) else AutoManageWrapper(obj)
     after = None if offload == "lazy" else handle.let_go
-    proxies = sys.modules.get("opguard.pools.proxies")  # who has a proxy has imported its class
-    if proxies is not None and isinstance(handle.obj, proxies.CommitObjectProxy):
+    # Who has a proxy has imported its class.
+    if isinstance(handle.obj, loaded("opguard.pools.proxies", "CommitObjectProxy")):
         from opguard.pools._patched_block import PatchedBlock
 
         return PatchedBlock(handle, timeout, after)
