@@ -222,3 +222,30 @@ def test_waits_are_told_only_while_there_are_any(pools):
     thread.join(5)
     with patched(thing):
         assert not _turns._told
+
+
+def test_an_interrupt_while_a_wait_is_told_leaves_none_told(pools, monkeypatch):
+    """Else who was interrupted would be refused for the time of a turn, as if it waited still."""
+    thing, one = [1], models(1)[0]
+    manage(one)
+    leave, has = threading.Event(), threading.Event()
+
+    def holds():
+        with patched(thing):
+            has.set()
+            leave.wait(TIMEOUT)
+
+    def interrupted():
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    thread = threading.Thread(target=holds, daemon=True)
+    thread.start()
+    assert has.wait(5)
+    monkeypatch.setattr(pools, "pump", interrupted)
+    with pytest.raises(KeyboardInterrupt), CommitObjectProxy(thing):
+        pass
+    assert not _turns._waits
+    assert not _turns._told
+    leave.set()
+    thread.join(5)

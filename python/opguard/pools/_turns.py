@@ -191,6 +191,7 @@ class Turn:
         except BaseException:
             self._waiters.remove(waiter)
             _waits.pop(owner.key, None)
+            _tell()  # a ledger may have heard of it before an interrupt
             raise
 
     def acquire(self, owner: Owner, timeout: float | None, hold: object) -> None:
