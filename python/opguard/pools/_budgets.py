@@ -62,8 +62,14 @@ def parse_bytes(
 def _from_text(value: str, whole: int | None, what: str) -> float:
     found = TEXT.fullmatch(value)
     if found and found[2] == "%":
-        if whole is None or float(found[1]) > 100:
-            raise ValueError(f"expected {what} as a share of at most 100 % of a device: {value!r}")
+        if whole is None:
+            raise ValueError(
+                f"expected {what} like 268435456 or '256MiB', not as a share, got {value!r:.80}"
+            )
+        if float(found[1]) > 100:
+            raise ValueError(
+                f"expected {what} as a share of at most 100 % of a device, got {value!r:.80}"
+            )
         return whole * float(found[1]) / 100
     if not found or found[2].lower() not in UNITS:
         raise ValueError(

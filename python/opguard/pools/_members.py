@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from opguard import _C
+from opguard.pools._arguments import check_name, check_priority
 from opguard.pools._books import ABSENT, EVICTING, LOADING, Entry
 from opguard.pools._holders import holder_lines
 from opguard.pools._marks import take_off
@@ -58,8 +59,8 @@ class Members(Moving):
         **options: Any,
     ) -> Entry:
         """The entry of ``obj``, made now unless it is managed; what is named holds for both."""
-        if name is not None and not isinstance(name, str):
-            raise TypeError(f"expected the name of what is managed as text, got {name!r}")
+        check_name(name)
+        check_priority(priority)
         self.drain()
         entry = self.find(obj)
         while entry is None:
@@ -243,6 +244,8 @@ class Members(Moving):
         **options: Any,
     ) -> None:
         """Change what ``manage`` was told about it; None leaves as it is."""
+        check_name(name)
+        priority = check_priority(priority)
         changed = {key: value for key, value in options.items() if value is not None}
         if changed:
             entry.user.change(**changed)
@@ -251,7 +254,7 @@ class Members(Moving):
         for leaf in entry.leaves():
             for unit in leaf.units.values():
                 if priority is not None:
-                    pump |= bool(self.ledger.set_unit(unit, "priority", int(priority)))
+                    pump |= bool(self.ledger.set_unit(unit, "priority", priority))
                 if pin is not None:
                     stays = int(bool(pin) and leaf.user.may_stay)
                     pump |= bool(self.ledger.set_unit(unit, "pinned", stays))

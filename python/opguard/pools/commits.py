@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from torch import nn
 
+from opguard.pools._arguments import check_timeout
 from opguard.pools._undoing import through
 
 __all__ = [
@@ -178,6 +179,8 @@ class AttributeCommit(CommitABC):
     undoes_itself = True
 
     def __init__(self, name: str, value: Any) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"expected the name of an attribute as text, got {name!r:.80}")
         self.path, _, self.name = name.rpartition(".")
         self.value = value
         if not self.name:
@@ -324,6 +327,12 @@ class CommitWithAutoManage(CommitABC):
     def __init__(
         self, managed: Any, commit: CommitABC | None = None, *, timeout: float | None = None
     ) -> None:
+        check_timeout(timeout)
+        if commit is not None and not isinstance(commit, CommitABC):
+            raise TypeError(
+                f"expected a commit to apply meanwhile, got {type(commit).__name__}; use "
+                "CallableCommit(fn) for a function"
+            )
         self.managed, self.commit, self.timeout = managed, commit, timeout
         self.undoes_itself = commit is None or commit.undoes_itself
 

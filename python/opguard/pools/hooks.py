@@ -9,10 +9,15 @@ from typing import Any
 
 from torch import nn
 
+from opguard.pools._arguments import check_timeout
 from opguard.pools._inputs import input_mover
 from opguard.pools._marks import CALL, Mark, lock, manage_here, mark_of
 
 __all__ = ["AutoManageHook"]
+
+
+def _are_names(methods: Any) -> bool:
+    return isinstance(methods, Sequence) and all(isinstance(name, str) for name in methods)
 
 
 class AutoManageHook:
@@ -55,6 +60,12 @@ class AutoManageHook:
             raise TypeError(
                 f"module: expected an nn.Module or the handle of one, got {type(module).__name__}; "
                 "use auto_manage for other objects"
+            )
+        check_timeout(timeout)
+        if isinstance(methods, str) or not _are_names(methods):
+            raise TypeError(
+                "methods: expected names of methods, such as ('encode', 'decode'), got "
+                f"{methods!r:.80}"
             )
         for name in methods:
             if not callable(getattr(obj, name, None)):

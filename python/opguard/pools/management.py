@@ -12,12 +12,14 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from opguard import _C
+from opguard.pools._arguments import check_folder, check_timeout
 from opguard.pools._forks import ForkLock
 from opguard.pools._members import Members
 from opguard.pools._requests import BLOCKS_THREAD, Ask, enter
@@ -50,6 +52,7 @@ class Management(Members):
 
     def __init__(self, spill_dir: str | Path | None = None, policy: Policy = "lru") -> None:
         super().__init__()
+        check_folder(spill_dir)
         self.spill_dir = spill_dir
         self._folder: SpillFolder | None = None
         self.policy: Policy = "lru"
@@ -90,6 +93,7 @@ class Management(Members):
 
     def use_folder(self, spill_dir: str | Path | None) -> None:
         """Where weights are written from now on; what is written stays where it is."""
+        check_folder(spill_dir)
         with self._mutex:
             self.spill_dir, self._folder = spill_dir, None
 
@@ -110,7 +114,11 @@ class Management(Members):
             PoolRefused: where they cannot be had.
         """
         owner = _C.pool_owner(self.ledger) if owner is None else owner
-        extra = ((self.pool(pool)._index, int(nbytes)),)
+        check_timeout(timeout)
+        try:
+            extra = ((self.pool(pool)._index, index(nbytes)),)
+        except TypeError:
+            raise TypeError(f"expected nbytes to reserve as an int, got {nbytes!r:.80}") from None
         lease = _C.Lease(self.seat(()), extra)
         ask = Ask(self, owner.id, (), extra=extra, timeout=timeout, flags=BLOCKS_THREAD)
         enter(ask, lease.adopt, owner)
@@ -169,9 +177,10 @@ def setup_default_pools(
 
     Raises:
         KeyError: for a budget of a pool that there is not.
-        TypeError, ValueError: for a budget or a policy that is none.
+        TypeError, ValueError: for a budget, a policy or a folder that is none.
     """
     check_policy(policy)
+    check_folder(spill_dir)
     if budgets is not None and not isinstance(budgets, Mapping):
         raise TypeError(
             f"expected budgets by name of pool, as {{'cpu': '256MiB'}}, got {budgets!r:.80}"

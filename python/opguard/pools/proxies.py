@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from opguard.pools import _managed, _stacks
+from opguard.pools._arguments import check_timeout
 from opguard.pools._places import line_outside
 from opguard.pools._turns import current_owner
 from opguard.pools._undoing import through
@@ -56,6 +57,11 @@ class CommitObjectProxy(Generic[T]):
         if isinstance(base, CommitObjectProxy):
             raise TypeError(
                 "expected the object itself, got a proxy of it: use proxy.clone(), or proxy.base"
+            )
+        check_timeout(timeout)
+        if isinstance(commits, type) or not isinstance(commits, Iterable):
+            raise TypeError(
+                f"expected commits as a list, got {commits!r:.80}; write [commit] for one"
             )
         self._commits = _checked(tuple(commits))
         self.timeout = timeout

@@ -36,7 +36,13 @@ class ResourcePoolUser(ABC):
     fixed: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, obj: object) -> None:
-        self._obj = weakref.ref(obj)
+        try:
+            self._obj = weakref.ref(obj)
+        except TypeError:
+            raise TypeError(
+                f"expected an object that can be held weakly for {type(self).__name__}, got "
+                f"{type(obj).__name__}; manage(obj) finds the class that fits"
+            ) from None
 
     @property
     def obj(self) -> Any:

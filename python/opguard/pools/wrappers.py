@@ -10,6 +10,7 @@ import torch
 
 from opguard import _C
 from opguard._loaded import loaded
+from opguard.pools._arguments import check_timeout, checked_options
 from opguard.pools._books import READY, Entry
 from opguard.pools.errors import PoolError
 from opguard.pools.management import Management, get_management
@@ -109,6 +110,7 @@ class AutoManageWrapper:
         Raises:
             PoolRefused, Deadlock, LeaseTimeout: on entry, where the bytes cannot be had.
         """
+        check_timeout(timeout)
         return _C.Lease(self.seat, self, timeout)
 
     def load(self, timeout: float | None = None) -> AutoManageWrapper:
@@ -216,7 +218,7 @@ def manage(
         "stream": stream,
         "verify": verify,
     }
-    named = {key: value for key, value in options.items() if value is not None}
+    named = checked_options(options)
     if isinstance(obj, AutoManageWrapper):
         handle = obj
         handle._management.update(handle._entry, **named)
@@ -255,6 +257,7 @@ def auto_manage(obj: Any, *, offload: Offload = "lazy", timeout: float | None = 
     """
     if offload not in ("lazy", "exit"):
         raise ValueError(f"expected offload 'lazy' or 'exit', got {offload!r}")
+    check_timeout(timeout)
     handle = obj if isinstance(obj, AutoManageWrapper) else AutoManageWrapper(obj)
     after = None if offload == "lazy" else handle.let_go
     # Who has a proxy has imported its class.
