@@ -165,6 +165,7 @@ def what_evicts(how, management, handles):
     }[how]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["free", "request", "budget", "offload"])
 def test_what_the_ledger_says_after_an_interrupt_is_so(tmp_path, monkeypatch, how):
     wrong, step, came = [], 1, ""

@@ -16,7 +16,7 @@ from torch import nn
 
 from opguard import pools
 from opguard.pools import AutoManageHook, PoolError, PoolFileChanged, Unmanageable
-from pools_kit import fresh_pools, tiny, until
+from pools_kit import Thing, ThingUser, fresh_pools, tiny, until
 
 
 @pytest.fixture
@@ -293,3 +293,24 @@ def test_names_may_be_any_text(cpu):
     for name in ("a/../b", "é" * 300, "", "a\0b", "..", "%s"):
         with pools.manage(tiny(1), name=name).lease() as handle:
             assert handle.loaded
+
+
+def test_what_kept_it_from_going_is_not_said_of_one_that_went(cpu):
+    thing = Thing()
+    handle = pools.manage(thing, name="thing")
+    thing.does["out"] = lambda: 1 / 0
+    for said in (True, False):
+        with handle.lease():
+            pass
+        assert (cpu.free() == 0) is said
+        assert ("'thing' would not go: ZeroDivisionError" in str(pools.report())) is said
+        thing.does.clear()
+
+
+def test_a_registered_type_that_cannot_be_held_weakly_is_told_so(cpu):
+    class Slots:
+        __slots__ = ("weight",)
+
+    pools.register_user(Slots, ThingUser)
+    with pytest.raises(Unmanageable, match=r"got Slots; .*held weakly.*__weakref__"):
+        pools.manage(Slots())

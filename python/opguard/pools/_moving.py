@@ -137,6 +137,7 @@ class Moving(Books):
             try:
                 written = self._given_back(entry)
                 settled.extend(told)
+                entry.stats.trouble = None
             except PoolFileChanged as error:
                 # There is nowhere to write it, and kept it would go on in use. It comes in no more.
                 settled.extend(told)

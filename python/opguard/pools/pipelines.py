@@ -75,9 +75,14 @@ class PipelineWrapper(ResourcePoolUser):
         self._refreshing = ForkLock(threading.RLock)
         self.refresh()
         if not self._entries:
+            slot = (
+                " whose objects can be held weakly (see __weakref__)"
+                if isinstance(obj, Keeper)
+                else ""
+            )
             raise Unmanageable(
                 f"expected a module, or an object made of modules, got "
-                f"{type(_kept(obj)).__name__}; register_user(type, factory) teaches a type"
+                f"{type(_kept(obj)).__name__}; register_user(type, factory) teaches a type{slot}"
             )
 
     # What a user does; the bytes are its components'.
