@@ -351,6 +351,43 @@ def test_pages_that_segments_share_teach_nothing(pool, tmp_path):
         assert pool.used <= pool.budget
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("when", ["seat", "request"])
+def test_let_go_of_while_a_block_is_about_to_run_it_runs_as_an_ordinary_model(
+    pool, monkeypatch, hooked, when
+):
+    model = layers()
+    if hooked:
+        model[3].register_forward_hook(lambda *_: None)
+    expected = model(X)
+    management = pools.get_management()
+    user = pools.manage(model).user
+    block_seat, is_there = user.block_seat, management._refuse_gone
+
+    def seat(number):
+        found = block_seat(number)
+        if user.cut.blocks[number].name.startswith("3"):
+            if when == "seat":
+                pools.unmanage(model)
+            else:
+                monkeypatch.setattr(management, "_refuse_gone", let_go)
+        return found
+
+    def let_go(units):
+        monkeypatch.undo()
+        is_there(units)
+        pools.unmanage(model)
+
+    monkeypatch.setattr(user, "block_seat", seat)
+    for entry in user.members:
+        management.condemn(entry)
+    pools.free()
+    with torch.no_grad():
+        assert torch.allclose(model(X), expected)
+    assert user.closed
+    assert not held()
+
+
 # --- interrupts and forks -----------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from opguard import _C
 from opguard.pools._forks import ForkLock
 from opguard.pools._marks import BODIES, CALL, Orphan, driven, pickles_itself
+from opguard.pools.errors import PoolError
 
 if TYPE_CHECKING:
     from opguard.pools.streaming import StreamedModule
@@ -106,21 +107,27 @@ class BlockForward:
 
     @partial(untraced, inside=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stream, number = self._stream, self._number
-        if stream is None or stream.closed:
-            forward = self.__wrapped__
-            self.remove()
-            return forward(*args, **kwargs)
-        seat = stream.block_seat(number)
-        with _C.Lease(seat, None, None):
-            stream.entered(number)
+        stream, number, entered = self._stream, self._number, False
+        if stream is not None and not stream.closed:
+            seat = stream.block_seat(number)
             try:
-                result = self.__wrapped__(*args, **kwargs)
-            finally:
-                stream.left(number)
-        if isinstance(result, BODIES):
-            return driven(_C.Lease(seat, None, None), result)
-        return result
+                with _C.Lease(seat, None, None):
+                    entered = True
+                    stream.entered(number)
+                    try:
+                        result = self.__wrapped__(*args, **kwargs)
+                    finally:
+                        stream.left(number)
+            except PoolError:
+                if entered or not stream.closed:
+                    raise
+            else:
+                if isinstance(result, BODIES):
+                    return driven(_C.Lease(seat, None, None), result)
+                return result
+        forward = self.__wrapped__  # closed, it may be just now
+        self.remove()
+        return forward(*args, **kwargs)
 
     def remove(self) -> None:
         """Put back what was there, if this is still what runs."""
@@ -162,10 +169,16 @@ class BlockCall:
     @partial(untraced, inside=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self._module()
-        if self._stream.closed:
-            return module._call_impl(*args, **kwargs)
-        with _C.Lease(self._stream.block_seat(self._number), None, None):
-            return module._call_impl(*args, **kwargs)
+        stream, entered = self._stream, False
+        if not stream.closed:
+            try:
+                with _C.Lease(stream.block_seat(self._number), None, None):
+                    entered = True
+                    return module._call_impl(*args, **kwargs)
+            except PoolError:
+                if entered or not stream.closed:
+                    raise
+        return module._call_impl(*args, **kwargs)
 
     @staticmethod
     def is_needed(module: nn.Module) -> bool:

@@ -291,13 +291,21 @@ class Members(Moving):
         """What a seat calls where the short road does not do: returns with the lease counted."""
         self._refuse_gone(seat.units)
         flags = BLOCKS_THREAD
-        enter(Ask(self, owner.id, seat.units, timeout=timeout, flags=flags, seated=True))
+        try:
+            enter(Ask(self, owner.id, seat.units, timeout=timeout, flags=flags, seated=True))
+        except ValueError:  # the ledger's, where one is gone since
+            self._refuse_gone(seat.units)
+            raise
 
     async def enter_async(self, lease: Any, owner: Any, timeout: float | None) -> Any:
         """The same for a task, whose loop goes on meanwhile; returns what the lease yields."""
         self._refuse_gone(lease.seat.units)
         ask = Ask(self, owner.id, lease.seat.units, timeout=timeout)
-        await enter_async(ask, lease.adopt, owner)
+        try:
+            await enter_async(ask, lease.adopt, owner)
+        except ValueError:
+            self._refuse_gone(lease.seat.units)
+            raise
         return lease.value
 
     def _refuse_gone(self, units: Iterable[int]) -> None:
