@@ -156,6 +156,28 @@ def test_a_second_interrupt_inside_the_cleaning_up(make):
     assert hits > 20
 
 
+def test_weights_that_are_back_already_are_not_said_to_have_changed(monkeypatch):
+    """Both interrupts come after they were pointed back, and before that is noted."""
+    strike, calls = _patched._Patch._strike, []
+
+    def interrupted(patch):
+        calls.append(patch)
+        if len(calls) <= 2:
+            raise KeyboardInterrupt
+        strike(patch)
+
+    monkeypatch.setattr(_patched._Patch, "_strike", interrupted)
+    model = torch.nn.Linear(8, 8).requires_grad_(False)
+    before, proxy = model.weight.clone(), CommitObjectProxy(model, [Adds()])
+    with pytest.raises(KeyboardInterrupt), proxy:
+        pass
+    del proxy
+    gc.collect()
+    assert len(calls) > 2
+    assert torch.equal(model.weight, before)
+    assert id(model.weight) not in _patched._states
+
+
 def what_evicts(how, management, handles):
     return {
         "free": pools.free,

@@ -233,6 +233,8 @@ class _State:
         # No versions: it was interrupted on its way there.
         known = zip(self.parameters, level.versions, strict=True) if level.versions else ()
         for parameter, version in known:
+            if is_at(parameter, below):  # by a taking back that was interrupted
+                continue
             moved = not is_at(parameter, level.tensor)
             if moved or level.changed or version_of(parameter) != version:
                 found[id(parameter)] = parameter.data
