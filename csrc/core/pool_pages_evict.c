@@ -54,7 +54,7 @@ write_run(void *context, char *start, char *end)
     size_t size = size_in_file(w->pages, offset, (size_t)(end - start));
     int failed = og_pages_pwrite(w->fd, start, size, offset);
     w->written += failed == 0 ? end - start : 0;
-    return failed;
+    return failed == EFAULT ? ESTALE : failed; /* gone with the file's end */
 }
 
 /* The lock is held. held may be NULL. */
@@ -89,6 +89,7 @@ typedef struct settling {
     char *before;              /* room for a page: what the file had */
     bool writes;               /* else the file is left as it is */
     bool unscanned; /* pages are looked at that may not be in memory */
+    struct og_pages_slot *slot; /* guards away; NULL without memory */
     int64_t written;
     int failed; /* the first error; the scan goes on */
 } settling;
@@ -163,6 +164,15 @@ wait_for_faults(const settling *s)
     (void)madvise(s->home, length, MADV_NORMAL);
 }
 
+/* Whether the page went with the end of the file: so do private pages, and to
+ * read what is left of them is SIGBUS. All that come after it went as well. */
+static bool
+is_lost(const settling *s, const char *page)
+{
+    (void)*(const volatile char *)page;
+    return s->slot != NULL && og_pages_slot_broken(s->slot);
+}
+
 /* One page over there against the file; differing, it goes into the file, or
  * stays in memory, as changed. */
 static void
@@ -176,6 +186,10 @@ settle_page(settling *s, char *page)
         return;
     }
     int failed = before != NULL ? 0 : got < 0 ? errno : ESTALE;
+    bool lost = (before == NULL && s->unscanned) || is_lost(s, page);
+    if (lost && failed == 0) {
+        failed = ESTALE;
+    }
     if (failed == 0 && s->writes) {
         failed = og_pages_pwrite(s->scan->file, page, size, offset);
         s->written += failed == 0 ? (int64_t)og_pages_size() : 0;
@@ -183,8 +197,8 @@ settle_page(settling *s, char *page)
     if (s->failed == 0) {
         s->failed = failed;
     }
-    if (before == NULL && s->unscanned) {
-        return; /* a page that the file no longer has: to read it is SIGBUS */
+    if (lost) {
+        return;
     }
     char *home = s->home == NULL ? NULL : s->home + from;
     bool in_file = failed == 0 && s->writes;
@@ -218,10 +232,16 @@ settle(const og_pages *pages, const og_pages_scan *scan, og_pages_span away,
                   .home = home,
                   .before = before,
                   .writes = written != NULL};
+    s.slot = home == NULL
+                 ? pages->slot
+                 : og_pages_guard(away.start, (size_t)(away.end - away.start));
     if (og_pages_each_changed(scan, away, settle_run, &s, NULL) != 0) {
         /* Without memory, say. They are nowhere else by now. */
         s.unscanned = true;
         (void)settle_run(&s, away.start, away.end);
+    }
+    if (home != NULL && s.slot != NULL) {
+        og_pages_unguard(s.slot);
     }
     if (written != NULL) {
         *written += s.written;
