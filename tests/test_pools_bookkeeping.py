@@ -19,7 +19,7 @@ import pytest
 from opguard import pools
 from opguard.pools import _requests
 from opguard.pools.resource_pools import ResourcePool
-from pools_kit import MIB, Thing, ThingUser, fresh_pools, until
+from pools_kit import MIB, Thing, ThingUser, managed, settled_pools, until
 
 WAIT = 10.0
 # After these an interpreter looks whether there was a signal.
@@ -28,15 +28,8 @@ BREAKS = {"CALL", "CALL_KW", "CALL_FUNCTION_EX", "RESUME", "JUMP_BACKWARD"}
 
 @pytest.fixture
 def cpu(tmp_path):
-    with fresh_pools(tmp_path, 2 * MIB) as management:
+    with settled_pools(tmp_path, 2 * MIB) as management:
         yield management
-        until(lambda: not management.drain())
-        assert management.ledger.waiting() == ()
-        assert all(not management.ledger.holders(unit) for unit in management.entries)
-
-
-def managed(*nbytes, **does):
-    return [pools.manage(Thing(n, **does), name=f"thing{i}") for i, n in enumerate(nbytes)]
 
 
 def elsewhere(function):

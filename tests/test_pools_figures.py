@@ -12,17 +12,13 @@ from opguard.pools import inference
 from opguard.pools._budgets import parse_bytes
 from opguard.pools.oom import make_room
 from opguard.pools.reporting import Report
-from pools_kit import MIB, Thing, fresh_pools, tiny, until
+from pools_kit import MIB, Thing, fresh_pools, managed, tiny, until
 
 
 @pytest.fixture
 def cpu(tmp_path):
     with fresh_pools(tmp_path, 2 * MIB) as management:
         yield management
-
-
-def managed(*nbytes, **does):
-    return [pools.manage(Thing(n, **does), name=f"thing{i}") for i, n in enumerate(nbytes)]
 
 
 def use(*handles):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from opguard.pools import ResourcePoolUser, management, register_user
+from opguard.pools import AutoManageWrapper, ResourcePoolUser, manage, management, register_user
 from opguard.pools.management import Management
 from opguard.pools.policies import Policy
 from opguard.pools.resource_pools import HostPool
@@ -35,6 +35,16 @@ def fresh_pools(
             with contextlib.suppress(Exception):
                 entry.user.close()
         management._current[:] = before
+
+
+@contextlib.contextmanager
+def settled_pools(folder: Path, cpu: int) -> Iterator[Management]:
+    """Fresh ones in which, when the test is over, nobody waits and nothing is leased."""
+    with fresh_pools(folder, cpu) as management:
+        yield management
+        until(lambda: not management.drain())
+        assert management.ledger.waiting() == ()
+        assert all(not management.ledger.holders(unit) for unit in management.entries)
 
 
 def tiny(mib: int = 1, *, seed: int = 0) -> torch.nn.Sequential:
@@ -80,6 +90,11 @@ class ThingUser(ResourcePoolUser):
 
 
 register_user(Thing, ThingUser)
+
+
+def managed(*nbytes: int, **does: Callable[[], object]) -> list[AutoManageWrapper]:
+    """Handles on things of so many bytes each: thing0, thing1 and so on."""
+    return [manage(Thing(n, **does), name=f"thing{i}") for i, n in enumerate(nbytes)]
 
 
 def until(condition: Callable[[], object], seconds: float = 5.0) -> None:

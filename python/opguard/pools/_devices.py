@@ -444,13 +444,8 @@ class DeviceHome:
         """Bytes on the device."""
         return sum(self._place.sizes[index] for index in self._of(segment) if index in self._there)
 
-    @property
-    def broken(self) -> bool:
-        """As the home's: whether bytes were read that its file no longer has."""
-        return self.home.broken
-
     def raise_if_broken(self) -> None:
-        """PoolFileChanged if ``broken``."""
+        """PoolFileChanged if bytes were read at home that the file no longer has."""
         self.home.raise_if_broken()
 
     def release(self) -> None:

@@ -212,13 +212,11 @@ class Home:
         """Bytes of the pages that were changed and are in no file yet."""
         return sum(part.pages.changed(part.start, part.end) for part in self._of(segment))
 
-    @property
-    def broken(self) -> bool:
-        """Whether bytes were read that the file no longer has: zeros were computed with."""
-        return any(part.pages.broken for part in self._parts)
-
     def raise_if_broken(self) -> None:
-        """PoolFileChanged if ``broken``: for the end of a lease."""
+        """PoolFileChanged if bytes were read that a file no longer has: zeros were computed with.
+
+        For the end of a lease.
+        """
         for part in self._parts:
             if part.pages.broken:
                 raise self._said(OSError(errno.ESTALE, ""), part, "read")
