@@ -185,6 +185,27 @@ def test_a_cut_file_that_nobody_read_is_told_when_it_is_brought_in(cpu, tmp_path
         pass
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_cut_file_is_told_to_who_lets_go_of_its_model(cpu, tmp_path, stream):
+    """Its weights are zeros from then on, and no lease is left to say so."""
+    model = tiny(2)
+    pools.manage(model, stream=stream)
+    cut(spilled(tmp_path))
+    with pytest.raises(PoolFileChanged, match="load the model again"):
+        pools.unmanage(model)
+    assert cpu.find(model) is None
+    pools.unmanage(model)
+
+
+def test_a_cut_file_is_told_to_who_lets_go_of_a_pipeline_of_it(cpu, tmp_path):
+    model = tiny(1)
+    handle = pools.manage({"encoder": model})
+    cut(spilled(tmp_path))
+    with pytest.raises(PoolFileChanged, match="encoder"):
+        pools.unmanage(handle)
+    assert cpu.find(model) is None
+
+
 def test_a_spill_folder_that_is_tidied_away_is_made_again(cpu, tmp_path):
     model = tiny(1)
     handle = pools.manage(model)

@@ -20,7 +20,7 @@ from opguard.pools._marks import take_off
 from opguard.pools._moving import Moving
 from opguard.pools._requests import BLOCKS_THREAD, LOOK, Ask, enter, enter_async
 from opguard.pools._waiting import Latch, ThreadWaiter
-from opguard.pools.errors import PoolError, PoolRefused
+from opguard.pools.errors import PoolError, PoolFileChanged, PoolRefused
 from opguard.pools.users import ResourcePoolUser, make_user
 
 __all__ = ["Members"]
@@ -271,6 +271,7 @@ class Members(Moving):
 
         Raises:
             PoolRefused: while it is leased, with who holds it.
+            PoolFileChanged: after it was let go of: its weights are not all what they were.
         """
         entry = self.find(obj)
         if entry is None:
@@ -282,10 +283,17 @@ class Members(Moving):
             raise PoolRefused(
                 f"expected {entry.name!r} to be in nobody's use, but {'; '.join(lines)}", lines
             )
+        lost = None
+        try:
+            _raise_if_lost(entry)
+        except PoolFileChanged as error:
+            lost = error
         self._dead.put(entry)
         self._retire(entry)
         take_off(obj)
         self.drain()
+        if lost is not None:  # else nothing would ever say it
+            raise lost
 
     def enter_slow(self, seat: Any, owner: Any, timeout: float | None) -> None:
         """What a seat calls where the short road does not do: returns with the lease counted."""
@@ -395,6 +403,12 @@ class Members(Moving):
         """The object is gone. Runs in finalizers: queues, and does nothing else."""
         self._dead.put(entry)
         self._reclaimer.wake()
+
+
+def _raise_if_lost(entry: Entry) -> None:
+    entry.user.raise_if_lost()
+    for member in entry.user.members:
+        _raise_if_lost(member)
 
 
 class _Claim:

@@ -146,6 +146,9 @@ class ModuleUser(ResourcePoolUser):
         )
         warnings.warn(WeightsAstray(message, names), stacklevel=2)
 
+    def raise_if_lost(self) -> None:
+        getattr(self.home, "home", self.home).check()
+
     @property
     def execution_device(self) -> torch.device:
         return self._pool.device

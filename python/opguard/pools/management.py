@@ -24,7 +24,7 @@ from opguard.pools._forks import ForkLock
 from opguard.pools._members import Members
 from opguard.pools._requests import BLOCKS_THREAD, Ask, enter
 from opguard.pools._spill import SpillFolder
-from opguard.pools.errors import PoolRefused
+from opguard.pools.errors import PoolFileChanged, PoolRefused
 from opguard.pools.policies import Policy, check_policy
 from opguard.pools.resource_pools import AcceleratorPool, HostPool, ResourcePool
 from opguard.pools.users import ResourcePoolUser
@@ -146,7 +146,7 @@ class Management(Members):
     def close(self) -> None:
         """Let go of everything that is in nobody's use. The pools stay."""
         for entry in self.managed():
-            with suppress(PoolRefused):
+            with suppress(PoolRefused, PoolFileChanged):
                 self.unmanage(entry.ref())
         self.drain()
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from opguard.pools._forks import ForkLock
 from opguard.pools._parts import find_parts, refuse_offloaded
-from opguard.pools.errors import PoolRefused, Unmanageable
+from opguard.pools.errors import PoolFileChanged, PoolRefused, Unmanageable
 from opguard.pools.users import ResourcePoolUser, register_user
 
 if TYPE_CHECKING:
@@ -324,7 +324,8 @@ class _Components:
             tell_where(module, None)
         if here and management is not None:
             with suppress(PoolRefused):  # somebody uses it: it goes on without us
-                management.unmanage(module)
+                with suppress(PoolFileChanged):  # said to whoever lets go of the pipeline
+                    management.unmanage(module)
                 self._managed_here.discard(module)
 
     def attach(self, module: nn.Module, management: Management) -> None:

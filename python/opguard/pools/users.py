@@ -97,6 +97,9 @@ class ResourcePoolUser(ABC):
     def raise_if_broken(self) -> None:  # noqa: B027
         """Raise where what was computed while the object was in cannot be trusted."""
 
+    def raise_if_lost(self) -> None:  # noqa: B027
+        """PoolFileChanged where what is not in memory now could not be read again."""
+
     def strays(self) -> Sequence[str]:
         """Names of weights that its object has now and that are not in the pools."""
         return ()

@@ -233,6 +233,8 @@ def unmanage(obj: Any) -> None:
 
     Raises:
         PoolRefused: while it is in use, with who holds it.
+        PoolFileChanged: after it was let go of: its file was cut or written by others, so that
+            weights which were not in memory are not what they were.
     """
     if isinstance(obj, AutoManageWrapper):
         obj = obj.obj
