@@ -29,7 +29,7 @@ logger = logging.getLogger("opguard.pools")
 
 
 class Members(Moving):
-    """The tables of who is managed; the mutex guards them, and no finalizer takes it."""
+    """The tables of who is managed; the mutex guards them, and no finalizer of ours takes it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -339,7 +339,7 @@ class Members(Moving):
                 entry.user.raise_if_broken()
 
     def drain(self) -> bool:
-        """Take leave of objects that died. Not from a finalizer. True: some are still in use."""
+        """Take leave of objects that died. True: some are still in use."""
         for _ in range(self._dead.qsize()):
             try:
                 entry = self._dead.get_nowait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -31,8 +31,8 @@ class _Watched(NamedTuple):
     key: str
     address: int
 
-    def is_astray(self, there: set[int]) -> bool:
-        """Neither at home nor, on a device, among those that are there."""
+    def is_astray(self, there: Container[int] = ()) -> bool:
+        """Neither at home nor, on a device, at one of the addresses there."""
         owner = self.owner()
         if owner is None:
             return True
@@ -119,13 +119,12 @@ class ModuleUser(ResourcePoolUser):
         Parameter leave; not what a patch points elsewhere.
         """
         segments = self._watched if segment is None else (segment,)
-        there: set[int] = set() if isinstance(self._home, Home) else self._home.addresses()
-        return [
-            each.name
-            for number in segments
-            for each in self._watched.get(number, ())
-            if each.is_astray(there)
-        ]
+        watched = (each for number in segments for each in self._watched.get(number, ()))
+        found = [each for each in watched if each.is_astray()]
+        if found and not isinstance(self._home, Home):
+            there = self._home.addresses()
+            found = [each for each in found if each.is_astray(there)]
+        return [each.name for each in found]
 
     def warn_of_strays(self, segment: int | None = None, *, again: bool = True) -> None:
         """WeightsAstray where there are some.

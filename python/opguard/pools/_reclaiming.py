@@ -32,7 +32,7 @@ class Reclaimer:
         self._starting = threading.RLock()
 
     def start(self) -> None:
-        """Start the thread, unless it runs. Not from a finalizer."""
+        """Start the thread, unless it runs."""
         if self._has_thread():
             return
         with self._starting:
