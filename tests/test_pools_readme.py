@@ -11,7 +11,7 @@ from pools_kit import fresh_pools
 
 README = (ROOT / "README.md").read_text()
 SECTION = README.split("## Pools")[1].split("\n## ")[0]
-OTHERS = {"call_guard", "OpGuardBase", "half", "load_state_dict"}  # not of pools
+OTHERS = {"call_guard", "OpGuardBase", "half", "load_state_dict", "share_memory"}  # not of pools
 PEERS = README.split("Pools, against")[1].split("\n## ")[0]
 
 
