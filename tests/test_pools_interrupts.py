@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import gc
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
 
 from opguard import pools
-from opguard.pools import AttributeCommit, CommitObjectProxy, DeltaCommit, _patched
+from opguard.pools import AttributeCommit, CommitObjectProxy, DeltaCommit, _patched, _undoing
 from pools_kit import MIB, Thing, fresh_pools
 
 # After these an interpreter looks whether there was a signal.
@@ -210,3 +212,28 @@ def test_what_the_ledger_says_after_an_interrupt_is_so(tmp_path, monkeypatch, ho
             step += 1
     assert step > 50
     assert not wrong
+
+
+def test_a_second_interrupt_keeps_nothing_of_whom_it_interrupted():
+    calls = []
+
+    def clean():
+        calls.append(None)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    def interrupted():
+        thing = torch.nn.Linear(2, 2)
+        things.append(weakref.ref(thing))
+        _undoing.through(clean)
+
+    things = []
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupted()
+        assert len(calls) == 2
+        assert things[0]() is None
+    finally:
+        gc.enable()

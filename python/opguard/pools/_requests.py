@@ -17,6 +17,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opguard.pools._holders import refusal, timed_out
+from opguard.pools._undoing import through
 from opguard.pools._waiting import TaskWaiter, ThreadWaiter, time_left
 
 if TYPE_CHECKING:
@@ -237,15 +238,8 @@ def enter(ask: Ask, adopt: Adopt | None = None, owner: Any = None) -> None:
         ask.handed_over = True
     except BaseException:
         ask.__class__ = _Broken
-        _undo(ask)
+        through(ask.undo)
         raise
-
-
-def _undo(ask: Ask) -> None:
-    try:
-        ask.undo()
-    finally:
-        ask.undo()  # a second interrupt came, or there is nothing left to do
 
 
 def _attempt(ask: Ask) -> bool:
@@ -289,7 +283,7 @@ async def enter_async(ask: Ask, adopt: Adopt, owner: Any) -> None:
         ask.adopted.extend(map(adopt, (owner,), (ask.extra,)))
     except BaseException:
         ask.__class__ = _Broken
-        _undo(ask)
+        through(ask.undo)
         raise
 
 

@@ -30,8 +30,11 @@ def through(clean: Callable[[], object]) -> None:
             break
         except KeyboardInterrupt as interrupt:
             late = interrupt
-    if late is not None:
-        raise late
+    try:
+        if late is not None:
+            raise late
+    finally:
+        late = None  # its traceback has this frame, and those of the caller with all they hold
 
 
 def _objects(obj: Any) -> Iterator[Any]:
