@@ -2,6 +2,7 @@
 
 Attributes and the dicts, lists, sets and deques they hold directly are noted, of the object itself,
 of the modules it holds, and of their submodules. Contents of tensors and of deeper objects are not.
+`through` sees cleaning up to its end, whoever interrupts it.
 """
 
 from __future__ import annotations
