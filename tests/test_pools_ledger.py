@@ -129,9 +129,11 @@ class LedgerMachine(RuleBasedStateMachine):
         if any(t.owner == owner for t in self.model.decided.values()):
             return
         nbytes = self.model.extra[owner, pool]
-        part = nbytes - index % 2 * (nbytes // 2)
-        self.ledger.leave(owner, (), ((pool, part),))
-        self.model.leave(owner, (), ((pool, part),))
+        self.give_extra(owner, pool, nbytes - index % 2 * (nbytes // 2))
+
+    def give_extra(self, owner: int, pool: int, nbytes: int) -> None:
+        self.ledger.leave(owner, (), ((pool, nbytes),))
+        self.model.leave(owner, (), ((pool, nbytes),))
 
     @precondition(lambda self: self.moving())
     @rule(index=INDEX, well=st.sampled_from([True, True, True, False]))
@@ -268,13 +270,12 @@ class LedgerMachine(RuleBasedStateMachine):
             self.pump(0)
             while self.model.decided:
                 self.take(0)
-            busy = set().union(*map(self.model.kept, self.model.queue))
-            for index, (owner, _) in reversed(list(enumerate(sorted(+self.model.leases)))):
-                if owner not in busy:
+            for index, held in reversed(list(enumerate(sorted(+self.model.leases)))):
+                if self.model.can_leave("unit", *held):
                     self.leave(index, False)
-            for index, (owner, _) in reversed(list(enumerate(sorted(+self.model.extra)))):
-                if owner not in busy:
-                    self.leave_extra(index)
+            for held in +self.model.extra:
+                if nbytes := self.model.can_leave("extra", *held):
+                    self.give_extra(*held, nbytes)
             if not self.model.queue and not +self.model.leases:
                 break
         assert not self.model.queue, vars(self.model)

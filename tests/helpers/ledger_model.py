@@ -56,6 +56,7 @@ class Ticket:
     tick: int
     flags: int
     verdict: int = WAIT
+    asked: int = 0
     evict: list[int] = field(default_factory=list)
     load: list[int] = field(default_factory=list)
 
@@ -76,6 +77,9 @@ class Model:
         self.tick = 0
         self.upset = False  # what waits may have become impossible
         self.news: list[int] = []  # decided, and nobody was told
+        self.now = 0  # a number for each request and grant, in their order
+        # When each lease, and each extra byte, was asked for and when it came.
+        self.flows: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
 
     # --- what is so now ---------------------------------------------------------------------------
 
@@ -115,11 +119,42 @@ class Model:
         self.tick = max(self.tick, tick)
         return tick
 
-    def add_leases(self, owner: int, units: tuple[int, ...]) -> None:
+    def later(self) -> int:
+        self.now += 1
+        return self.now
+
+    def note(self, what: str, owner: int, where: int, asked: int, count: int = 1) -> None:
+        flow = (asked, self.later())
+        self.flows.setdefault((what, owner, where), []).extend([flow] * count)
+
+    def forget(self, what: str, owner: int, where: int, count: int = 1) -> None:
+        """So many are left: of those that can be, the newest."""
+        flows = self.flows[what, owner, where]
+        for flow in sorted(flows, key=lambda flow: self.can_go(owner, flow))[len(flows) - count :]:
+            flows.remove(flow)
+
+    def can_go(self, owner: int, flow: tuple[int, int]) -> bool:
+        """Whether no request that waits keeps the owner from leaving what came so. Who asks while
+        an earlier request of his waits does it in a finalizer, or has no tasks that we know."""
+        asked, came = flow
+        return all(
+            ticket.owner == owner
+            and came > ticket.asked
+            and (asked > ticket.asked or not self.stops(ticket, owner))
+            for ticket in self.queue
+            if owner in self.kept(ticket)
+        )
+
+    def can_leave(self, what: str, owner: int, where: int) -> int:
+        """How many leases of a unit, how many extra bytes in a pool."""
+        return sum(self.can_go(owner, flow) for flow in self.flows[what, owner, where])
+
+    def add_leases(self, owner: int, units: tuple[int, ...], asked: int) -> None:
         for unit in units:
             if self.count(unit) == 0:
                 self.units[unit].kept = False
             self.leases[owner, unit] += 1
+            self.note("unit", owner, unit, asked)
 
     def touch(self, units: tuple[int, ...], tick: int) -> None:
         for name in units:
@@ -137,18 +172,20 @@ class Model:
             kept = self.keeps_waiting(owner, self.queue)
             if not self.holds(owner) or (kept and not held):
                 return False
-        self.add_leases(owner, units)
+        self.add_leases(owner, units, self.later())
         self.touch(units, self.next_tick(tick))
         return True
 
     def leave(self, owner: int, units: tuple[int, ...], extra: tuple[tuple[int, int], ...]) -> None:
         for unit in units:
             self.leases[owner, unit] -= 1
+            self.forget("unit", owner, unit)
             assert self.leases[owner, unit] >= 0
             self.settle(unit)
         for pool, nbytes in extra:
             self.extra[owner, pool] -= nbytes
             assert self.extra[owner, pool] >= 0
+            self.forget("extra", owner, pool, nbytes)
 
     # --- units ------------------------------------------------------------------------------------
 
@@ -165,7 +202,7 @@ class Model:
         if unit is None or not unit.doomed or self.count(name):
             return
         if unit.state == READY:
-            unit.state = ABSENT
+            unit.state, unit.condemned, unit.kept = ABSENT, False, False
         tickets = [*self.queue, *self.decided.values()]
         if unit.state == ABSENT and not any(name in t.units for t in tickets):
             del self.units[name]
@@ -249,9 +286,10 @@ class Model:
                 unit.state = LOADING
                 self.upset = self.upset or unit.pinned
                 ticket.load.append(unit.id)
-        self.add_leases(ticket.owner, ticket.units)
+        self.add_leases(ticket.owner, ticket.units, ticket.asked)
         for pool, nbytes in ticket.extra:
             self.extra[ticket.owner, pool] += nbytes
+            self.note("extra", ticket.owner, pool, ticket.asked, nbytes)
 
     def never(self, ticket: Ticket) -> bool:
         need = +self.wanted(ticket, {ABSENT, EVICTING})
@@ -358,6 +396,7 @@ class Model:
         return bool(thread and thread in stopped and not ticket.flags & BLOCKS_THREAD)
 
     def request(self, ticket: Ticket) -> int:
+        ticket.asked = ticket.asked or self.later()
         before: set[int] = set().union(*(self.pools(t) for t in self.queue))
         in_turn = not self.pools(ticket) & before or ticket in self.needed([*self.queue, ticket])
         if in_turn and self.fits_now(ticket) and self.is_safe(ticket):
