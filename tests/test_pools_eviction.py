@@ -66,6 +66,32 @@ def test_every_bit_comes_back(cpu):
                     assert torch.equal(p, e)
 
 
+@pytest.mark.parametrize("inference", [2 * MIB, "2MiB", lambda module: 2 * MIB])
+def test_room_for_calls_is_made_when_a_model_comes_in(cpu, inference):
+    """As much as is said, of idle models; those in use stay, and nothing is refused for it."""
+    idle, used, model = (pools.manage(tiny(1, seed=n)) for n in range(3))
+    pools.manage(model, inference=inference)
+    with idle.lease():
+        pass
+    with used.lease():
+        with model.lease():
+            assert not idle.loaded
+            assert used.loaded
+            assert cpu.pool("cpu").budget - cpu.pool("cpu").used >= 2 * MIB
+        other = pools.manage(tiny(1, seed=3), inference="1GiB")
+        with other.lease():
+            assert used.loaded
+            assert not model.loaded
+
+
+def test_an_estimate_that_fails_lets_nothing_in(cpu):
+    handle = pools.manage(tiny(1), inference=lambda module: {}["batch"])
+    with pytest.raises(KeyError, match="batch"), handle.lease():
+        pass
+    assert not handle.loaded
+    assert cpu.pool("cpu").used == 0
+
+
 def change_in_place(model):
     with torch.no_grad():
         model[0].weight.add_(1)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from opguard._loaded import loaded
+from opguard.pools._budgets import parse_bytes
 from opguard.pools._homes import Home
 from opguard.pools.errors import WeightsAstray
 from opguard.pools.users import ResourcePoolUser
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Estimate", "ModuleUser"]
 
-Estimate = int | Callable[..., int]
+Estimate = int | Callable[[nn.Module], int]
 
 
 class _Watched(NamedTuple):
@@ -65,8 +66,8 @@ class ModuleUser(ResourcePoolUser):
 
     Args:
         module: the module.
-        inference_memory_estimator: bytes that a call needs beside the weights, or a callable that
-            says so given the module and the call's arguments.
+        inference_memory_estimator: bytes that calls need beside the weights, or a callable that
+            says so given the module: when it comes in, idle models go until that much is free.
         management: whose pools it takes from; the process's own unless given.
         name: for the file, and for messages; else its type's name.
         trust_files: leave storages that lie in a private map of a file of yours (what
@@ -111,6 +112,14 @@ class ModuleUser(ResourcePoolUser):
         self._watched = {}
         for segment, watched in _watch(self.obj, getattr(home, "home", home)):
             self._watched.setdefault(segment, []).append(watched)
+
+    def memory_of_calls(self) -> int:
+        estimate = self.inference_memory_estimator
+        if callable(estimate):
+            estimate = estimate(self.obj)
+        if estimate is None:
+            return 0
+        return parse_bytes(estimate, what=f"the memory of calls of {self._name!r}")
 
     def strays(self, segment: int | None = None) -> Sequence[str]:
         """Names of parameters that are others now than those that were adopted, or gone.

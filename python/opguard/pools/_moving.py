@@ -237,6 +237,7 @@ class Moving(Books):
             self._mark_last_uses(entry)
             before = len(settled)
             try:
+                room = entry.user.memory_of_calls()
                 moved = entry.user.bring_in()
                 self._ride_in(entry)
                 settled.extend(map(self.ledger.loaded, (unit,)))
@@ -252,6 +253,17 @@ class Moving(Books):
         entry.stats.bytes_in += moved if isinstance(moved, int) else self.nbytes(unit)
         self.record_all(entry)
         self._sweep_one()
+        self._leave_room(unit, room)
+
+    def _leave_room(self, unit: int, nbytes: int) -> None:
+        """Have idle users go until that much of the unit's pool is free, or none is left."""
+        info = self.unit(unit)
+        if nbytes <= 0 or info is None:
+            return
+        budget, used = self.ledger.pool(info.pool)[:2]
+        if used + nbytes > budget:
+            self._rank_if_it_can()
+            self.move_all_out(self.ledger.reclaim, info.pool, used + nbytes - budget, 0)
 
     def reclaim_idle(self) -> bool:
         """Give back who was told to go, and what is above a budget. True: some are still in use."""

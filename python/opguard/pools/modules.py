@@ -33,8 +33,8 @@ class TorchModuleWrapper(ModuleUser):
 
     Args:
         module: the module.
-        inference_memory_estimator: bytes that a call needs beside the weights, or a callable that
-            says so given the module and the call's arguments.
+        inference_memory_estimator: bytes that calls need beside the weights, or a callable that
+            says so given the module: when it comes in, idle models go until that much is free.
         name: for the file, and for messages.
         trust_files: leave storages that lie in a private map of a file of yours (what
             ``safetensors.torch.load_file`` gives) there, and read that file again.

@@ -88,6 +88,10 @@ class ResourcePoolUser(ABC):
     def sweep(self) -> None:  # noqa: B027
         """Give back what readers outside any lease brought in. Never called while it is in use."""
 
+    def memory_of_calls(self) -> int:
+        """Bytes that calls need beside what is brought in: when it comes, idle ones go for them."""
+        return 0
+
     def unused_since(self, mark: Any) -> None:  # noqa: B027
         """Told before ``give_back``: what used the object was queued before this mark.
 

@@ -197,7 +197,8 @@ def manage(
         priority: who has more goes later; 0 unless named.
         pin: once it is in, it stays; False unless named.
         name: for messages and reports; else its type's name.
-        inference: bytes a call needs beside the weights, or a callable that says so.
+        inference: bytes that calls need beside the weights, or a callable that says so given the
+            object: when it comes in, idle models go until that much is free.
         trust_files: read weights again from the user's own file they are mapped from, instead of
             writing them once to a file of ours. The file must not be changed meanwhile; that is
             looked at whenever they are brought in.
