@@ -147,7 +147,8 @@ def test_interrupts_leave_no_lease(C, pool):
             signal.signal(signal.SIGALRM, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        # Under memcheck another thread may have taken it already, and be told of it later still.
+        signal.signal(signal.SIGALRM, signal.SIG_IGN if before == signal.SIG_DFL else before)
     assert caught > 0
 
 
