@@ -119,7 +119,10 @@ class PoolsMachine(RuleBasedStateMachine):
     def pin(self, index: int, pin: bool) -> None:
         for model in self.models:
             pools.manage(model, pin=False)
-        pools.manage(self.models[self.pick(index)], pin=pin)
+        handle = pools.manage(self.models[self.pick(index)])
+        # Another must fit beside it, or using that one is refused.
+        if self.management.pool("cpu").budget >= 2 * handle.user.nbytes:
+            pools.manage(handle, pin=pin)
 
     @rule(index=INDEX, offload=st.sampled_from(["lazy", "exit"]), fails=st.booleans())
     def use(self, index: int, offload: str, fails: bool) -> None:
