@@ -51,20 +51,22 @@ def _are_here(values: Iterable[Any], device: torch.device) -> bool:
     """Whether these are tensors there and plain values alone, as in most calls."""
     for value in values:
         if isinstance(value, torch.Tensor):
-            here = value.device
-            if here != device and (
-                here.type != device.type or device.index not in (None, here.index)
-            ):
+            if not _is_on(value, device):
                 return False
         elif type(value) not in PLAIN:
             return False
     return True
 
 
+def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
+    """A device without an index is any of its type."""
+    here = tensor.device
+    return here == device or (here.type == device.type and device.index in (None, here.index))
+
+
 def _move(value: Any, device: torch.device, memo: dict[int, Any]) -> Any:
     if isinstance(value, torch.Tensor):
-        here = value.device
-        if here.type == device.type and device.index in (None, here.index):
+        if _is_on(value, device):
             return value
     elif not isinstance(value, (tuple, list, Mapping)) and not _is_record(value):
         return value

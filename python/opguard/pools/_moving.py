@@ -199,9 +199,7 @@ class Moving(Books):
     def _given_back(cls, entry: Entry) -> int:
         riders = tuple(entry.riders)
         try:
-            for rider in reversed(riders):
-                rider.give_back()
-            written = entry.user.give_back()
+            written = cls._put_out(entry)
             return written if isinstance(written, int) else 0  # a figure, whoever wrote the class
         except Exception:
             for rider in riders:
@@ -209,10 +207,10 @@ class Moving(Books):
             raise
 
     @staticmethod
-    def _put_out(entry: Entry) -> None:
+    def _put_out(entry: Entry) -> int | None:
         for rider in reversed(tuple(entry.riders)):
             rider.give_back()
-        entry.user.give_back()
+        return entry.user.give_back()
 
     @classmethod
     def _ride_in(cls, entry: Entry) -> None:
@@ -253,17 +251,16 @@ class Moving(Books):
         entry.stats.bytes_in += moved if isinstance(moved, int) else self.nbytes(unit)
         self.record_all(entry)
         self._sweep_one()
-        self._leave_room(unit, room)
+        info = self.unit(unit) if room else None
+        if info is not None:
+            self._leave_room(info.pool, room)
 
-    def _leave_room(self, unit: int, nbytes: int) -> None:
-        """Have idle users go until that much of the unit's pool is free, or none is left."""
-        info = self.unit(unit)
-        if nbytes <= 0 or info is None:
-            return
-        budget, used = self.ledger.pool(info.pool)[:2]
+    def _leave_room(self, pool: int, nbytes: int) -> None:
+        """Have idle users go until that much of the pool is free, or none is left."""
+        budget, used = self.ledger.pool(pool)[:2]
         if used + nbytes > budget:
             self._rank_if_it_can()
-            self.move_all_out(self.ledger.reclaim, info.pool, used + nbytes - budget, 0)
+            self.move_all_out(self.ledger.reclaim, pool, used + nbytes - budget, 0)
 
     def reclaim_idle(self) -> bool:
         """Give back who was told to go, and what is above a budget. True: some are still in use."""
@@ -277,11 +274,8 @@ class Moving(Books):
         return above or bool(self._told_to_go)
 
     def _reclaim_above_budget(self, pool: ResourcePool) -> bool:
+        self._leave_room(pool._index, 0)
         budget, used = self.ledger.pool(pool._index)[:2]
-        if used > budget:
-            self._rank_if_it_can()
-            self.move_all_out(self.ledger.reclaim, pool._index, used - budget, 0)
-            budget, used = self.ledger.pool(pool._index)[:2]
         return bool(used > budget)
 
     def _sweep_one(self) -> None:
