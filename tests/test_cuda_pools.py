@@ -113,14 +113,20 @@ def test_every_stream_that_torch_hands_out_is_watched():
         assert torch.cuda.Stream(priority=-1).cuda_stream in known
 
 
-def test_models_move_beside_a_capture(pools):
-    """Torch captures in the global mode, in which every thread of the process has to mind."""
+def three_of_which_two_ran():
+    """Models, their handles and inputs; the third has not been there yet."""
     models = [tiny(8, seed=seed) for seed in range(3)]
     handles = [manage(model) for model in models]
     x = inputs()
     for i in (0, 1):
         with handles[i].lease():
             models[i](x)
+    return models, handles, x
+
+
+def test_models_move_beside_a_capture(pools):
+    """Torch captures in the global mode, in which every thread of the process has to mind."""
+    models, handles, x = three_of_which_two_ran()
     torch.cuda.synchronize()
     moved = threading.Event()
 
@@ -165,12 +171,7 @@ def test_who_captures_cannot_have_weights_taken_away_meanwhile(tmp_path):
 
 
 def test_who_was_idle_goes_without_waiting_for_others(pools):
-    models = [tiny(8, seed=seed) for seed in range(3)]
-    handles = [manage(model) for model in models]
-    x = inputs()
-    for i in (0, 1):
-        with handles[i].lease():
-            models[i](x)
+    models, handles, x = three_of_which_two_ran()
     with handles[2].lease():  # its pinned copy is made, and the second one goes
         pass
     with handles[0].lease():

@@ -19,7 +19,7 @@ import pytest
 from opguard import pools
 from opguard.pools import _requests
 from opguard.pools.resource_pools import ResourcePool
-from pools_kit import MIB, Thing, ThingUser, managed, settled_pools, until
+from pools_kit import MIB, Thing, ThingUser, elsewhere, managed, settled_pools, until
 
 WAIT = 10.0
 # After these an interpreter looks whether there was a signal.
@@ -30,23 +30,6 @@ BREAKS = {"CALL", "CALL_KW", "CALL_FUNCTION_EX", "RESUME", "JUMP_BACKWARD"}
 def cpu(tmp_path):
     with settled_pools(tmp_path, 2 * MIB) as management:
         yield management
-
-
-def elsewhere(function):
-    """In another thread, and within seconds."""
-    failed = []
-
-    def run():
-        try:
-            function()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(5)
-    assert not thread.is_alive(), "hangs"
-    assert failed == []
 
 
 def interrupted(function, first, second=None):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-import time
 
 import pytest
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from opguard.pools import CommitObjectProxy, _turns, auto_manage, manage
 from opguard.pools.commits import CallableCommit
 from opguard.pools.errors import Deadlock
-from pools_kit import fresh_pools
+from pools_kit import fresh_pools, until
 
 TIMEOUT = 20
 
@@ -36,11 +36,24 @@ def patched(thing):
     return CommitObjectProxy(thing, [CallableCommit(lambda _: lambda: None)], timeout=TIMEOUT)
 
 
-def until(condition):
-    end = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.005)
+@contextlib.contextmanager
+def held_elsewhere(thing):
+    """Another thread has its turn of the thing."""
+    leave, has = threading.Event(), threading.Event()
+
+    def holds():
+        with patched(thing):
+            has.set()
+            leave.wait(TIMEOUT)
+
+    thread = threading.Thread(target=holds, daemon=True)
+    thread.start()
+    try:
+        assert has.wait(5)
+        yield
+    finally:
+        leave.set()
+        thread.join(5)
 
 
 def in_threads(*works):
@@ -204,22 +217,11 @@ def test_a_thread_does_not_sleep_behind_a_task_of_its_own():
 def test_waits_are_told_only_while_there_are_any(pools):
     thing, one = [1], models(1)[0]
     manage(one)
-    leave, has = threading.Event(), threading.Event()
-
-    def holds():
-        with patched(thing):
-            has.set()
-            leave.wait(TIMEOUT)
-
-    thread = threading.Thread(target=holds, daemon=True)
-    thread.start()
-    assert has.wait(5)
-    with pytest.raises(TimeoutError), CommitObjectProxy(thing, timeout=0.05):
-        pass
-    assert not _turns._waits
-    assert not _turns._told
-    leave.set()
-    thread.join(5)
+    with held_elsewhere(thing):
+        with pytest.raises(TimeoutError), CommitObjectProxy(thing, timeout=0.05):
+            pass
+        assert not _turns._waits
+        assert not _turns._told
     with patched(thing):
         assert not _turns._told
 
@@ -228,24 +230,14 @@ def test_an_interrupt_while_a_wait_is_told_leaves_none_told(pools, monkeypatch):
     """Else who was interrupted would be refused for the time of a turn, as if it waited still."""
     thing, one = [1], models(1)[0]
     manage(one)
-    leave, has = threading.Event(), threading.Event()
-
-    def holds():
-        with patched(thing):
-            has.set()
-            leave.wait(TIMEOUT)
 
     def interrupted():
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    thread = threading.Thread(target=holds, daemon=True)
-    thread.start()
-    assert has.wait(5)
-    monkeypatch.setattr(pools, "pump", interrupted)
-    with pytest.raises(KeyboardInterrupt), CommitObjectProxy(thing):
-        pass
-    assert not _turns._waits
-    assert not _turns._told
-    leave.set()
-    thread.join(5)
+    with held_elsewhere(thing):
+        monkeypatch.setattr(pools, "pump", interrupted)
+        with pytest.raises(KeyboardInterrupt), CommitObjectProxy(thing):
+            pass
+        assert not _turns._waits
+        assert not _turns._told

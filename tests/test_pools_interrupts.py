@@ -6,23 +6,17 @@ import contextlib
 import dis
 import gc
 import sys
-import threading
 import weakref
 
 import pytest
 import torch
 
 from opguard import pools
-from opguard.pools import AttributeCommit, CommitObjectProxy, DeltaCommit, _patched, _undoing
-from pools_kit import MIB, Thing, fresh_pools
+from opguard.pools import AttributeCommit, CommitObjectProxy, _patched, _undoing
+from pools_kit import MIB, Adds, Thing, elsewhere, fresh_pools
 
 # After these an interpreter looks whether there was a signal.
 BREAKS = {"CALL", "CALL_KW", "CALL_FUNCTION_EX", "RESUME", "JUMP_BACKWARD"}
-
-
-class Adds(DeltaCommit):
-    def deltas(self, obj):
-        return {obj.weight: lambda source, out: torch.add(source, 1, out=out)}
 
 
 def interrupted_at(step, function, second=None):
@@ -74,22 +68,6 @@ def interrupted_at(step, function, second=None):
     return " and ".join(came) or None
 
 
-def other_thread(function, came):
-    failed = []
-
-    def run():
-        try:
-            function()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(10)
-    assert not thread.is_alive(), f"hangs after {came}"
-    assert failed == [], came
-
-
 @pytest.mark.parametrize("make", [Adds, lambda: AttributeCommit("mark", 3)], ids=["delta", "set"])
 @pytest.mark.parametrize("managed", [False, True], ids=["bare", "managed"])
 def test_an_interrupt_at_any_step_of_a_block(tmp_path, make, managed):
@@ -115,7 +93,7 @@ def test_an_interrupt_at_any_step_of_a_block(tmp_path, make, managed):
                 with CommitObjectProxy(model, [], timeout=5):
                     assert torch.equal(model.weight, before)
 
-            other_thread(again, came)
+            elsewhere(again, 10, f"after {came}")
             assert torch.equal(model.weight, before), came
             assert not hasattr(model, "mark"), came
             assert id(model.weight) not in _patched._states

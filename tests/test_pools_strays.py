@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from opguard import pools
-from pools_kit import MIB, fresh_pools, tiny
+from pools_kit import MIB, Adds, fresh_pools, tiny
 
 
 @pytest.fixture
@@ -156,14 +156,10 @@ def test_pinned_they_stay_pinned_when_two_take_them_in(management, monkeypatch):
 
 
 def test_what_a_patch_takes_counts_on_after_they_are_taken_in(management):
-    class Add(pools.DeltaCommit):
-        def deltas(self, obj):
-            return {obj[0].weight: lambda source, out: torch.add(source, 1, out=out)}
-
     model = tiny(2)
     handle = pools.manage(model)
     (unit,) = handle.entry.all_units
-    proxy = pools.CommitObjectProxy(model, [Add()])
+    proxy = pools.CommitObjectProxy(model, [Adds()])
     proxy.apply_commit_stack()
     patched = management.nbytes(unit)
     assert patched > handle.user.nbytes
@@ -237,15 +233,11 @@ def test_what_cannot_be_taken_in_is_managed_no_more(management):
 
 
 def test_patches_and_what_gives_weights_other_names_are_no_strangers(management):
-    class Add(pools.DeltaCommit):
-        def deltas(self, obj):
-            return {obj[0].weight: lambda source, out: torch.add(source, 1, out=out)}
-
     model = tiny(1)
     handle = pools.manage(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pools.CommitObjectProxy(model, [Add()]):
+        with pools.CommitObjectProxy(model, [Adds()]):
             assert pools.manage(model).entry is handle.entry
             assert not management.snapshot().users[0].astray
         torch.nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())

@@ -7,10 +7,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from opguard.pools import AutoManageWrapper, ResourcePoolUser, manage, management, register_user
+from opguard.pools import (
+    AutoManageWrapper,
+    DeltaCommit,
+    ResourcePoolUser,
+    manage,
+    management,
+    register_user,
+)
 from opguard.pools.management import Management
 from opguard.pools.policies import Policy
 from opguard.pools.resource_pools import HostPool
@@ -95,6 +103,30 @@ register_user(Thing, ThingUser)
 def managed(*nbytes: int, **does: Callable[[], object]) -> list[AutoManageWrapper]:
     """Handles on things of so many bytes each: thing0, thing1 and so on."""
     return [manage(Thing(n, **does), name=f"thing{i}") for i, n in enumerate(nbytes)]
+
+
+def elsewhere(function: Callable[[], object], seconds: float = 5, after: str = "") -> None:
+    """Call it in another thread, within seconds; ``after`` says what went before, for messages."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), f"hangs {after}"
+    assert failed == [], after
+
+
+class Adds(DeltaCommit):
+    """Adds one to the first parameter of a model."""
+
+    def deltas(self, obj: torch.nn.Module) -> Any:
+        return {next(obj.parameters()): lambda source, out: torch.add(source, 1, out=out)}
 
 
 def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
